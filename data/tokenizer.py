@@ -1,0 +1,86 @@
+"""Three kinds of tokenizer behind one face; which kind a file is, its content tells.
+
+    SentencePiece (Llama 1 and 2, Mistral)   a protocol buffer
+    tiktoken      (Llama 3)                  lines of base64 and rank
+    tokenizers    (Hugging Face)             JSON
+"""
+import base64
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+import torch
+
+# Llama 3 splits text by this pattern before it merges bytes; the file does not say so.
+LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                  r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+@dataclass
+class Tokenizer:
+    file: Path
+    vocab_size: int
+    bos_id: int | None                    # None: this tokenizer starts no stream with a token of its own
+    encode: Callable[[str], list[int]]    # without BOS
+
+    def stream(self, text):
+        """text -> one stream of tokens (N,) int64, with the BOS (if there is one) once at its start."""
+        return torch.tensor(([] if self.bos_id is None else [self.bos_id]) + self.encode(text), dtype=torch.int64)
+
+
+def load_tokenizer(folder, vocab_size=None):
+    """The tokenizer of a checkpoint folder. ValueError if it knows more tokens than the model's `vocab_size`."""
+    files = [f for name in ("tokenizer.model", "tokenizer.model.v*", "tokenizer.json")
+             for f in sorted(Path(folder).glob(name)) if f.is_file()]
+    if not files:
+        raise FileNotFoundError(f"{folder}: no tokenizer; looked for tokenizer.model and tokenizer.json")
+    content = files[0].read_bytes()
+    first_line = content.split(b"\n", 1)[0].split()
+    if content.lstrip()[:1] == b"{":
+        tokenizer = read_json_tokenizer(files[0], content)
+    elif len(first_line) == 2 and first_line[1].isdigit():
+        tokenizer = read_tiktoken(files[0], content)
+    else:
+        tokenizer = read_sentencepiece(files[0], content)
+    if vocab_size and tokenizer.vocab_size > vocab_size:
+        raise ValueError(f"{files[0]}: {tokenizer.vocab_size:,} tokens, but the model has only {vocab_size:,}")
+    return tokenizer
+
+
+def read_sentencepiece(file, content):
+    from sentencepiece import SentencePieceProcessor
+    try:
+        model = SentencePieceProcessor(model_proto=content)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"{file}: neither a SentencePiece model, nor lines of base64 and rank, nor JSON") from None
+    return Tokenizer(file, model.vocab_size(), model.bos_id() if model.bos_id() >= 0 else None, model.encode)
+
+
+def read_tiktoken(file, content):
+    """Llama 3: the ranks of the file, then 256 special tokens, of which <|begin_of_text|> is the first."""
+    tiktoken = need("tiktoken", file)
+    try:
+        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, content.splitlines())}
+    except ValueError as e:
+        raise ValueError(f"{file}: not lines of base64 and rank ({e})") from None
+    encoding = tiktoken.Encoding("llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={})
+    return Tokenizer(file, len(ranks) + 256, len(ranks), encoding.encode_ordinary)
+
+
+def read_json_tokenizer(file, content):
+    tokenizers = need("tokenizers", file)
+    try:
+        model = tokenizers.Tokenizer.from_buffer(content)
+    except Exception as e:  # the package raises plain Exception
+        raise ValueError(f"{file}: not a tokenizer.json ({e})") from None
+    plain, full = (model.encode("a", add_special_tokens=special).ids for special in (False, True))
+    starts = len(full) > len(plain) and full[1:len(plain) + 1] == plain  # does its post-processor put a BOS in front?
+    return Tokenizer(file, model.get_vocab_size(), full[0] if starts else None,
+                     lambda text: model.encode(text, add_special_tokens=False).ids)
+
+
+def need(package, file):
+    try:
+        return __import__(package)
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(f"{file}: reading it needs the package {package}: pip install {package}") from None

@@ -1,0 +1,211 @@
+"""Perplexity of a folder of weights, dense or compressed: `python evaluate.py --ckpt FOLDER --data wikitext2 ptb`.
+
+text -> one stream of tokens -> windows that do not overlap -> mean NLL (nats) of each window's predicted tokens -> exp.
+The second half is what the project's two commands share: their table, their settings and their way to fail.
+"""
+import argparse
+import json
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from data.corpus import TEXTS, batches, consecutive_windows, load_text
+from data.tokenizer import load_tokenizer
+from model import load_checkpoint
+
+TINY = Path(__file__).parent / "data" / "tiny"  # the embedded model
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+@torch.no_grad()
+def perplexity(model, batches):
+    """exp of the mean negative log-likelihood (nats) per predicted token over batches (B, T) of equal windows.
+
+    Each window predicts its tokens 1..T-1, the first of them from the window's first token alone.
+    """
+    total, count = 0.0, 0
+    for tokens in batches:
+        tokens = tokens.to(model.device)
+        total += sum(nll.double() for nll in model.losses(model.final_state(tokens), tokens))
+        count += tokens[:, 1:].numel()
+    return (total / count).exp().item()
+
+
+def load_windows(names, model, tokenizer, seq_len=2048, limit=None, data_dir=None):
+    """{name: (windows (n, seq_len) int64, protocol)} of the texts named; `limit` takes only the first windows."""
+    texts = {}
+    for name in names:
+        text, source = load_text(name, "test", data_dir)
+        tokens = tokenizer.stream(text)
+        windows = consecutive_windows(tokens, seq_len, limit)
+        texts[name] = windows, {"text": source, "tokens": len(tokens), "windows": len(windows), "seq_len": seq_len,
+                                "all_windows": len(tokens) // seq_len, "bos": tokenizer.bos_id is not None}
+    return texts
+
+
+def named_or_embedded(names, default, load):
+    """load(names), or load(default) if none are named; a default that cannot be had gives way to the embedded text."""
+    if names:
+        return load(names)
+    try:
+        return load(default)
+    except FileNotFoundError as e:
+        print(f"going on with the embedded text: {e}")
+        return load(["embedded"])
+
+
+def perplexities(model, texts, batch_size, label):
+    """{text name: perplexity} of one model over what load_windows gave."""
+    return {name: perplexity(model, batches(windows, batch_size, f"{label} on {name}"))
+            for name, (windows, _) in texts.items()}
+
+
+# ------------------------------------------------------------------------------------------------ the table
+
+def table(rows, texts, dense_params):
+    """An aligned Markdown table of rows {model, parameters, perplexity, seconds, peak_bytes}, the protocols under it."""
+    head = ["model", "parameters", "kept %", *(f"{name} ppl" for name in texts), "seconds", "peak GiB"]
+    cells = [[row["model"], f"{row['parameters']:,}", f"{100 * row['parameters'] / dense_params:.1f}",
+              *(f"{row['perplexity'][name]:.2f}" for name in texts),
+              "-" if row["seconds"] is None else f"{row['seconds']:.1f}", f"{row['peak_bytes'] / 2 ** 30:.2f}"]
+             for row in rows]
+    widths = [max(map(len, column)) for column in zip(head, *cells)]
+    lines = ["| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) + " |"
+             for row in [head, *cells]]
+    rule = "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|"
+    protocols = [f"{name}: {p['text']}; {p['tokens']:,} tokens, {'first ' * (p['windows'] < p['all_windows'])}"
+                 f"{p['windows']} windows of {p['seq_len']:,}, {'BOS once at the start' if p['bos'] else 'no BOS'}"
+                 for name, (_, p) in texts.items()]
+    return "\n".join([lines[0], rule, *lines[1:], "", *protocols])
+
+
+def peak_bytes(device):
+    """Peak memory so far: allocated on a CUDA device, else resident in this process (0 where the system hides it)."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@contextmanager
+def timed(seconds, phase, device):
+    """Add the wall time of a block to seconds[phase], with the device's queued work done."""
+    start = time.perf_counter()
+    yield
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a wrong flag is an error like any other: one line, exit code 2."""
+
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False)
+
+    def error(self, message):
+        raise ValueError(message)
+
+    def add_common(self):
+        """The flags that both commands have."""
+        self.add_argument("--ckpt", type=Path, default=TINY, metavar="FOLDER", help="weights: Meta's, Mistral's, "
+                          "Hugging Face's or a compressed folder (default: the embedded model)")
+        self.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: CUDA where there is one)")
+        self.add_argument("--dtype", default="auto", choices=["auto", *DTYPES],
+                          help="to compute in, and to write (default: the folder's own)")
+        self.add_argument("--batch-size", type=positive, default=4, metavar="N",
+                          help="sequences in a micro-batch (default: %(default)s)")
+        self.add_argument("--data-dir", metavar="DIR", help="where wikitext-2-raw/ and ptb/ are (default: $GRASP_DATA, "
+                          "else the cache, else a download)")
+        self.add_argument("--windows", type=positive, metavar="N",
+                          help="evaluate only the first N windows of each text (default: all)")
+
+
+def positive(text):
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number of 1 or more")
+    return int(text)
+
+
+def choose_device(name):
+    """(device, why), from `auto` or a name. ValueError for one that this machine does not have."""
+    if name == "auto":
+        return ("cuda", "auto: CUDA is here") if torch.cuda.is_available() else ("cpu", "auto: no CUDA here")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise ValueError(f"--device {name}: {str(e).splitlines()[0]}") from None
+    return name, "as asked"
+
+
+def open_checkpoint(ckpt, device, dtype):
+    """Load model and tokenizer, and say in two lines what they are and where they run: (model, tokenizer)."""
+    device, why = choose_device(device)
+    model = load_checkpoint(ckpt, DTYPES.get(dtype), device)
+    a = model.args
+    print(f"model        {ckpt}  {a.n_layers} layers, dim {a.dim}, {a.n_heads} heads over {a.n_kv_heads}, "
+          f"{model.n_params:,} parameters")
+    print(f"device       {device} ({why}), dtype {str(model.dtype).removeprefix('torch.')}"
+          + (" (the folder's own)" if dtype == "auto" else " (as asked)"))
+    return model, load_tokenizer(ckpt, a.vocab_size)
+
+
+def command(main):
+    """Run a command: a user's mistake is one line on stderr and exit code 2, Ctrl-C one line and 130."""
+    try:
+        main()
+    except (ValueError, OSError, ModuleNotFoundError, MemoryError, torch.OutOfMemoryError) as e:
+        message = f"out of memory ({e}): try a smaller --batch-size" if isinstance(
+            e, (MemoryError, torch.OutOfMemoryError)) else str(e)
+        print("error: " + " ".join(message.split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def main():
+    parser = Parser(__doc__.splitlines()[0])
+    parser.add_common()
+    parser.add_argument("--data", nargs="+", metavar="TEXT", help=f"{', '.join(n for n, s in TEXTS if s == 'test')}, "
+                        "embedded, or a file (default: wikitext2 ptb)")
+    parser.add_argument("--seq-len", type=positive, metavar="T",
+                        help="tokens in a window (default: 2048, or the model's positions if fewer)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+    a = parser.parse_args()
+    if a.json and not a.json.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--json {a.json}: no folder {a.json.absolute().parent}")
+    model, tokenizer = open_checkpoint(a.ckpt, a.device, a.dtype)
+    seq_len = sequence_length(a.seq_len, 2048, model)
+    default = ["embedded"] if a.ckpt == TINY else ["wikitext2", "ptb"]
+    texts = named_or_embedded(a.data, default, lambda names: load_windows(names, model, tokenizer, seq_len, a.windows,
+                                                                          a.data_dir))
+    seconds = {}
+    with timed(seconds, "evaluate", model.device):
+        results = perplexities(model, texts, a.batch_size, "perplexity")
+    row = {"model": a.ckpt.name, "parameters": model.n_params, "perplexity": results, "seconds": seconds["evaluate"],
+           "peak_bytes": peak_bytes(model.device)}
+    print("\n" + table([row], texts, model.n_params_dense))
+    if a.json:
+        protocols = {name: protocol for name, (_, protocol) in texts.items()}
+        a.json.write_text(json.dumps({**row, "protocol": protocols}, indent=1) + "\n")
+
+
+def sequence_length(asked, default, model):
+    """The --seq-len asked for, or the default cut to the model's positions. ValueError where it does not fit."""
+    limit = model.args.max_seq_len
+    if asked and (asked < 2 or limit and asked > limit):
+        raise ValueError(f"--seq-len {asked}: expected 2 to {limit or 'any number'} (the model's positions)")
+    return asked or min(default, limit or default)
+
+
+if __name__ == "__main__":
+    command(main)

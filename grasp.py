@@ -1,0 +1,219 @@
+"""GRASP: a low-rank layer where a redundant one stood, with no training [arXiv 2501.00339, Algorithm 1].
+
+    python grasp.py --ckpt FOLDER --layers 7 --ratio 0.1
+
+1. find_redundant   the layers that turn the residual stream least, by cosine                          [§2.1]
+2. compress         gradients of the loss to their seven matrices, on a little calibration text        [§2.2]
+                    for each matrix: W = U diag(S) Vh, a score for every sigma, the top k kept         [§2.2]
+                    y = W x becomes y = A (B x), A = U_k sqrt(S_k), B = sqrt(S_k) Vh_k                 [§2.3]
+
+`sweep(label)` gives the calibration set's micro-batches (B, T) once more; attribution.py holds the mathematics.
+"""
+import argparse
+import math
+import time
+from pathlib import Path
+
+from torch import nn
+
+from attribution import (SCORES, angular_distances, importance, layer_cosines, low_rank_factors, most_redundant,
+                         rank_for_ratio, rank_for_threshold, sigma_gradients, svd, top_k, weight_gradients)
+from data.corpus import TEXTS, batches, load_text, random_windows
+from evaluate import (TINY, Parser, command, load_windows, named_or_embedded, open_checkpoint, peak_bytes,
+                      perplexities, positive, sequence_length, table, timed)
+from model import MATRICES, LowRankLinear, check_target, save_checkpoint
+
+
+# ------------------------------------------------------------------------------------------------ Algorithm 1
+
+def find_redundant(model, sweep, n, contiguous=False):
+    """(cosine of every layer (n_layers,), ids of the n redundant ones, ascending) [GRASP §2.1].
+
+    contiguous: the n neighbours of smallest angular distance between their two ends instead [Gromov §3.2].
+    """
+    cosines = layer_cosines(model, sweep("redundancy"))
+    if contiguous:
+        first = int(angular_distances(model, sweep("angular distances"), n).argmin())
+        return cosines, list(range(first, first + n))
+    return cosines, most_redundant(cosines, n)
+
+
+def compress(model, layer_ids, sweep, ratio=None, threshold=None, score="taylor", iterative=False, log=print):
+    """Replace the matrices of the redundant layers, in place: a record for each (name, shape, rank, kept components).
+
+    ratio or threshold says how many components stay. One-shot (default): all gradients from the dense model, in one
+    sweep. iterative: from the deepest block to the shallowest, the MLP and then the attention, gradients taken again
+    before each, so that each sees those already replaced [GRASP Alg. 1].
+    """
+    groups = [[f"layers.{layer}.{matrix}" for layer in layer_ids for matrix in MATRICES]]
+    if iterative:
+        groups = [[f"layers.{layer}.{matrix}" for matrix in MATRICES if matrix.startswith(half)]
+                  for layer in sorted(layer_ids, reverse=True) for half in ("feed_forward", "attention")]
+    records = []
+    for group in groups:
+        dense = [name for name in group if isinstance(model.get_submodule(name), nn.Linear)]  # the rest is low-rank
+        G = {} if score == "magnitude" or not dense else weight_gradients(model, dense, sweep("attribution"))
+        for name in dense:
+            start = time.perf_counter()
+            record = replace(model, name, G.pop(name, None), ratio, threshold, score)
+            records.append(record)
+            log(f"{describe(record)}  {time.perf_counter() - start:5.2f} s")
+    return records
+
+
+def replace(model, name, G, ratio, threshold, score):
+    """One matrix: SVD, scores, top-k, factors in its place. A matrix whose factors were no smaller stays dense."""
+    W = model.get_submodule(name).weight
+    m, n = W.shape
+    U, S, Vh = svd(W)
+    scores = importance(S, None if G is None else sigma_gradients(U, G, Vh), score)
+    k = rank_for_threshold(scores, threshold) if threshold else rank_for_ratio(m, n, ratio)
+    if k * (m + n) >= m * n:
+        return {"name": name, "shape": [m, n], "rank": None, "kept": None}
+    kept = top_k(scores, k)
+    A, B = low_rank_factors(U, S, Vh, kept)
+    model.replace_matrix(name, LowRankLinear(A.to(W.dtype), B.to(W.dtype)))
+    return {"name": name, "shape": [m, n], "rank": k, "kept": kept.tolist()}
+
+
+def describe(record):
+    (m, n), k = record["shape"], record["rank"]
+    kept = "stays dense: its factors would not be smaller" if k is None else f"kept {100 * k * (m + n) / (m * n):.2f} %"
+    return f"{record['name']:<26} rank {k or min(m, n):4}/{min(m, n):<5} {kept}"
+
+
+# ------------------------------------------------------------------------------------------------ the whole job
+
+def main():
+    a = parse()
+    seconds = {}
+    with timed(seconds, "load", "cpu"):
+        model, tokenizer = open_checkpoint(a.ckpt, a.device, a.dtype)
+    if (a.layers or 1) > model.args.n_layers or not all(0 <= i < model.args.n_layers for i in a.layer_ids or []):
+        raise ValueError(f"--layers, --layer-ids: this model has {model.args.n_layers} layers, 0 to "
+                         f"{model.args.n_layers - 1}; asked for {a.layers or a.layer_ids}")
+    texts, (windows, calibration) = prepare_texts(a, model, tokenizer)
+    print(f"calibration  {calibration['text']}; {calibration['tokens']:,} tokens, {a.samples} random windows of "
+          f"{windows.shape[1]}, seed {a.seed}")
+    asked = f"threshold {a.threshold}" if a.threshold else f"ratio {a.ratio}"
+    print(f"method       {asked}, score {a.score}, {'iterative' if a.iterative else 'one-shot'}, batches of "
+          f"{a.batch_size}, to {a.out}\n")
+
+    def sweep(label):
+        return batches(windows, a.batch_size, label)
+
+    device = model.device
+    with timed(seconds, "redundancy", device):
+        cosines, redundant = find_redundant(model, sweep, a.layers or 1, a.contiguous)
+    redundant = sorted(a.layer_ids) if a.layer_ids else redundant
+    for layer, cosine in enumerate(cosines):
+        print(f"layer {layer:3}  cosine {cosine:.4f}{'  redundant' if layer in redundant else ''}")
+
+    rows, before, dense_params = [], model.n_params, model.n_params_dense
+
+    def add_row(name, spent):
+        with timed(seconds, "evaluation", device):
+            results = perplexities(model, texts, a.batch_size, name)
+        rows.append({"model": name, "parameters": model.n_params, "perplexity": results, "seconds": spent,
+                     "peak_bytes": peak_bytes(device)})
+
+    add_row("dense", None)
+    if a.compare:
+        add_comparisons(model, redundant, sweep, a.ratio, a.threshold, add_row, seconds)
+    print()
+    with timed(seconds, "compression", device):
+        records = compress(model, redundant, sweep, a.ratio, a.threshold, a.score, a.iterative)
+    add_row("GRASP" if a.score == "taylor" else f"GRASP, {a.score}", seconds["redundancy"] + seconds["compression"])
+    print("\n" + table(rows, texts, dense_params))
+    print(f"asked for {asked} of layers {redundant}; {100 * (1 - model.n_params / before):.1f} % of the model's "
+          f"{before:,} parameters removed, {model.n_params:,} left")
+    report = {"settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(a).items()},
+              "device": str(device), "dtype": str(model.dtype), "cosines": cosines.tolist(), "redundant": redundant,
+              "matrices": records, "parameters_before": before, "parameters_after": model.n_params,
+              "calibration": calibration, "protocol": {name: protocol for name, (_, protocol) in texts.items()},
+              "results": rows, "seconds": seconds, "peak_bytes": peak_bytes(device)}
+    save_checkpoint(model, a.out, report, tokenizer.file, a.overwrite)
+    print(f"written to {a.out}")
+
+
+def prepare_texts(a, model, tokenizer):
+    """(evaluation texts as load_windows gives them, (calibration windows, what they are))."""
+    embedded = a.ckpt == TINY
+    names = None if a.eval is None else [name for name in a.eval if name != "none"]
+    texts = {} if names == [] else named_or_embedded(
+        names, ["embedded"] if embedded else ["wikitext2", "ptb"],
+        lambda names: load_windows(names, model, tokenizer, sequence_length(None, 2048, model), a.windows, a.data_dir))
+    text, source = named_or_embedded(
+        a.calibration, "embedded" if embedded else "wikitext2",
+        lambda name: load_text(name if isinstance(name, str) else name[0], "train", a.data_dir))
+    tokens = tokenizer.stream(text)
+    windows, offsets = random_windows(tokens, a.samples, sequence_length(a.seq_len, 512, model), a.seed)
+    return texts, (windows, {"text": source, "tokens": len(tokens), "seq_len": windows.shape[1],
+                             "offsets": offsets.tolist()})
+
+
+def add_comparisons(model, redundant, sweep, ratio, threshold, add_row, seconds):
+    """Two rows to compare with: the redundant layers dropped, and plain SVD of the same ranks; then all as it was."""
+    layers = model.layers
+    model.layers = nn.ModuleList(block for i, block in enumerate(layers) if i not in redundant)
+    add_row("layers dropped", seconds["redundancy"])
+    model.layers = layers
+    names = [f"layers.{layer}.{matrix}" for layer in redundant for matrix in MATRICES]
+    dense = {name: model.get_submodule(name) for name in names}
+    with timed(seconds, "plain SVD", model.device):
+        compress(model, redundant, sweep, ratio, threshold, "magnitude", log=lambda line: None)
+    add_row("plain SVD", seconds["redundancy"] + seconds["plain SVD"])
+    for name, module in dense.items():
+        model.replace_matrix(name, module)
+
+
+def parse():
+    p = Parser(__doc__.splitlines()[0])
+    p.add_common()
+    p.add_argument("--layers", type=positive, help="how many redundant layers to compress")
+    p.add_argument("--layer-ids", type=int, nargs="+", metavar="ID", help="compress these layers instead")
+    p.add_argument("--contiguous", action="store_true", help="take neighbouring layers, by angular distance")
+    p.add_argument("--ratio", type=share, help="share of each matrix's parameters to keep (default: 0.1)")
+    p.add_argument("--threshold", type=share, help="instead: keep the fewest components that reach this share of the "
+                   "sum of scores")
+    p.add_argument("--score", choices=SCORES, default="taylor", help="what ranks the components (default: %(default)s)")
+    p.add_argument("--iterative", action="store_true", help="half a block at a time, with fresh gradients")
+    p.add_argument("--calibration", metavar="TEXT", help=f"{', '.join(n for n, s in TEXTS if s == 'train')}, embedded, "
+                   "or a file (default: wikitext2's training text)")
+    p.add_argument("--samples", type=positive, default=512, help="calibration sequences (default: %(default)s)")
+    p.add_argument("--seq-len", type=positive, help="tokens in each (default: 512, or the model's positions if fewer)")
+    p.add_argument("--seed", type=int, default=42, help="of the windows' random offsets (default: %(default)s)")
+    p.add_argument("--eval", nargs="+", metavar="TEXT", help=f"none, or any of "
+                   f"{', '.join(n for n, s in TEXTS if s == 'test')}, embedded, files (default: wikitext2 ptb)")
+    p.add_argument("--compare", action="store_true", help="add rows: the layers dropped, and plain SVD")
+    p.add_argument("--out", type=Path, help="folder to write (default: NAME-grasp here)")
+    p.add_argument("--overwrite", action="store_true", help="replace a folder that an earlier run wrote")
+    a = p.parse_args()
+    if bool(a.layers) == bool(a.layer_ids):
+        raise ValueError("give one of --layers N and --layer-ids ID ...")
+    if a.layer_ids and (len(set(a.layer_ids)) < len(a.layer_ids) or a.contiguous):
+        raise ValueError(f"--layer-ids {a.layer_ids}: expected each id once, and no --contiguous")
+    if a.ratio and a.threshold:
+        raise ValueError("give one of --ratio and --threshold")
+    if not 0 <= a.seed < 2 ** 63:
+        raise ValueError(f"--seed {a.seed}: expected 0 to 2^63 - 1")
+    a.ratio = a.ratio or (None if a.threshold else 0.1)
+    a.out = a.out or Path(f"{a.ckpt.resolve().name}-grasp")
+    if a.out.resolve() == a.ckpt.resolve():
+        raise ValueError(f"--out {a.out}: is the input")
+    check_target(a.out, a.overwrite)
+    return a
+
+
+def share(text):
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected more than 0 and at most 1")
+    return value
+
+
+if __name__ == "__main__":
+    command(main)

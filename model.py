@@ -1,0 +1,441 @@
+"""A LLaMA in plain PyTorch, and its folders of weights: read (Meta, Mistral, Hugging Face) and written (Meta).
+
+Nothing here knows the method. The names are Meta's, every linear layer is y = W x without bias, W (out, in):
+
+    dim, hidden_dim       width of the residual stream, of the feed-forward
+    n_heads, n_kv_heads   query heads; key/value heads, each shared by n_heads / n_kv_heads query heads
+    wq wk wv wo           attention projections;  w1 gate, w3 up, w2 down:  w2(silu(w1 x) * w3 x)
+    h                     residual stream (B, T, dim): B sequences, T tokens
+"""
+import json
+import math
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from data import huggingface
+
+MATRICES = ("attention.wq", "attention.wk", "attention.wv", "attention.wo",
+            "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+
+
+@dataclass
+class ModelArgs:
+    """Hyper-parameters, under the names of Meta's and Mistral's params.json."""
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    hidden_dim: int
+    vocab_size: int
+    norm_eps: float
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # Llama 3.1 and later: factor, low_freq_factor, high_freq_factor, original_...
+    max_seq_len: int | None = None    # None: the folder does not say
+
+
+def upcast(x):
+    """x in fp32 at least: half precisions are widened, fp32 and fp64 stay."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+# ------------------------------------------------------------------------------------------------ the model
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        wide = upcast(x)
+        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+
+
+class LowRankLinear(nn.Module):
+    """y = A (B x), with A (m, k) and B (k, n): what stands in for a dense W (m, n)."""
+
+    def __init__(self, A, B):
+        super().__init__()
+        self.A, self.B = nn.Parameter(A, requires_grad=False), nn.Parameter(B, requires_grad=False)
+
+    def forward(self, x):
+        return F.linear(F.linear(x, self.B), self.A)
+
+
+def rotary_frequencies(args, T, device):
+    """cos and sin of the rotary angles of positions 0..T-1, each (T, 1, head_dim / 2), fp32 [RoFormer, Eq. 15]."""
+    freqs = args.rope_theta ** (-torch.arange(0, args.head_dim, 2, device=device).float() / args.head_dim)
+    if args.rope_scaling:  # Llama 3.1: slow the long waves, keep the short ones, blend between
+        s = args.rope_scaling
+        turns = s["original_max_position_embeddings"] * freqs / (2 * math.pi)  # full turns within the first context
+        keep = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
+        freqs = keep * freqs + (1 - keep) * freqs / s["factor"]
+    angles = torch.outer(torch.arange(T, device=device).float(), freqs)[:, None]
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(x, cos, sin):
+    """Turn the pairs (2i, 2i+1) of x (B, T, heads, head_dim) by their angles."""
+    a, b = x[..., 0::2], x[..., 1::2]
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).type_as(x)
+
+
+class Attention(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.head_dim = args.head_dim
+        self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
+        self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
+
+    def forward(self, x, cos, sin):
+        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # (B, T, heads, hd)
+        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))                                          # (B, heads, T, hd)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.wo(y.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.w1 = nn.Linear(args.dim, args.hidden_dim, bias=False)
+        self.w2 = nn.Linear(args.hidden_dim, args.dim, bias=False)
+        self.w3 = nn.Linear(args.dim, args.hidden_dim, bias=False)
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.attention, self.attention_norm = Attention(args), RMSNorm(args.dim, args.norm_eps)
+        self.feed_forward, self.ffn_norm = FeedForward(args), RMSNorm(args.dim, args.norm_eps)
+
+    def forward(self, h, cos, sin):
+        h = h + self.attention(self.attention_norm(h), cos, sin)
+        return h + self.feed_forward(self.ffn_norm(h))
+
+
+class Transformer(nn.Module):
+    def __init__(self, args, tied=False):
+        super().__init__()
+        self.args = args
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.layers = nn.ModuleList(Block(args) for _ in range(args.n_layers))
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        if tied:
+            self.output.weight = self.tok_embeddings.weight
+
+    def residual_stream(self, tokens):
+        """Yield h_0 (the embeddings), then h_{l+1} after each block l: n_layers + 1 states (B, T, dim).
+
+        tokens (B, T) int64. The last state is the one BEFORE the final norm. ValueError if T is over max_seq_len.
+        """
+        T, limit = tokens.shape[1], self.args.max_seq_len
+        if limit and T > limit:
+            raise ValueError(f"sequences of {T} tokens, but this model's positions end at {limit}")
+        cos, sin = rotary_frequencies(self.args, T, tokens.device)
+        h = self.tok_embeddings(tokens)
+        yield h
+        for block in self.layers:
+            h = block(h, cos, sin)
+            yield h
+
+    def final_state(self, tokens):
+        """The residual stream after the last block, before the final norm: (B, T, dim)."""
+        for h in self.residual_stream(tokens):
+            pass
+        return h
+
+    def forward(self, tokens):
+        """tokens (B, T) int64 -> logits (B, T, vocab_size)."""
+        return self.output(self.norm(self.final_state(tokens)))
+
+    def losses(self, h, tokens, chunk=1024):
+        """Yield the SUMMED negative log-likelihood (nats) of the next tokens, `chunk` positions at a time.
+
+        h (B, T, dim) is the final state of tokens (B, T). In chunks, the (B, T, vocab) logits never exist at once.
+        """
+        h, targets = h[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()  # the one shift: position t predicts t + 1
+        for h_part, target in zip(h.split(chunk), targets.split(chunk)):
+            yield F.cross_entropy(upcast(self.output(self.norm(h_part))), target, reduction="sum")
+
+    def replace_matrix(self, name, module):
+        """Put `module` where the linear layer `name` ("layers.22.attention.wq") stands; return the old one."""
+        parent, _, leaf = name.rpartition(".")
+        old = self.get_submodule(name)
+        setattr(self.get_submodule(parent), leaf, module)
+        return old
+
+    @property
+    def n_params(self):
+        return sum(p.numel() for p in self.parameters())  # tied embeddings are one parameter
+
+    @property
+    def n_params_dense(self):
+        """The parameters of the dense model that a compressed one stands for."""
+        low_rank = [m for m in self.modules() if isinstance(m, LowRankLinear)]
+        return self.n_params + sum(m.A.shape[0] * m.B.shape[1] - m.A.numel() - m.B.numel() for m in low_rank)
+
+    @property
+    def device(self):
+        return self.tok_embeddings.weight.device
+
+    @property
+    def dtype(self):
+        return self.tok_embeddings.weight.dtype
+
+
+# ------------------------------------------------------------------------------------------------ folders in
+
+def load_checkpoint(path, dtype=None, device="cpu"):
+    """Read a folder of weights into a Transformer whose parameters ask for no gradient.
+
+    path: Meta's or Mistral's raw folder (params.json + consolidated.*), a Hugging Face one (config.json +
+    *.safetensors), or a compressed one. dtype None keeps the folder's own; on the CPU the weights then stay
+    memory-mapped. FileNotFoundError, ValueError: the file or tensor, what was found and what was expected.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: " + ("a file, expected a folder" if folder.exists() else "no such folder"))
+    args, ranks, shards, halves = read_folder(folder)
+    last = f"layers.{args.n_layers - 1}.attention_norm.weight"
+    if last not in shards[0]:  # seen before a model of any size is built
+        raise ValueError(f"{folder}: tensor {last} is missing")
+    embedding, head = shards[0]["tok_embeddings.weight"], shards[0].get("output.weight")
+    tied = head is None or (head.shape == embedding.shape and torch.equal(head, embedding))
+    with torch.device("meta"):
+        model = Transformer(args, tied)
+        for name, k in ranks.items():
+            m, n = model.get_submodule(name).weight.shape
+            model.replace_matrix(name, LowRankLinear(torch.empty(m, k), torch.empty(k, n)))
+    return fill(model, shards, folder, halves, dtype or embedding.dtype, device)
+
+
+def read_folder(folder):
+    """(ModelArgs, {matrix: rank}, [{name: tensor} of each model-parallel shard], whether wq and wk rotate halves)."""
+    raw = sorted(folder.glob("consolidated*.pth")) or sorted(folder.glob("consolidated*.safetensors"))
+    if (folder / "params.json").is_file() and raw:
+        file, shards, names = folder / "params.json", [read_tensors(f) for f in raw], {}
+        params = read_json(file)
+    elif (folder / "config.json").is_file():
+        file, index = folder / "config.json", folder / "model.safetensors.index.json"
+        params, names = huggingface.check_config(read_json(file), file), huggingface.FIELDS
+        files = huggingface.weight_files(folder, read_json(index) if index.is_file() else None)
+        shards = [{huggingface.our_name(name): t for f in files for name, t in read_tensors(f).items()}]
+        if params.get("tie_word_embeddings"):
+            shards[0].pop("output.weight", None)
+        elif "output.weight" not in shards[0]:
+            raise ValueError(f"{folder}: tensor lm_head.weight is missing, and tie_word_embeddings is not true")
+    else:
+        raise FileNotFoundError(f"{folder}: no checkpoint here; looked for params.json with consolidated.*.pth or "
+                                "consolidated.*.safetensors (Meta, Mistral) and config.json (Hugging Face)")
+    if "tok_embeddings.weight" not in shards[0]:
+        raise ValueError(f"{folder}: tensor {'model.embed_tokens' if names else 'tok_embeddings'}.weight is missing")
+    args = read_args(params, file, names, shards)
+    return args, read_ranks(params, file, args), shards, bool(names)
+
+
+def fill(model, shards, folder, halves, dtype, device):
+    """Give every parameter of the meta model its tensor, one after the other; tied embeddings are one."""
+    tied = model.output.weight is model.tok_embeddings.weight
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    extra = {name for shard in shards for name in shard} - set(shapes) - ({"output.weight"} if tied else set())
+    extra = sorted(name for name in extra if "rope.freqs" not in name and "rotary_emb.inv_freq" not in name)
+    if extra:
+        raise ValueError(f"{folder}: tensor {extra[0]} is not one of this model's ({len(extra)} such)")
+    for name, shape in shapes.items():
+        tensor = gather([shard.get(name) for shard in shards], name, shape, folder)
+        if halves and name.endswith(("wq.weight", "wk.weight")):
+            tensor = pair_rows(tensor, model.args.head_dim)
+        low, high = tensor.aminmax()
+        if not (low.isfinite() and high.isfinite()):
+            raise ValueError(f"{folder}: tensor {name} holds NaN or infinite values")
+        parent, _, leaf = name.rpartition(".")
+        parameter = nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=False)
+        setattr(model.get_submodule(parent), leaf, parameter)
+    if tied:
+        model.output.weight = model.tok_embeddings.weight
+    return model
+
+
+def gather(parts, name, shape, folder):
+    """One tensor from its model-parallel shards: repeated, or split over the one dimension that adds up."""
+    if any(part is None for part in parts):
+        raise ValueError(f"{folder}: tensor {name} is missing")
+    first = parts[0]
+    if first.shape == shape:
+        if all(torch.equal(first, part) for part in parts[1:]):
+            return first
+        raise ValueError(f"{folder}: tensor {name} differs between the shards")
+    for dim in range(len(shape) if all(part.ndim == len(shape) for part in parts) else 0):
+        sizes = {part.shape[:dim] + part.shape[dim + 1:] for part in parts}
+        if sizes == {shape[:dim] + shape[dim + 1:]} and sum(part.shape[dim] for part in parts) == shape[dim]:
+            return torch.cat(parts, dim)
+    found = " and ".join(str(tuple(part.shape)) for part in parts)
+    raise ValueError(f"{folder}: tensor {name} is {found}, expected {tuple(shape)}")
+
+
+def pair_rows(W, head_dim):
+    """Hugging Face's rows of wq, wk (a head's first halves, then its second ones) as Meta's pairs (2i, 2i+1)."""
+    return W.view(-1, 2, head_dim // 2, W.shape[1]).transpose(1, 2).reshape(W.shape)
+
+
+def read_tensors(file):
+    """{name: memory-mapped tensor} of one .pth or .safetensors file; nothing but plain float tensors is let in."""
+    try:
+        if file.suffix == ".pth":
+            tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        else:
+            tensors = read_safetensors(file)
+    except (ModuleNotFoundError, OSError):
+        raise
+    except Exception as e:  # the unpicklers raise many kinds; each means that the file is not what it should be
+        raise ValueError(f"{file}: not readable as plain tensors (cut, corrupt, or holding other objects): "
+                         f"{str(e).strip().splitlines()[0] if str(e) else type(e).__name__}") from e
+    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    for name, t in tensors.items() if isinstance(tensors, dict) else [("", None)]:
+        if not (isinstance(name, str) and isinstance(t, torch.Tensor) and t.layout == torch.strided
+                and t.dtype in floats and t.numel()):
+            found = f"{t.dtype} of shape {tuple(t.shape)}" if isinstance(t, torch.Tensor) else type(t).__name__
+            raise ValueError(f"{file}: {name or 'the file'} is {found}, expected a dense tensor in "
+                             "float16, bfloat16, float32 or float64")
+    return tensors
+
+
+def read_safetensors(file):
+    try:
+        from safetensors import safe_open
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(f"{file}: reading it needs the package safetensors: pip install safetensors") from None
+    with safe_open(file, framework="pt") as f:
+        return {name: f.get_tensor(name) for name in f.keys()}
+
+
+# ------------------------------------------------------------------------------------------------ hyper-parameters
+
+def read_json(file):
+    try:
+        table = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{file}: not JSON ({e})") from None
+    if not isinstance(table, dict):
+        raise ValueError(f"{file}: a JSON {type(table).__name__}, expected an object")
+    return table
+
+
+def number(table, name, file, default=None, kind=int):
+    """table[name], a positive finite number of that kind; ValueError where it is missing or anything else."""
+    value = table.get(name) if table.get(name) is not None else default
+    if value is None:
+        raise ValueError(f"{file}: lacks {name}")
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 2 ** 53
+    if not good or value != kind(value):
+        raise ValueError(f"{file}: {name} is {value!r}, expected a positive {kind.__name__}")
+    return kind(value)
+
+
+def read_args(p, file, names, shards):
+    """ModelArgs from the table of a params.json (Meta, Mistral, this project) or, with `names`, a config.json."""
+    def get(name, default=None, kind=int):
+        return number(p, names.get(name, name), file, default, kind)
+
+    for name in ("moe", "vision_chunk_size", "yarn", "quantization_args", "quantization_config"):
+        if p.get(name):
+            raise ValueError(f"{file}: {name} means an unsupported architecture; supported: dense Llama 1-3.2, Mistral")
+    dim, n_heads = get("dim"), get("n_heads")
+    rows, width = shards[0]["tok_embeddings.weight"].shape
+    hidden = int(get("ffn_dim_multiplier", 1.0, float) * int(2 * 4 * dim / 3))
+    multiple = get("multiple_of", 256)
+    scaling = p.get("rope_scaling") or ({} if p.get("use_scaled_rope") else None)
+    # full attention is a sliding window's attention only within that window
+    limits = [get(name) for name in ("max_seq_len", "sliding_window") if p.get(names.get(name, name))]
+    args = ModelArgs(
+        dim=dim, n_layers=get("n_layers"), n_heads=n_heads, n_kv_heads=get("n_kv_heads", n_heads),
+        head_dim=get("head_dim", dim // n_heads), hidden_dim=get("hidden_dim", -(-hidden // multiple) * multiple),
+        vocab_size=get("vocab_size") if p.get("vocab_size", -1) != -1 else rows * (len(shards) if width == dim else 1),
+        norm_eps=get("norm_eps", kind=float), rope_theta=get("rope_theta", 10000.0, float),
+        rope_scaling=scaling if scaling is None else {  # Llama 3.1's values where the file gives none
+            name: number(scaling, name, file, default, float)
+            for name, default in (("factor", 8.0), ("low_freq_factor", 1.0), ("high_freq_factor", 4.0),
+                                  ("original_max_position_embeddings", 8192.0))},
+        max_seq_len=min(limits, default=None))
+    if args.n_heads % args.n_kv_heads or args.head_dim % 2:
+        raise ValueError(f"{file}: {n_heads} query heads, {args.n_kv_heads} key/value heads, head size {args.head_dim}: "
+                         "the first must be a multiple of the second, the last even")
+    return args
+
+
+def read_ranks(p, file, args):
+    """{matrix name: rank} of a compressed folder; empty for a dense one."""
+    ranks = p.get("ranks") or {}
+    for name in ranks:
+        layer, _, matrix = str(name).removeprefix("layers.").partition(".")
+        if matrix not in MATRICES or not (layer.isdecimal() and int(layer) < args.n_layers):
+            raise ValueError(f"{file}: ranks names {name}, which this model does not have")
+    return {name: number(ranks, name, file) for name in ranks}
+
+
+# ------------------------------------------------------------------------------------------------ folders out
+
+def check_target(path, overwrite=False):
+    """FileExistsError or PermissionError if a checkpoint cannot be written to `path`; called before any long work."""
+    path = Path(path)
+    if path.exists() or path.is_symlink():
+        if not overwrite:
+            raise FileExistsError(f"{path}: exists; choose another --out or pass --overwrite")
+        ours = path.is_dir() and not path.is_symlink() and (path / "report.json").is_file()
+        if not ours or any(entry.is_dir() for entry in path.iterdir()):
+            raise FileExistsError(f"{path}: --overwrite replaces only a folder written by this project (report.json)")
+    parent = path.absolute().parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path}: cannot be written, {parent} is " +
+                              ("read-only" if parent.is_dir() else "not a folder"))
+
+
+def save_checkpoint(model, path, report=None, tokenizer=None, overwrite=False):
+    """Write `model` as Meta's layout: params.json (with the ranks), consolidated.00.pth, tokenizer, report.json.
+
+    All or nothing: a temporary folder beside `path`, then a rename. report: a dict; tokenizer: a file to copy.
+    Raises FileExistsError unless overwrite, and OSError (disk full, read-only) with `path` as it was before.
+    """
+    path = Path(path)
+    check_target(path, overwrite)
+    ranks = {name: m.A.shape[1] for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    temporary, old = (path.with_name(f".{path.name}.{kind}-{os.getpid()}") for kind in ("tmp", "old"))
+    try:
+        temporary.mkdir()
+        torch.save({name: whole_storage(p.detach().cpu()) for name, p in model.named_parameters()},
+                   temporary / "consolidated.00.pth")
+        (temporary / "params.json").write_text(json.dumps({**asdict(model.args), "ranks": ranks}, indent=1) + "\n")
+        if report:
+            (temporary / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+        if tokenizer:
+            shutil.copyfile(tokenizer, temporary / Path(tokenizer).name)
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+    except RuntimeError as e:  # how torch.save reports a write that failed
+        raise OSError(f"{path}: could not be written: {str(e).splitlines()[0]}") from e
+    finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def whole_storage(t):
+    """t alone in its storage, without a copy: torch.save writes whole storages, and a mapped file is a single one."""
+    t = t.contiguous()
+    return torch.from_numpy(t.view(torch.uint8).numpy()).view(t.dtype)
