@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from data.corpus import TEXTS, batches, consecutive_windows, load_text
+from data.corpus import batches, consecutive_windows, load_text, names
 from data.tokenizer import load_tokenizer
 from model import load_checkpoint
 
@@ -34,22 +34,23 @@ def perplexity(model, batches):
     return (total / count).exp().item()
 
 
-def load_windows(names, model, tokenizer, seq_len=2048, limit=None, data_dir=None):
-    """{name: (windows (n, seq_len) int64, protocol)} of the texts named; `limit` takes only the first windows."""
-    texts = {}
-    for name in names:
+def load_windows(texts, tokenizer, seq_len=2048, limit=None, data_dir=None):
+    """{label: (windows (n, seq_len) int64, protocol)} of the texts named; `limit` takes only the first windows."""
+    result = {}
+    for name in texts:
         text, source = load_text(name, "test", data_dir)
         tokens = tokenizer.stream(text)
         windows = consecutive_windows(tokens, seq_len, limit)
-        texts[name] = windows, {"text": source, "tokens": len(tokens), "windows": len(windows), "seq_len": seq_len,
-                                "all_windows": len(tokens) // seq_len, "bos": tokenizer.bos_id is not None}
-    return texts
+        label = Path(name).name if Path(name).name not in result else name  # of a file, its name will do
+        result[label] = windows, {"text": source, "tokens": len(tokens), "windows": len(windows), "seq_len": seq_len,
+                                  "all_windows": len(tokens) // seq_len, "bos": tokenizer.bos_id is not None}
+    return result
 
 
-def named_or_embedded(names, default, load):
-    """load(names), or load(default) if none are named; a default that cannot be had gives way to the embedded text."""
-    if names:
-        return load(names)
+def named_or_embedded(texts, default, load):
+    """load(texts), or load(default) if none are named; a default that cannot be had gives way to the embedded text."""
+    if texts:
+        return load(texts)
     try:
         return load(default)
     except FileNotFoundError as e:
@@ -121,7 +122,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: CUDA where there is one)")
         self.add_argument("--dtype", default="auto", choices=["auto", *DTYPES],
                           help="to compute in, and to write (default: the folder's own)")
-        self.add_argument("--batch-size", type=positive, default=4, metavar="N",
+        self.add_argument("--batch-size", type=positive, default=1, metavar="N",
                           help="sequences in a micro-batch (default: %(default)s)")
         self.add_argument("--data-dir", metavar="DIR", help="where wikitext-2-raw/ and ptb/ are (default: $GRASP_DATA, "
                           "else the cache, else a download)")
@@ -175,8 +176,7 @@ def command(main):
 def main():
     parser = Parser(__doc__.splitlines()[0])
     parser.add_common()
-    parser.add_argument("--data", nargs="+", metavar="TEXT", help=f"{', '.join(n for n, s in TEXTS if s == 'test')}, "
-                        "embedded, or a file (default: wikitext2 ptb)")
+    parser.add_argument("--data", nargs="+", metavar="TEXT", help=f"{names('test')}, or files (default: wikitext2 ptb)")
     parser.add_argument("--seq-len", type=positive, metavar="T",
                         help="tokens in a window (default: 2048, or the model's positions if fewer)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
@@ -186,8 +186,7 @@ def main():
     model, tokenizer = open_checkpoint(a.ckpt, a.device, a.dtype)
     seq_len = sequence_length(a.seq_len, 2048, model)
     default = ["embedded"] if a.ckpt == TINY else ["wikitext2", "ptb"]
-    texts = named_or_embedded(a.data, default, lambda names: load_windows(names, model, tokenizer, seq_len, a.windows,
-                                                                          a.data_dir))
+    texts = named_or_embedded(a.data, default, lambda texts: load_windows(texts, tokenizer, seq_len, a.windows, a.data_dir))
     seconds = {}
     with timed(seconds, "evaluate", model.device):
         results = perplexities(model, texts, a.batch_size, "perplexity")

@@ -18,7 +18,7 @@ from torch import nn
 
 from attribution import (SCORES, angular_distances, importance, layer_cosines, low_rank_factors, most_redundant,
                          rank_for_ratio, rank_for_threshold, sigma_gradients, svd, top_k, weight_gradients)
-from data.corpus import TEXTS, batches, load_text, random_windows
+from data.corpus import batches, load_text, names, random_windows
 from evaluate import (TINY, Parser, command, load_windows, named_or_embedded, open_checkpoint, peak_bytes,
                       perplexities, positive, sequence_length, table, timed)
 from model import MATRICES, LowRankLinear, check_target, save_checkpoint
@@ -142,7 +142,7 @@ def prepare_texts(a, model, tokenizer):
     names = None if a.eval is None else [name for name in a.eval if name != "none"]
     texts = {} if names == [] else named_or_embedded(
         names, ["embedded"] if embedded else ["wikitext2", "ptb"],
-        lambda names: load_windows(names, model, tokenizer, sequence_length(None, 2048, model), a.windows, a.data_dir))
+        lambda names: load_windows(names, tokenizer, sequence_length(None, 2048, model), a.windows, a.data_dir))
     text, source = named_or_embedded(
         a.calibration, "embedded" if embedded else "wikitext2",
         lambda name: load_text(name if isinstance(name, str) else name[0], "train", a.data_dir))
@@ -178,13 +178,12 @@ def parse():
                    "sum of scores")
     p.add_argument("--score", choices=SCORES, default="taylor", help="what ranks the components (default: %(default)s)")
     p.add_argument("--iterative", action="store_true", help="half a block at a time, with fresh gradients")
-    p.add_argument("--calibration", metavar="TEXT", help=f"{', '.join(n for n, s in TEXTS if s == 'train')}, embedded, "
-                   "or a file (default: wikitext2's training text)")
+    p.add_argument("--calibration", metavar="TEXT", help=f"{names('train')}, or a file (default: wikitext2)")
     p.add_argument("--samples", type=positive, default=512, help="calibration sequences (default: %(default)s)")
     p.add_argument("--seq-len", type=positive, help="tokens in each (default: 512, or the model's positions if fewer)")
     p.add_argument("--seed", type=int, default=42, help="of the windows' random offsets (default: %(default)s)")
-    p.add_argument("--eval", nargs="+", metavar="TEXT", help=f"none, or any of "
-                   f"{', '.join(n for n, s in TEXTS if s == 'test')}, embedded, files (default: wikitext2 ptb)")
+    p.add_argument("--eval", nargs="+", metavar="TEXT", help=f"none, or any of {names('test')}, files "
+                   "(default: wikitext2 ptb)")
     p.add_argument("--compare", action="store_true", help="add rows: the layers dropped, and plain SVD")
     p.add_argument("--out", type=Path, help="folder to write (default: NAME-grasp here)")
     p.add_argument("--overwrite", action="store_true", help="replace a folder that an earlier run wrote")

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import huggingface
+from data.checkpoint import read_folder
 
 MATRICES = ("attention.wq", "attention.wk", "attention.wv", "attention.wo",
             "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
@@ -209,10 +209,14 @@ def load_checkpoint(path, dtype=None, device="cpu"):
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: " + ("a file, expected a folder" if folder.exists() else "no such folder"))
-    args, ranks, shards, halves = read_folder(folder)
+    fields, ranks, shards, halves = read_folder(folder)
+    args = ModelArgs(**fields)
     last = f"layers.{args.n_layers - 1}.attention_norm.weight"
     if last not in shards[0]:  # seen before a model of any size is built
         raise ValueError(f"{folder}: tensor {last} is missing")
+    wrong = set(ranks) - {f"layers.{layer}.{matrix}" for layer in range(args.n_layers) for matrix in MATRICES}
+    if wrong:
+        raise ValueError(f"{folder}: ranks names {min(wrong)}, which this model does not have")
     embedding, head = shards[0]["tok_embeddings.weight"], shards[0].get("output.weight")
     tied = head is None or (head.shape == embedding.shape and torch.equal(head, embedding))
     with torch.device("meta"):
@@ -221,30 +225,6 @@ def load_checkpoint(path, dtype=None, device="cpu"):
             m, n = model.get_submodule(name).weight.shape
             model.replace_matrix(name, LowRankLinear(torch.empty(m, k), torch.empty(k, n)))
     return fill(model, shards, folder, halves, dtype or embedding.dtype, device)
-
-
-def read_folder(folder):
-    """(ModelArgs, {matrix: rank}, [{name: tensor} of each model-parallel shard], whether wq and wk rotate halves)."""
-    raw = sorted(folder.glob("consolidated*.pth")) or sorted(folder.glob("consolidated*.safetensors"))
-    if (folder / "params.json").is_file() and raw:
-        file, shards, names = folder / "params.json", [read_tensors(f) for f in raw], {}
-        params = read_json(file)
-    elif (folder / "config.json").is_file():
-        file, index = folder / "config.json", folder / "model.safetensors.index.json"
-        params, names = huggingface.check_config(read_json(file), file), huggingface.FIELDS
-        files = huggingface.weight_files(folder, read_json(index) if index.is_file() else None)
-        shards = [{huggingface.our_name(name): t for f in files for name, t in read_tensors(f).items()}]
-        if params.get("tie_word_embeddings"):
-            shards[0].pop("output.weight", None)
-        elif "output.weight" not in shards[0]:
-            raise ValueError(f"{folder}: tensor lm_head.weight is missing, and tie_word_embeddings is not true")
-    else:
-        raise FileNotFoundError(f"{folder}: no checkpoint here; looked for params.json with consolidated.*.pth or "
-                                "consolidated.*.safetensors (Meta, Mistral) and config.json (Hugging Face)")
-    if "tok_embeddings.weight" not in shards[0]:
-        raise ValueError(f"{folder}: tensor {'model.embed_tokens' if names else 'tok_embeddings'}.weight is missing")
-    args = read_args(params, file, names, shards)
-    return args, read_ranks(params, file, args), shards, bool(names)
 
 
 def fill(model, shards, folder, halves, dtype, device):
@@ -271,13 +251,12 @@ def fill(model, shards, folder, halves, dtype, device):
 
 
 def gather(parts, name, shape, folder):
-    """One tensor from its model-parallel shards: repeated, or split over the one dimension that adds up."""
+    """One tensor from its model-parallel shards: vectors are repeated, matrices split over the side that adds up."""
     if any(part is None for part in parts):
         raise ValueError(f"{folder}: tensor {name} is missing")
-    first = parts[0]
-    if first.shape == shape:
-        if all(torch.equal(first, part) for part in parts[1:]):
-            return first
+    if parts[0].shape == shape and (len(parts) == 1 or len(shape) == 1):
+        if all(torch.equal(parts[0], part) for part in parts[1:]):
+            return parts[0]
         raise ValueError(f"{folder}: tensor {name} differs between the shards")
     for dim in range(len(shape) if all(part.ndim == len(shape) for part in parts) else 0):
         sizes = {part.shape[:dim] + part.shape[dim + 1:] for part in parts}
@@ -290,101 +269,6 @@ def gather(parts, name, shape, folder):
 def pair_rows(W, head_dim):
     """Hugging Face's rows of wq, wk (a head's first halves, then its second ones) as Meta's pairs (2i, 2i+1)."""
     return W.view(-1, 2, head_dim // 2, W.shape[1]).transpose(1, 2).reshape(W.shape)
-
-
-def read_tensors(file):
-    """{name: memory-mapped tensor} of one .pth or .safetensors file; nothing but plain float tensors is let in."""
-    try:
-        if file.suffix == ".pth":
-            tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        else:
-            tensors = read_safetensors(file)
-    except (ModuleNotFoundError, OSError):
-        raise
-    except Exception as e:  # the unpicklers raise many kinds; each means that the file is not what it should be
-        raise ValueError(f"{file}: not readable as plain tensors (cut, corrupt, or holding other objects): "
-                         f"{str(e).strip().splitlines()[0] if str(e) else type(e).__name__}") from e
-    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    for name, t in tensors.items() if isinstance(tensors, dict) else [("", None)]:
-        if not (isinstance(name, str) and isinstance(t, torch.Tensor) and t.layout == torch.strided
-                and t.dtype in floats and t.numel()):
-            found = f"{t.dtype} of shape {tuple(t.shape)}" if isinstance(t, torch.Tensor) else type(t).__name__
-            raise ValueError(f"{file}: {name or 'the file'} is {found}, expected a dense tensor in "
-                             "float16, bfloat16, float32 or float64")
-    return tensors
-
-
-def read_safetensors(file):
-    try:
-        from safetensors import safe_open
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(f"{file}: reading it needs the package safetensors: pip install safetensors") from None
-    with safe_open(file, framework="pt") as f:
-        return {name: f.get_tensor(name) for name in f.keys()}
-
-
-# ------------------------------------------------------------------------------------------------ hyper-parameters
-
-def read_json(file):
-    try:
-        table = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{file}: not JSON ({e})") from None
-    if not isinstance(table, dict):
-        raise ValueError(f"{file}: a JSON {type(table).__name__}, expected an object")
-    return table
-
-
-def number(table, name, file, default=None, kind=int):
-    """table[name], a positive finite number of that kind; ValueError where it is missing or anything else."""
-    value = table.get(name) if table.get(name) is not None else default
-    if value is None:
-        raise ValueError(f"{file}: lacks {name}")
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 2 ** 53
-    if not good or value != kind(value):
-        raise ValueError(f"{file}: {name} is {value!r}, expected a positive {kind.__name__}")
-    return kind(value)
-
-
-def read_args(p, file, names, shards):
-    """ModelArgs from the table of a params.json (Meta, Mistral, this project) or, with `names`, a config.json."""
-    def get(name, default=None, kind=int):
-        return number(p, names.get(name, name), file, default, kind)
-
-    for name in ("moe", "vision_chunk_size", "yarn", "quantization_args", "quantization_config"):
-        if p.get(name):
-            raise ValueError(f"{file}: {name} means an unsupported architecture; supported: dense Llama 1-3.2, Mistral")
-    dim, n_heads = get("dim"), get("n_heads")
-    rows, width = shards[0]["tok_embeddings.weight"].shape
-    hidden = int(get("ffn_dim_multiplier", 1.0, float) * int(2 * 4 * dim / 3))
-    multiple = get("multiple_of", 256)
-    scaling = p.get("rope_scaling") or ({} if p.get("use_scaled_rope") else None)
-    # full attention is a sliding window's attention only within that window
-    limits = [get(name) for name in ("max_seq_len", "sliding_window") if p.get(names.get(name, name))]
-    args = ModelArgs(
-        dim=dim, n_layers=get("n_layers"), n_heads=n_heads, n_kv_heads=get("n_kv_heads", n_heads),
-        head_dim=get("head_dim", dim // n_heads), hidden_dim=get("hidden_dim", -(-hidden // multiple) * multiple),
-        vocab_size=get("vocab_size") if p.get("vocab_size", -1) != -1 else rows * (len(shards) if width == dim else 1),
-        norm_eps=get("norm_eps", kind=float), rope_theta=get("rope_theta", 10000.0, float),
-        rope_scaling=scaling if scaling is None else {  # Llama 3.1's values where the file gives none
-            name: number(scaling, name, file, default, float)
-            for name, default in (("factor", 8.0), ("low_freq_factor", 1.0), ("high_freq_factor", 4.0),
-                                  ("original_max_position_embeddings", 8192.0))},
-        max_seq_len=min(limits, default=None))
-    if args.n_heads % args.n_kv_heads or args.head_dim % 2:
-        raise ValueError(f"{file}: {n_heads} query heads, {args.n_kv_heads} key/value heads, head size {args.head_dim}: "
-                         "the first must be a multiple of the second, the last even")
-    return args
-
-
-def read_ranks(p, file, args):
-    """{matrix name: rank} of a compressed folder; empty for a dense one."""
-    ranks = p.get("ranks") or {}
-    for name in ranks:
-        layer, _, matrix = str(name).removeprefix("layers.").partition(".")
-        if matrix not in MATRICES or not (layer.isdecimal() and int(layer) < args.n_layers):
-            raise ValueError(f"{file}: ranks names {name}, which this model does not have")
-    return {name: number(ranks, name, file) for name in ranks}
 
 
 # ------------------------------------------------------------------------------------------------ folders out

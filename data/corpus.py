@@ -40,33 +40,38 @@ def join_lines(text, by="\n\n"):
     return by.join(line.strip() for line in text.split("\n")[:-1])
 
 
-TEXTS = {  # (name, split asked for): (file, how its records are joined, in words, as a function)
-    ("wikitext2", "test"): ("wikitext-2-raw/wiki.test.raw", "rows joined by two newlines", join_rows),
-    ("wikitext2", "train"): ("wikitext-2-raw/wiki.train.raw", "rows joined by two newlines", join_rows),
-    ("ptb", "test"): ("ptb/ptb.valid.txt", "lines joined by two newlines", join_lines),
-    ("ptb", "train"): ("ptb/ptb.train.txt", "lines joined by two newlines", join_lines),
-    ("ptb-test", "test"): ("ptb/ptb.test.txt", "lines joined by two newlines", join_lines),
-    ("ptb-new", "test"): ("ptb/ptb.test.txt", "lines joined by one space", lambda text: join_lines(text, " ")),
+WIKI, PENN = "WikiText-2 raw, {} split, rows joined by two newlines", "Penn Treebank, {} split, stripped lines joined by {}"
+TEXTS = {  # (name, what it is asked for): (file, what it is and how its records are joined, in words, as a function)
+    ("wikitext2", "test"): ("wikitext-2-raw/wiki.test.raw", WIKI.format("test"), join_rows),
+    ("wikitext2", "train"): ("wikitext-2-raw/wiki.train.raw", WIKI.format("training"), join_rows),
+    ("ptb", "test"): ("ptb/ptb.valid.txt", PENN.format("validation", "two newlines"), join_lines),
+    ("ptb", "train"): ("ptb/ptb.train.txt", PENN.format("training", "two newlines"), join_lines),
+    ("ptb-test", "test"): ("ptb/ptb.test.txt", PENN.format("test", "two newlines"), join_lines),
+    ("ptb-new", "test"): ("ptb/ptb.test.txt", PENN.format("test", "one space"), lambda text: join_lines(text, " ")),
 }
 
 
-def load_text(name, split, data_dir=None):
-    """(text, protocol) of a name in TEXTS, of "embedded", or of any UTF-8 file by its path, read as it stands.
+def names(use):
+    """The names of texts for a use ("train" or "test"), for a message."""
+    return ", ".join([name for name, known in TEXTS if known == use] + ["embedded"])
 
-    split: "train" for calibration, "test" for evaluation. Raises FileNotFoundError (with the way to get the text) and
+
+def load_text(name, use, data_dir=None):
+    """(text, what it is) of a name in TEXTS, of "embedded", or of any UTF-8 file by its path, read as it stands.
+
+    use: "train" for calibration, "test" for evaluation. Raises FileNotFoundError (with the way to get the text) and
     ValueError (not what its SHA-256 says, not UTF-8).
     """
     if name == "embedded":
-        return embedded_text(split), f"embedded (Python {sys.version_info[0]}.{sys.version_info[1]}'s language " \
-                                     f"reference), {'held-out last tenth' if split == 'test' else 'first nine tenths'}"
-    if (name, split) in TEXTS:
-        wanted, how, join = TEXTS[name, split]
+        part = "held-out last tenth" if use == "test" else "first nine tenths"
+        return embedded_text(use), f"Python {sys.version_info[0]}.{sys.version_info[1]}'s language reference, {part}"
+    if (name, use) in TEXTS:
+        wanted, words, join = TEXTS[name, use]
         file = find_file(wanted, data_dir)
-        return join(read_text(file)), f"{name}, {file.name}, {how}"
+        return join(read_text(file)), words + (" (only its head)" if ".head." in file.name else "")
     if not Path(name).is_file():
-        names = ", ".join(n for n, s in TEXTS if s == split)
-        raise FileNotFoundError(f"no text {name!r}: expected {names}, embedded, or the path of a file")
-    return read_text(Path(name)), f"{name}, as it stands"
+        raise FileNotFoundError(f"no text {name!r}: expected {names(use)}, or the path of a file")
+    return read_text(Path(name)), "the file as it stands"
 
 
 def read_text(file):
@@ -129,7 +134,7 @@ def fetch(url):
     return bytes(content)
 
 
-def embedded_text(split):
+def embedded_text(use):
     """The language reference that every Python carries (pydoc_data.topics): first nine tenths or last tenth.
 
     Its topics repeat each other, so each paragraph is taken once: what is held out was then never trained on.
@@ -138,7 +143,7 @@ def embedded_text(split):
     paragraphs = (part.strip("\n") for topic in sorted(topics) for part in topics[topic].split("\n\n"))
     unique = [part for part in dict.fromkeys(paragraphs) if part.strip()]
     cut = len(unique) * 9 // 10
-    return "\n\n".join(unique[:cut] if split == "train" else unique[cut:]) + "\n"
+    return "\n\n".join(unique[:cut] if use == "train" else unique[cut:]) + "\n"
 
 
 # ------------------------------------------------------------------------------------------------ tokens

@@ -50,8 +50,9 @@ def load_tokenizer(folder, vocab_size=None):
 def read_sentencepiece(file, content):
     from sentencepiece import SentencePieceProcessor
     try:
-        model = SentencePieceProcessor(model_proto=content)
-    except (RuntimeError, TypeError):
+        model = SentencePieceProcessor()
+        model.LoadFromSerializedProto(content)
+    except RuntimeError:
         raise ValueError(f"{file}: neither a SentencePiece model, nor lines of base64 and rank, nor JSON") from None
     return Tokenizer(file, model.vocab_size(), model.bos_id() if model.bos_id() >= 0 else None, model.encode)
 

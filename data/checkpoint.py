@@ -1,0 +1,127 @@
+"""What a folder of weights says: its tensors, memory-mapped, and its hyper-parameters, all under Meta's names.
+
+Read are Meta's raw folders (params.json + consolidated.NN.pth, one file a model-parallel shard), Mistral's (the same,
+or consolidated.safetensors), Hugging Face's (config.json + *.safetensors) and those this project writes (Meta's layout
+with a table of ranks in params.json). model.py makes a model of it.
+"""
+import json
+
+import torch
+
+from data import huggingface
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def read_folder(folder):
+    """(fields of ModelArgs, ranks, shards, halves) of any folder of weights.
+
+    ranks: {matrix name: rank} of a compressed folder. shards: [{name: tensor}], one for each model-parallel part.
+    halves: whether the rows of wq and wk are in Hugging Face's order. Raises FileNotFoundError and ValueError.
+    """
+    raw = sorted(folder.glob("consolidated*.pth")) or sorted(folder.glob("consolidated*.safetensors"))
+    if (folder / "params.json").is_file() and raw:
+        file, shards, names = folder / "params.json", [read_tensors(f) for f in raw], {}
+        params = read_json(file)
+    elif (folder / "config.json").is_file():
+        file, index = folder / "config.json", folder / "model.safetensors.index.json"
+        params, names = huggingface.check_config(read_json(file), file), huggingface.FIELDS
+        files = huggingface.weight_files(folder, read_json(index) if index.is_file() else None)
+        shards = [{huggingface.our_name(name): t for f in files for name, t in read_tensors(f).items()}]
+        if params.get("tie_word_embeddings"):
+            shards[0].pop("output.weight", None)
+        elif "output.weight" not in shards[0]:
+            raise ValueError(f"{folder}: tensor lm_head.weight is missing, and tie_word_embeddings is not true")
+    else:
+        raise FileNotFoundError(f"{folder}: no checkpoint here; looked for params.json with consolidated.*.pth or "
+                                "consolidated.*.safetensors (Meta, Mistral) and config.json (Hugging Face)")
+    embedding = shards[0].get("tok_embeddings.weight")
+    if embedding is None or embedding.ndim != 2:
+        raise ValueError(f"{folder}: no matrix {'model.embed_tokens' if names else 'tok_embeddings'}.weight in it")
+    ranks = params.get("ranks") or {}
+    if not isinstance(ranks, dict):
+        raise ValueError(f"{file}: ranks is a {type(ranks).__name__}, expected an object")
+    return read_args(params, file, names, shards), {name: number(ranks, name, file) for name in ranks}, shards, bool(names)
+
+
+def read_tensors(file):
+    """{name: memory-mapped tensor} of one .pth or .safetensors file; nothing but plain float tensors is let in."""
+    try:
+        if file.suffix == ".pth":
+            tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        else:
+            tensors = read_safetensors(file)
+    except (ModuleNotFoundError, FileNotFoundError, PermissionError):
+        raise
+    except Exception as e:  # the unpicklers raise many kinds; each means that the file is not what it should be
+        raise ValueError(f"{file}: not readable as plain tensors (cut, corrupt, or holding other objects): "
+                         f"{str(e).strip().splitlines()[0] if str(e) else type(e).__name__}") from e
+    for name, t in tensors.items() if isinstance(tensors, dict) else [("", None)]:
+        if not (isinstance(name, str) and isinstance(t, torch.Tensor) and t.layout == torch.strided
+                and t.dtype in FLOATS and t.numel()):
+            found = f"{t.dtype} of shape {tuple(t.shape)}" if isinstance(t, torch.Tensor) else type(t).__name__
+            raise ValueError(f"{file}: {name or 'the file'} is {found}, expected a dense tensor in "
+                             "float16, bfloat16, float32 or float64")
+    return tensors
+
+
+def read_safetensors(file):
+    try:
+        from safetensors import safe_open
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(f"{file}: reading it needs the package safetensors: pip install safetensors") from None
+    with safe_open(file, framework="pt") as f:
+        return {name: f.get_tensor(name) for name in f.keys()}
+
+
+def read_json(file):
+    try:
+        table = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{file}: not JSON ({e})") from None
+    if not isinstance(table, dict):
+        raise ValueError(f"{file}: a JSON {type(table).__name__}, expected an object")
+    return table
+
+
+def number(table, name, file, default=None, kind=int):
+    """table[name], a positive finite number of that kind; ValueError where it is missing or anything else."""
+    value = table.get(name) if table.get(name) is not None else default
+    if value is None:
+        raise ValueError(f"{file}: lacks {name}")
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 2 ** 53
+    if not good or value != kind(value):
+        raise ValueError(f"{file}: {name} is {value!r}, expected a positive {kind.__name__}")
+    return kind(value)
+
+
+def read_args(p, file, names, shards):
+    """The fields of ModelArgs from the table of a params.json or, with `names` (ours -> theirs), of a config.json."""
+    def get(name, default=None, kind=int):
+        return number(p, names.get(name, name), file, default, kind)
+
+    for name in ("moe", "vision_chunk_size", "yarn", "quantization_args", "quantization_config"):
+        if p.get(name):
+            raise ValueError(f"{file}: {name} means an unsupported architecture; supported: dense Llama 1-3.2, Mistral")
+    dim, n_heads = get("dim"), get("n_heads")
+    rows, width = shards[0]["tok_embeddings.weight"].shape  # vocab_size -1: Llama 1 and 2 leave it to the tokenizer
+    hidden = int(get("ffn_dim_multiplier", 1.0, float) * int(2 * 4 * dim / 3))
+    multiple = get("multiple_of", 256)
+    scaling = p.get("rope_scaling") or ({} if p.get("use_scaled_rope") else None)
+    # full attention is a sliding window's attention only within that window
+    limits = [get(name) for name in ("max_seq_len", "sliding_window") 
+              if p.get(names.get(name, name)) is not None]
+    args = dict(
+        dim=dim, n_layers=get("n_layers"), n_heads=n_heads, n_kv_heads=get("n_kv_heads", n_heads),
+        head_dim=get("head_dim", dim // n_heads), hidden_dim=get("hidden_dim", -(-hidden // multiple) * multiple),
+        vocab_size=get("vocab_size") if p.get("vocab_size", -1) != -1 else rows * (len(shards) if width == dim else 1),
+        norm_eps=get("norm_eps", kind=float), rope_theta=get("rope_theta", 10000.0, float),
+        rope_scaling=scaling if scaling is None else {  # Llama 3.1's values where the file gives none
+            name: number(scaling, name, file, default, float)
+            for name, default in (("factor", 8.0), ("low_freq_factor", 1.0), ("high_freq_factor", 4.0),
+                                  ("original_max_position_embeddings", 8192.0))},
+        max_seq_len=min(limits, default=None))
+    if n_heads % args["n_kv_heads"] or args["head_dim"] % 2:
+        raise ValueError(f"{file}: {n_heads} query heads, {args['n_kv_heads']} key/value heads, head size "
+                         f"{args['head_dim']}: the first must be a multiple of the second, the last even")
+    return args

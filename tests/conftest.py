@@ -1,0 +1,42 @@
+"""What the lessons share: small random models, and the real data where it is at hand."""
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import ModelArgs, Transformer
+
+ROOT = Path(__file__).parent.parent
+
+
+def random_model(dtype=torch.float64, tied=False, seed=0, **changes):
+    """A LLaMA small enough to think about: 4 blocks, grouped queries, m != n everywhere but in wq and wo."""
+    fields = dict(dim=16, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=4, hidden_dim=24, vocab_size=50, norm_eps=1e-5)
+    torch.manual_seed(seed)
+    model = Transformer(ModelArgs(**{**fields, **changes}), tied).to(dtype).requires_grad_(False)
+    for name, p in model.named_parameters():
+        torch.nn.init.normal_(p, mean=1.0 if name.endswith("norm.weight") else 0.0, std=0.3)
+    return model
+
+
+def random_tokens(model, B, T, seed=1):
+    return torch.randint(model.args.vocab_size, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def data_dir():
+    """The folder with wikitext-2-raw/ and ptb/."""
+    folder = os.environ.get("GRASP_DATA")
+    if not folder:
+        pytest.skip("needs real text: set GRASP_DATA to a folder with wikitext-2-raw/ and ptb/")
+    return Path(folder)
+
+
+@pytest.fixture
+def smollm2():
+    """The folder that `python -m data.smollm2` wrote."""
+    folder = os.environ.get("GRASP_SMOLLM2")
+    if not folder:
+        pytest.skip("needs a real model: python -m data.smollm2 FOLDER, then set GRASP_SMOLLM2=FOLDER")
+    return Path(folder)

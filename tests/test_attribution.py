@@ -1,0 +1,226 @@
+"""The lesson: a singular value's gradient needs no autograd of its own.
+
+With W = U diag(sigma) V^T the loss is a function of sigma through W alone, and dW/d sigma_k = u_k v_k^T, so
+
+    dL/d sigma_k = <dL/dW, u_k v_k^T> = u_k^T G v_k.
+
+G comes from one ordinary backward pass. Here autograd, which knows nothing of that line, is asked for the same numbers.
+"""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from attribution import (angular_distances, importance, layer_cosines, low_rank_factors, most_redundant,
+                         rank_for_ratio, rank_for_threshold, sigma_gradients, svd, top_k, weight_gradients)
+from conftest import random_model, random_tokens
+from model import MATRICES, LowRankLinear
+
+NAMES = [f"layers.{layer}.{matrix}" for layer in (1, 3) for matrix in MATRICES]
+
+
+class Spectral(nn.Module):
+    """y = U diag(sigma) V^T x, with sigma a leaf that autograd differentiates."""
+
+    def __init__(self, W):
+        super().__init__()
+        self.U, S, self.Vh = torch.linalg.svd(W, full_matrices=False)
+        self.S = nn.Parameter(S)
+
+    def forward(self, x):
+        return F.linear(x, self.U @ torch.diag(self.S) @ self.Vh)
+
+
+def autograd_sigma_gradients(model, names, tokens):
+    """The same through autograd, from logits and a loss written out here: the independent witness."""
+    old = {name: model.replace_matrix(name, Spectral(model.get_submodule(name).weight)) for name in names}
+    log_p = torch.log_softmax(model(tokens), dim=-1)
+    B, T = tokens.shape
+    nll = -sum(log_p[b, t, tokens[b, t + 1]] for b in range(B) for t in range(T - 1)) / (B * (T - 1))
+    nll.backward()
+    gradients = {name: model.get_submodule(name).S.grad for name in names}
+    for name, module in old.items():
+        model.replace_matrix(name, module)
+    return gradients
+
+
+def test_sigma_gradients_of_one_matrix_are_autograds():
+    torch.manual_seed(0)
+    for m, n in ((7, 5), (5, 7), (6, 6)):
+        W, X, Y = (torch.randn(*shape, dtype=torch.float64) for shape in ((m, n), (n, 30), (m, 30)))
+        layer = Spectral(W)
+        ((layer.U @ torch.diag(layer.S) @ layer.Vh @ X - Y) ** 2).mean().backward()
+        G = 2 * (W @ X - Y) @ X.T / Y.numel()  # the same loss's gradient to W, by hand
+        assert torch.allclose(sigma_gradients(layer.U, G, layer.Vh), layer.S.grad, rtol=0, atol=1e-12)
+
+
+def test_sigma_gradients_through_the_whole_model_are_autograds():
+    model = random_model()
+    tokens = random_tokens(model, 3, 12)
+    truth = autograd_sigma_gradients(model, NAMES, tokens)
+    G = weight_gradients(model, NAMES, tokens.split(2))
+    for name in NAMES:
+        U, _, Vh = svd(model.get_submodule(name).weight)
+        assert truth[name].abs().max() > 1e-4
+        assert torch.allclose(sigma_gradients(U, G[name], Vh), truth[name], rtol=0, atol=1e-10), name
+
+
+def test_sigma_gradients_predict_what_a_nudge_does():
+    """Central differences, which know neither autograd nor the formula."""
+    model, name = random_model(), "layers.2.feed_forward.w2"
+    tokens = random_tokens(model, 2, 10)
+    W = model.get_submodule(name).weight
+    U, S, Vh = svd(W)
+    gradient = sigma_gradients(U, weight_gradients(model, [name], [tokens])[name], Vh)
+
+    def loss():
+        return F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).item()
+
+    dense, step = W.clone(), 1e-5
+    for k in (0, 3, len(S) - 1):
+        W.data = dense + step * torch.outer(U[:, k], Vh[k])
+        above = loss()
+        W.data = dense - step * torch.outer(U[:, k], Vh[k])
+        assert (above - loss()) / (2 * step) == pytest.approx(gradient[k].item(), abs=1e-8)
+
+
+def test_the_three_members_of_a_singular_group_agree():
+    """u . dL/du = v . dL/dv = sigma dL/d sigma, so the score of the whole group orders as sigma's alone [App. A.1]."""
+    torch.manual_seed(1)
+    W, X = torch.randn(6, 4, dtype=torch.float64), torch.randn(4, 20, dtype=torch.float64)
+    U, S, Vh = (t.clone().requires_grad_() for t in torch.linalg.svd(W, full_matrices=False))
+    (U @ torch.diag(S) @ Vh @ X).tanh().sum().backward()
+    for other in ((U * U.grad).sum(0), (Vh * Vh.grad).sum(1)):
+        assert torch.allclose(other, S.detach() * S.grad, atol=1e-12)
+
+
+def test_gradients_are_linear_over_batches():
+    """G of the whole set is the mean of its parts' by tokens, whatever the micro-batches."""
+    model = random_model()
+    tokens = random_tokens(model, 6, 9)
+    whole, again = (weight_gradients(model, NAMES, tokens.split(size)) for size in (6, 1))
+    first, second = (weight_gradients(model, NAMES, [part]) for part in tokens.split(4))
+    for name in NAMES:
+        assert torch.allclose(whole[name], again[name], rtol=0, atol=1e-14)
+        assert torch.allclose(whole[name], (4 * first[name] + 2 * second[name]) / 6, rtol=0, atol=1e-14)
+
+
+def test_autograd_stops_at_the_lowest_redundant_block():
+    model = random_model()
+    tokens = random_tokens(model, 1, 5)
+    seen = []
+    model.layers[1].attention.wv.register_forward_pre_hook(lambda module, x: seen.append(x[0].requires_grad))
+    model.layers[3].attention.wv.register_forward_pre_hook(lambda module, x: seen.append(x[0].requires_grad))
+    weight_gradients(model, ["layers.2.feed_forward.w1"], [tokens])
+    assert seen == [False, True]  # below block 2 no graph is built
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters())  # and nothing is left behind
+
+
+def test_half_precision_gradients_are_summed_wide():
+    """256 batches whose bf16 sum would stop growing: each adds less than half a unit in its last place."""
+    model = random_model(torch.bfloat16)
+    tokens, name = random_tokens(model, 1, 8), "layers.3.feed_forward.w2"
+    once = weight_gradients(model, [name], [tokens])[name]
+    often = weight_gradients(model, [name], [tokens] * 300)[name]
+    assert often.dtype == torch.float32
+    assert torch.allclose(often, once, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_gives_the_same_gradients():
+    model = random_model(torch.float32)
+    tokens = random_tokens(model, 4, 16)
+    here = weight_gradients(model, NAMES, tokens.split(2))
+    there = weight_gradients(model.to("cuda"), NAMES, tokens.split(2))
+    for name in NAMES:
+        assert torch.allclose(here[name], there[name].cpu(), rtol=1e-3, atol=1e-6), name
+
+
+# ------------------------------------------------------------------------------------------------ which to keep
+
+def test_importance_is_not_magnitude():
+    """By hand: W = diag(3, 2, 1), G = diag(0.1, 0, 5). The smallest sigma matters most, the middle one not at all."""
+    W, G = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.diag(torch.tensor([0.1, 0.0, -5.0]))
+    U, S, Vh = svd(W)
+    gradient = sigma_gradients(U, G, Vh)
+    assert torch.allclose(gradient, torch.tensor([0.1, 0.0, -5.0]))
+    assert torch.allclose(importance(S, gradient), torch.tensor([0.3, 0.0, 5.0]))
+    assert torch.allclose(importance(S, gradient, "gradient"), torch.tensor([0.1, 0.0, 5.0]))
+    assert top_k(importance(S, gradient), 2).tolist() == [0, 2]
+    assert top_k(importance(S, score="magnitude"), 2).tolist() == [0, 1]
+
+
+def test_the_absolute_value_comes_after_the_sum():
+    """Two batches that pull sigma opposite ways cancel: first order, the set as a whole does not care."""
+    S, pull = torch.tensor([2.0, 1.0]), torch.tensor([1.0, 0.2])
+    assert importance(S, pull + torch.tensor([-1.0, 0.2])).tolist() == pytest.approx([0.0, 0.4])
+
+
+@pytest.mark.parametrize("m, n, rank", [(4096, 4096, 204), (1024, 4096, 81), (11008, 4096, 298), (14336, 4096, 318),
+                                        (4096, 14336, 318), (3, 3, 1)])
+def test_rank_for_ratio(m, n, rank):
+    assert rank_for_ratio(m, n, 0.1) == rank
+    assert rank == 1 or rank * (m + n) <= 0.1 * m * n < (rank + 1) * (m + n)
+
+
+def test_rank_for_threshold_takes_the_fewest():
+    scores = torch.tensor([1.0, 5.0, 3.0, 1.0])  # 5, 5+3, 5+3+1, all of 10
+    assert [rank_for_threshold(scores, t) for t in (0.1, 0.5, 0.51, 0.8, 0.9, 1.0)] == [1, 1, 2, 2, 3, 4]
+    assert rank_for_threshold(torch.zeros(4), 0.5) == 1
+
+
+def test_ties_go_to_the_earlier():
+    assert top_k(torch.tensor([1.0, 2.0, 1.0, 1.0]), 2).tolist() == [0, 1]
+    assert most_redundant(torch.tensor([0.9, 0.5, 0.9, 0.9]), 2) == [0, 2]
+
+
+def test_factors_are_the_kept_part_of_the_sum():
+    """A B = sum over the kept k of sigma_k u_k v_k^T; its squared error is that of the dropped sigmas [Eckart-Young]."""
+    torch.manual_seed(2)
+    W = torch.randn(9, 6, dtype=torch.float64)
+    U, S, Vh = svd(W)
+    kept, dropped = torch.tensor([0, 3, 5]), [1, 2, 4]
+    A, B = low_rank_factors(U, S, Vh, kept)
+    assert A.shape == (9, 3) and B.shape == (3, 6)
+    assert ((W - A @ B) ** 2).sum().item() == pytest.approx((S[dropped] ** 2).sum().item())
+
+
+def test_full_rank_leaves_the_logits():
+    model = random_model()
+    tokens = random_tokens(model, 2, 8)
+    before = model(tokens)
+    for name in NAMES:
+        U, S, Vh = svd(model.get_submodule(name).weight)
+        model.replace_matrix(name, LowRankLinear(*low_rank_factors(U, S, Vh, torch.arange(len(S)))))
+    assert torch.allclose(model(tokens), before, rtol=0, atol=1e-11)
+
+
+# ------------------------------------------------------------------------------------------------ redundant layers
+
+def test_a_layer_that_does_nothing_has_cosine_1():
+    model = random_model()
+    for w in (model.layers[2].attention.wo, model.layers[2].feed_forward.w2):
+        w.weight.data.zero_()
+    cosines = layer_cosines(model, random_tokens(model, 4, 7).split(3))
+    assert cosines[2] == pytest.approx(1.0, abs=1e-12) and cosines.argmax() == 2 and cosines.min() < 0.99
+
+
+class Stream:
+    """A model of which only the residual stream is known: two blocks, two sequences of two tokens, dim 2."""
+    device = "cpu"
+    h = torch.tensor([[[[1.0, 0.0], [0.0, 2.0]], [[3.0, 0.0], [1.0, 1.0]]],
+                      [[[0.0, 1.0], [0.0, 9.0]], [[3.0, 3.0], [1.0, 0.0]]],
+                      [[[0.0, -1.0], [0.0, 1.0]], [[-2.0, 2.0], [5.0, 0.0]]]])
+
+    def residual_stream(self, tokens):
+        return iter(self.h)
+
+
+def test_cosines_and_angles_by_hand():
+    tokens, root = torch.zeros(2, 2, dtype=torch.int64), math.sqrt(0.5)
+    assert layer_cosines(Stream(), [tokens]).tolist() == pytest.approx([(0 + 1 + root + root) / 4, (-1 + 1 + 0 + 1) / 4])
+    # on the last tokens only: angles 0 and 45 degrees, then 0 and 0; from end to end 0 and 45
+    assert angular_distances(Stream(), [tokens], 1).tolist() == pytest.approx([0.125, 0.0])
+    assert angular_distances(Stream(), [tokens], 2).tolist() == pytest.approx([0.125])

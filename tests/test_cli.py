@@ -1,0 +1,174 @@
+"""The lesson: the commands as a user meets them, first when all goes well, then when it does not."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import evaluate
+import grasp
+from conftest import ROOT
+from data import corpus
+
+QUICK = ["--layers", "2", "--samples", "6", "--seq-len", "64", "--windows", "4"]
+
+
+def run(script, *words, cwd):
+    return subprocess.run([sys.executable, str(ROOT / script), *map(str, words)], cwd=cwd, capture_output=True, text=True)
+
+
+def test_the_whole_job_and_its_evaluation(tmp_path):
+    done = run("grasp.py", *QUICK, "--ratio", 0.2, "--compare", "--out", "small", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["small"]
+    assert sorted(p.name for p in (tmp_path / "small").iterdir()) == [
+        "consolidated.00.pth", "params.json", "report.json", "tokenizer.model"]
+    report = json.loads((tmp_path / "small/report.json").read_text())
+    rows = {row["model"]: row for row in report["results"]}
+    assert list(rows) == ["dense", "layers dropped", "plain SVD", "GRASP"]
+    assert all(name in done.stdout for name in rows)
+    assert len(report["cosines"]) == 8 and len(report["redundant"]) == 2 and len(report["matrices"]) == 14
+    assert len(report["calibration"]["offsets"]) == 6 and report["settings"]["ratio"] == 0.2
+    assert report["parameters_after"] == rows["GRASP"]["parameters"] == rows["plain SVD"]["parameters"]
+    assert rows["layers dropped"]["parameters"] < report["parameters_after"] < report["parameters_before"]
+    assert {"load", "redundancy", "compression", "evaluation", "plain SVD"} <= report["seconds"].keys()
+    for r in report["matrices"]:
+        assert len(r["kept"]) == r["rank"] and r["kept"] == sorted(set(r["kept"])) and r["kept"][-1] < min(r["shape"])
+
+    again = run("evaluate.py", "--ckpt", "small", "--data", "embedded", "--windows", 4, "--json", "e.json", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    result = json.loads((tmp_path / "e.json").read_text())
+    assert result["perplexity"]["embedded"] == pytest.approx(rows["GRASP"]["perplexity"]["embedded"], rel=1e-6)
+    assert f"{result['perplexity']['embedded']:.2f}" in again.stdout and result["parameters"] == report["parameters_after"]
+
+
+def test_one_seed_gives_identical_folders(tmp_path):
+    for out in ("a", "b"):
+        done = run("grasp.py", *QUICK, "--eval", "none", "--out", out, cwd=tmp_path)
+        assert done.returncode == 0 and "ppl" not in done.stdout, done.stderr
+    for file in ("consolidated.00.pth", "params.json", "tokenizer.model"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+    a, b = (json.loads((tmp_path / out / "report.json").read_text()) for out in "ab")
+    for measured in ("seconds", "peak_bytes", "results", "settings"):  # times, and --out itself
+        a.pop(measured), b.pop(measured)
+    assert a == b
+
+
+def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path):
+    process = subprocess.Popen([sys.executable, "-u", ROOT / "grasp.py", "--layers", "2", "--samples", "100000"],
+                               cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("method"):
+            break
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130 and err.strip() == "interrupted" and list(tmp_path.iterdir()) == []
+
+
+def test_help_shows_the_defaults():
+    for script in ("grasp.py", "evaluate.py"):
+        shown = run(script, "--help", cwd=ROOT)
+        assert shown.returncode == 0 and "default: the embedded model" in shown.stdout
+
+
+# ------------------------------------------------------------------------------------------------ mistakes
+
+@pytest.fixture
+def nowhere(tmp_path, monkeypatch):
+    """A folder with nothing in it, and neither data nor a network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GRASP_DATA", raising=False)
+    monkeypatch.setattr(corpus, "CACHE", tmp_path / "no-cache")
+
+    def refuse(url):
+        raise OSError("no network")
+
+    monkeypatch.setattr(corpus, "fetch", refuse)
+    return tmp_path
+
+
+def error_of(main, words, monkeypatch, capsys):
+    """The one line that a mistake prints."""
+    monkeypatch.setattr(sys, "argv", ["command", *words.split()])
+    with pytest.raises(SystemExit) as stop:
+        evaluate.command(main)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+    return err
+
+
+@pytest.mark.parametrize("words, message", [
+    ("", "give one of --layers N and --layer-ids"),
+    ("--layers 2 --layer-ids 1", "give one of --layers N and --layer-ids"),
+    ("--layers 0", "--layers: '0', expected a whole number of 1 or more"),
+    ("--layers two", "--layers: 'two', expected a whole number"),
+    ("--layers 9", "this model has 8 layers, 0 to 7; asked for 9"),
+    ("--layer-ids 3 8", "this model has 8 layers, 0 to 7; asked for [3, 8]"),
+    ("--layer-ids 3 -1", "this model has 8 layers"),
+    ("--layer-ids 3 3", "expected each id once"),
+    ("--layer-ids 3 --contiguous", "no --contiguous"),
+    ("--layers 2 --ratio 0", "--ratio: '0', expected more than 0 and at most 1"),
+    ("--layers 2 --ratio 1.5", "--ratio: '1.5', expected more than 0 and at most 1"),
+    ("--layers 2 --ratio nan", "--ratio: 'nan', expected"),
+    ("--layers 2 --ratio 0.1 --threshold 0.5", "give one of --ratio and --threshold"),
+    ("--layers 2 --score sigma", "--score: invalid choice: 'sigma'"),
+    ("--layers 2 --seed -1", "--seed -1: expected 0 to"),
+    ("--layers 2 --samples 0", "--samples: '0', expected"),
+    ("--layers 2 --seq-len 257", "--seq-len 257: expected 2 to 256 (the model's positions)"),
+    ("--layers 2 --seq-len 1", "--seq-len 1: expected 2 to 256"),
+    ("--layers 2 --batch-size 0", "--batch-size: '0', expected"),
+    ("--layers 2 --no-such-flag", "unrecognized arguments: --no-such-flag"),
+    ("--layers 2 --ckpt nowhere", "nowhere: no such folder"),
+    ("--layers 2 --ckpt file", "file: a file, expected a folder"),
+    ("--layers 2 --ckpt empty", "empty: no checkpoint here; looked for params.json"),
+    ("--layers 2 --ckpt bare", "bare: no tokenizer; looked for tokenizer.model and tokenizer.json"),
+    ("--layers 2 --device cuda:99", "--device cuda:99"),
+    ("--layers 2 --dtype int8", "--dtype: invalid choice: 'int8'"),
+    ("--layers 2 --calibration nowhere", "no text 'nowhere': expected wikitext2, ptb, embedded, or the path of a file"),
+    ("--layers 2 --calibration wikitext2", "put the file there as DIR/wikitext-2-raw/wiki.train.raw and pass --data-dir"),
+    ("--layers 2 --calibration short", "the calibration text has 3 tokens, too few for one sequence of 256"),
+    ("--layers 2 --eval wikitext2", "put the file there as DIR/wikitext-2-raw/wiki.test.raw"),
+    ("--layers 2 --eval short", "the evaluation text has 3 tokens, too few for one window of 256"),
+    ("--layers 2 --data-dir nowhere --eval ptb", "data folder nowhere: no such folder"),
+    ("--layers 2 --out empty", "empty: exists; choose another --out or pass --overwrite"),
+    ("--layers 2 --out empty --overwrite", "empty: --overwrite replaces only a folder written by this project"),
+    ("--layers 2 --ckpt bare --out ./bare", "--out bare: is the input"),
+    ("--layers 2 --out no/such/parent", "no/such is not a folder"),
+])
+def test_mistakes_are_one_line_and_write_nothing(words, message, nowhere, monkeypatch, capsys):
+    (nowhere / "file").touch()
+    (nowhere / "empty").mkdir()
+    (nowhere / "short").write_text("if x")
+    shutil.copytree(ROOT / "data/tiny", nowhere / "bare", ignore=shutil.ignore_patterns("tokenizer.model"))
+    before = sorted(nowhere.rglob("*"))
+    assert message in error_of(grasp.main, words, monkeypatch, capsys)
+    assert sorted(nowhere.rglob("*")) == before
+
+
+@pytest.mark.parametrize("words, message", [
+    ("--data", "--data: expected at least one argument"),
+    ("--seq-len 999", "--seq-len 999: expected 2 to 256"),
+    ("--windows 0", "--windows: '0', expected"),
+    ("--data embedded --json no/such/file", "--json no/such/file: no folder"),
+])
+def test_mistakes_of_evaluate(words, message, nowhere, monkeypatch, capsys):
+    assert message in error_of(evaluate.main, words, monkeypatch, capsys)
+
+
+def test_without_network_or_data_the_embedded_text_serves(nowhere, monkeypatch, capsys):
+    shutil.copytree(ROOT / "data/tiny", nowhere / "model")
+    monkeypatch.setattr(sys, "argv", ["grasp.py", "--ckpt", "model", *QUICK])
+    evaluate.command(grasp.main)
+    out = capsys.readouterr().out
+    assert out.count("going on with the embedded text") == 2 and "| GRASP |" in " ".join(out.split())
+    assert "written to model-grasp" in out and (nowhere / "model-grasp/report.json").is_file()
+
+
+def test_a_read_only_parent_is_refused(nowhere, monkeypatch, capsys):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root, who may write anywhere, runs this test too
+    assert "tiny-grasp: cannot be written" in error_of(grasp.main, "--layers 2", monkeypatch, capsys)

@@ -1,0 +1,230 @@
+"""The lesson: a text is bytes with a checksum, records joined one way, and tokens of one tokenizer."""
+import base64
+import hashlib
+import http.server
+import io
+import json
+import threading
+import zipfile
+
+import pytest
+import torch
+
+from conftest import ROOT
+from data import corpus
+from data.corpus import batches, embedded_text, find_file, join_lines, join_rows, load_text, random_windows
+from data.tokenizer import load_tokenizer
+
+TINY = ROOT / "data/tiny"
+
+
+# ------------------------------------------------------------------------------------------------ text
+
+def test_wikitext_rows_keep_their_newline_and_blank_ones_are_empty():
+    assert join_rows(" \n = A = \n \n b c \n") == "\n\n = A = \n\n\n\n\n b c \n"
+
+
+def test_ptb_lines_are_stripped():
+    assert join_lines(" a b \n c \n") == "a b\n\nc" and join_lines(" a b \n c \n", " ") == "a b c"
+
+
+@pytest.mark.parametrize("name, tokens", [("wikitext2", 341_469), ("ptb", 101_988), ("ptb-test", 115_047),
+                                          ("ptb-new", 106_965)])
+def test_token_counts_with_the_llama_tokenizer(name, tokens, data_dir):
+    """341,469 is the count that papers' 166 windows of 2048 come from."""
+    tokenizer = load_tokenizer(data_dir / "llama2-tokenizer")
+    text, protocol = load_text(name, "test", data_dir)
+    stream = tokenizer.stream(text)
+    assert len(stream) == tokens and stream[0] == 1 and (stream == 1).sum() == 1
+    assert ("WikiText-2 raw, test split" if name == "wikitext2" else "Penn Treebank") in protocol
+
+
+def test_the_training_text_or_its_head_is_named(data_dir):
+    text, protocol = load_text("wikitext2", "train", data_dir)
+    assert ("only its head" in protocol) == (len(text) < 10_000_000) and "training split" in protocol
+
+
+def test_embedded_text_is_held_out_paragraph_by_paragraph():
+    train, test = (set(embedded_text(split).split("\n\n")) for split in ("train", "test"))
+    assert len(train) > 1000 and len(test) > 100 and not train & test
+
+
+def test_any_file_is_a_text(tmp_path):
+    (tmp_path / "a.txt").write_text("été\n")
+    assert load_text(str(tmp_path / "a.txt"), "test") == ("été\n", "the file as it stands")
+    (tmp_path / "b.txt").write_bytes(b"abc\xff")
+    with pytest.raises(ValueError, match=r"b.txt: not UTF-8 text \(byte 3\)"):
+        load_text(str(tmp_path / "b.txt"), "test")
+    with pytest.raises(FileNotFoundError, match="no text 'wikitext3': expected wikitext2, ptb"):
+        load_text("wikitext3", "test")
+
+
+# ------------------------------------------------------------------------------------------------ downloads
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """A web server on this machine in the place of the two sources; `server[path] = bytes` is what it gives."""
+    files = {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            content, size = files.get(self.path, (None, 0))
+            self.send_response(200 if content is not None else 404)
+            self.send_header("Content-Length", str(size))
+            self.end_headers()
+            self.wfile.write(content or b"")
+
+        def log_message(self, *args):
+            pass
+
+    host = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=host.serve_forever, daemon=True).start()
+    base = f"http://127.0.0.1:{host.server_port}/"
+    monkeypatch.setattr(corpus, "PTB", base)
+    monkeypatch.setattr(corpus, "WIKITEXT", base + "wikitext.zip")
+    monkeypatch.setattr(corpus, "CACHE", tmp_path / "cache")
+    monkeypatch.delenv("GRASP_DATA", raising=False)
+    yield files
+    host.shutdown()
+
+
+def cached():
+    return sorted(p.name for p in corpus.CACHE.rglob("*") if p.is_file())
+
+
+def test_a_download_is_checked_cached_and_used(server, monkeypatch):
+    content = b" a b \n c \n"
+    monkeypatch.setitem(corpus.SHA256, "ptb/ptb.valid.txt", hashlib.sha256(content).hexdigest())
+    server["/ptb.valid.txt"] = content, len(content)
+    assert load_text("ptb", "test")[0] == "a b\n\nc"
+    server.clear()
+    assert load_text("ptb", "test")[0] == "a b\n\nc"  # now from the cache
+    assert cached() == ["ptb.valid.txt"]
+
+
+def test_a_zip_gives_one_member_by_name(server, monkeypatch):
+    content, archive = b" a \n", io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as z:
+        z.writestr("wikitext-2-raw/wiki.test.raw", content)
+        z.writestr("../outside", b"never unpacked")
+    monkeypatch.setitem(corpus.SHA256, "wikitext-2-raw/wiki.test.raw", hashlib.sha256(content).hexdigest())
+    server["/wikitext.zip"] = archive.getvalue(), len(archive.getvalue())
+    assert load_text("wikitext2", "test")[0] == " a \n"
+    assert cached() == ["wiki.test.raw"]
+
+
+@pytest.mark.parametrize("content, size, message", [
+    (b"wrong", 5, "not the published ptb/ptb.valid.txt: 5 bytes of SHA-256"),
+    (b"cut", 50, "did not give it .*put the file there as DIR/ptb/ptb.valid.txt"),
+])
+def test_a_wrong_or_cut_download_is_never_cached(server, content, size, message):
+    server["/ptb.valid.txt"] = content, size
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_text("ptb", "test")
+    assert cached() == []
+
+
+def test_an_absent_file_and_a_bad_archive_are_told(server):
+    for name in ("ptb", "wikitext2"):
+        server["/wikitext.zip"] = b"no archive", 10
+        with pytest.raises(FileNotFoundError, match="pass --data-dir DIR"):
+            load_text(name, "test")
+    assert cached() == []
+
+
+def test_a_wrong_file_in_the_data_folder_is_refused(tmp_path):
+    (tmp_path / "ptb").mkdir()
+    (tmp_path / "ptb/ptb.valid.txt").write_text("not it")
+    with pytest.raises(ValueError, match="not the published ptb/ptb.valid.txt"):
+        find_file("ptb/ptb.valid.txt", tmp_path)
+    with pytest.raises(ValueError, match="no such folder"):
+        find_file("ptb/ptb.valid.txt", tmp_path / "nowhere")
+
+
+# ------------------------------------------------------------------------------------------------ windows
+
+def test_random_windows_are_seeded_full_and_everywhere():
+    tokens = torch.arange(100, 130)
+    windows, offsets = random_windows(tokens, 500, 8, seed=3)
+    assert torch.equal(windows, torch.stack([tokens[o:o + 8] for o in offsets]))
+    assert offsets.min() == 0 and offsets.max() == 22  # the last place that still holds a full window
+    assert torch.equal(windows, random_windows(tokens, 500, 8, seed=3)[0])
+    assert not torch.equal(windows, random_windows(tokens, 500, 8, seed=4)[0])
+    with pytest.raises(ValueError, match="30 tokens, too few for one sequence of 31"):
+        random_windows(tokens, 1, 31, seed=0)
+
+
+def test_batches_cover_the_windows_in_order():
+    windows = torch.arange(14).view(7, 2)
+    assert torch.equal(torch.cat(list(batches(windows, 3, "test"))), windows)
+
+
+# ------------------------------------------------------------------------------------------------ tokenizers
+
+def test_sentencepiece_keeps_every_character():
+    from sentencepiece import SentencePieceProcessor
+    tokenizer = load_tokenizer(TINY)
+    text = 'def f(x):\n    return "é 12"\n\n'
+    ids = tokenizer.stream(text)
+    assert tokenizer.vocab_size == 1024 and ids[0] == tokenizer.bos_id == 1
+    assert SentencePieceProcessor(model_file=str(TINY / "tokenizer.model")).decode(ids.tolist()) == text
+
+
+def llama3_file(folder):
+    """256 bytes and two merges, as Llama 3 writes its ranks."""
+    words = [bytes([i]) for i in range(256)] + [b"ab", b"abc"]
+    lines = (base64.b64encode(word) + b" " + str(rank).encode() for rank, word in enumerate(words))
+    (folder / "tokenizer.model").write_bytes(b"\n".join(lines) + b"\n")
+
+
+def test_llama3_ranks(tmp_path):
+    pytest.importorskip("tiktoken", reason="pip install tiktoken")
+    llama3_file(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.vocab_size, tokenizer.bos_id) == (258 + 256, 258)  # 256 special tokens, BOS the first
+    assert tokenizer.stream("abcab 1234").tolist() == [258, 257, 256, 32, 49, 50, 51, 52]
+
+
+def json_file(folder, bos, name="tokenizer.json"):
+    tokenizers = pytest.importorskip("tokenizers", reason="pip install tokenizers")
+    from tokenizers import models, pre_tokenizers, processors
+    made = tokenizers.Tokenizer(models.WordLevel({"<s>": 0, "a": 1, "b": 2, "?": 3}, unk_token="?"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    if bos:
+        made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    made.save(str(folder / name))
+
+
+@pytest.mark.parametrize("bos, name", [(True, "tokenizer.json"), (False, "tokenizer.json"), (True, "tokenizer.model")])
+def test_json_tokenizers(bos, name, tmp_path):
+    """Whether there is a BOS, its post-processor tells; what the file is, its content does, not its name."""
+    json_file(tmp_path, bos, name)
+    assert load_tokenizer(tmp_path).stream("b a c").tolist() == [0] * bos + [2, 1, 3]
+
+
+def test_bad_tokenizers_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="looked for tokenizer.model and tokenizer.json"):
+        load_tokenizer(tmp_path)
+    for content in (b"", b"\x00\x01garbage", b"plain words"):
+        (tmp_path / "tokenizer.model").write_bytes(content)
+        with pytest.raises(ValueError, match="neither a SentencePiece model, nor"):
+            load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="1,024 tokens, but the model has only 1,000"):
+        load_tokenizer(TINY, 1000)
+
+
+@pytest.mark.parametrize("package, content", [("tiktoken", b"IQ== 0\nIg== 1\n"), ("tokenizers", b"{}")])
+def test_missing_packages_are_named(package, content, tmp_path, monkeypatch):
+    import sys
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModuleNotFoundError, match=f"pip install {package}"):
+        load_tokenizer(tmp_path)
+
+
+def test_broken_json_and_ranks_are_refused(tmp_path):
+    pytest.importorskip("tokenizers", reason="pip install tokenizers")
+    for content in (json.dumps({"model": 1}).encode(), b"{"):
+        (tmp_path / "tokenizer.json").write_bytes(content)
+        with pytest.raises(ValueError, match="not a tokenizer.json"):
+            load_tokenizer(tmp_path)

@@ -1,0 +1,103 @@
+"""The lesson: a perplexity is exp of a mean, and the mean is over the right tokens."""
+import math
+
+import pytest
+import torch
+
+from conftest import random_model, random_tokens
+from data.corpus import consecutive_windows
+from evaluate import choose_device, load_windows, peak_bytes, perplexity, sequence_length, table, timed
+from model import load_checkpoint
+
+
+def test_uniform_logits_give_the_vocabulary_size():
+    model = random_model()
+    model.output.weight.data.zero_()
+    assert perplexity(model, [random_tokens(model, 3, 20)]) == pytest.approx(model.args.vocab_size, rel=1e-12)
+
+
+def test_perplexity_by_hand():
+    """Each window predicts its tokens 1..T-1; token 0 is given, and nothing is predicted across windows."""
+    model = random_model()
+    tokens = random_tokens(model, 3, 12)
+    p = torch.softmax(model(tokens), dim=-1)
+    nll = [-math.log(p[b, t - 1, tokens[b, t]]) for b in range(3) for t in range(1, 12)]
+    expected = math.exp(sum(nll) / len(nll))
+    assert perplexity(model, [tokens]) == pytest.approx(expected, rel=1e-12)
+    assert perplexity(model, tokens.split(2)) == pytest.approx(expected, rel=1e-12)  # batches of unequal size too
+
+
+def test_losses_in_chunks_are_the_same_sum():
+    model = random_model()
+    tokens = random_tokens(model, 2, 15)
+    h = model.final_state(tokens)
+    parts = [list(model.losses(h, tokens, chunk)) for chunk in (5, 1000)]
+    assert len(parts[0]) == 6 and sum(parts[0]).item() == pytest.approx(sum(parts[1]).item(), rel=1e-12)
+
+
+def test_windows_do_not_overlap_and_the_tail_is_dropped():
+    tokens = torch.arange(11)
+    assert consecutive_windows(tokens, 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert consecutive_windows(tokens, 4, limit=1).tolist() == [[0, 1, 2, 3]]
+    with pytest.raises(ValueError, match="11 tokens, too few for one window of 12"):
+        consecutive_windows(tokens, 12)
+
+
+def test_the_protocol_says_what_was_read(tmp_path):
+    class Letters:
+        bos_id = None
+
+        def stream(self, text):
+            return torch.tensor([ord(c) for c in text])
+
+    (tmp_path / "text").write_text("abcdefghij")
+    name = str(tmp_path / "text")
+    windows, protocol = load_windows([name], Letters(), seq_len=3, limit=2)["text"]
+    assert windows.tolist() == [[97, 98, 99], [100, 101, 102]]
+    assert protocol == {"text": "the file as it stands", "tokens": 10, "windows": 2, "all_windows": 3, "seq_len": 3,
+                        "bos": False}
+
+
+def test_the_table_is_markdown_with_its_protocol():
+    protocol = {"text": "some text", "tokens": 9000, "windows": 4, "all_windows": 8, "seq_len": 1024, "bos": True}
+    rows = [{"model": "dense", "parameters": 2000, "perplexity": {"t": 5.472}, "seconds": None, "peak_bytes": 2 ** 30},
+            {"model": "GRASP", "parameters": 1500, "perplexity": {"t": 9.0}, "seconds": 12.34, "peak_bytes": 2 ** 29}]
+    assert table(rows, {"t": (None, protocol)}, 2000).splitlines() == [
+        "| model | parameters | kept % | t ppl | seconds | peak GiB |",
+        "|-------|-----------:|-------:|------:|--------:|---------:|",
+        "| dense |      2,000 |  100.0 |  5.47 |       - |     1.00 |",
+        "| GRASP |      1,500 |   75.0 |  9.00 |    12.3 |     0.50 |",
+        "",
+        "t: some text; 9,000 tokens, first 4 windows of 1,024, BOS once at the start"]
+
+
+def test_sequence_length_fits_the_model():
+    model = random_model(max_seq_len=64)
+    assert sequence_length(None, 2048, model) == 64 and sequence_length(32, 2048, model) == 32
+    assert sequence_length(None, 2048, random_model()) == 2048
+    for wrong in (1, 65):
+        with pytest.raises(ValueError, match="expected 2 to 64"):
+            sequence_length(wrong, 2048, model)
+
+
+def test_devices_and_clocks():
+    assert choose_device("cpu")[0] == "cpu"
+    with pytest.raises(ValueError, match="--device nonsense"):
+        choose_device("nonsense")
+    seconds = {"work": 1.0}
+    with timed(seconds, "work", "cpu"):
+        pass
+    assert seconds["work"] > 1.0 and peak_bytes("cpu") > 2 ** 20
+
+
+def test_smollm2_on_wikitext2(smollm2, data_dir):
+    """Text, tokenizer, windows and model together, against the loss of `transformers` on the same window."""
+    transformers = pytest.importorskip("transformers", reason="the witness: pip install -r requirements-test.txt")
+    from data.tokenizer import load_tokenizer
+    model = load_checkpoint(smollm2)
+    windows, protocol = load_windows(["wikitext2"], load_tokenizer(smollm2), 1024, 1, data_dir)["wikitext2"]
+    assert protocol["tokens"] == 304_978
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(smollm2)
+    with torch.no_grad():
+        expected = theirs(windows, labels=windows).loss.exp().item()
+    assert perplexity(model, [windows]) == pytest.approx(expected, rel=1e-4)

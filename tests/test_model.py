@@ -1,0 +1,339 @@
+"""The lesson: the same weights give the same logits, whoever wrote them down.
+
+The witness is the `transformers` library: it makes small random models and saves them, this project loads them.
+"""
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import ROOT, random_model, random_tokens
+from data.checkpoint import read_args
+from model import (LowRankLinear, apply_rotary, load_checkpoint, pair_rows, rotary_frequencies, save_checkpoint)
+
+SIZES = dict(hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+             vocab_size=99, max_position_embeddings=128, rms_norm_eps=1e-5, initializer_range=0.3)
+LLAMA31 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+           "original_max_position_embeddings": 32}
+MODELS = {
+    "llama": ("Llama", {}),
+    "tied": ("Llama", {"tie_word_embeddings": True}),
+    "llama 3.1": ("Llama", {"rope_parameters": LLAMA31}),
+    "mistral": ("Mistral", {"head_dim": 12, "sliding_window": None, "rope_theta": 5e5}),
+}
+
+
+def transformers_model(kind):
+    transformers = pytest.importorskip("transformers", reason="the witness: pip install -r requirements-test.txt")
+    family, changes = MODELS[kind]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**{**SIZES, **changes})
+    return getattr(transformers, f"{family}ForCausalLM")(config).double().eval()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_logits_equal_transformers(kind, tmp_path):
+    theirs = transformers_model(kind)
+    theirs.save_pretrained(tmp_path)
+    ours = load_checkpoint(tmp_path)
+    tokens = random_tokens(ours, 2, 100)
+    assert ours.n_params == sum(p.numel() for p in theirs.parameters())  # tied ones counted once by both
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        assert expected.std() > 0.1 and ours.dtype == torch.float64
+        assert torch.allclose(ours(tokens), expected, rtol=0, atol=1e-4)  # their norms and angles are fp32
+
+
+def test_gradients_equal_transformers(tmp_path):
+    """Their loss shifts the labels itself; ours is the same number and has the same weight gradients."""
+    from attribution import weight_gradients
+    theirs = transformers_model("llama")
+    theirs.save_pretrained(tmp_path)
+    ours = load_checkpoint(tmp_path)
+    tokens = random_tokens(ours, 3, 20)
+    theirs(tokens, labels=tokens).loss.backward()
+    G = weight_gradients(ours, ["layers.1.attention.wk", "layers.1.feed_forward.w2"], tokens.split(2))
+    block = theirs.model.layers[1]
+    for name, expected in (("attention.wk", pair_rows(block.self_attn.k_proj.weight.grad, 8)),
+                           ("feed_forward.w2", block.mlp.down_proj.weight.grad)):
+        assert torch.allclose(G[f"layers.1.{name}"], expected, rtol=0, atol=1e-7), name
+
+
+def test_the_residual_stream_is_every_blocks_output(tmp_path):
+    """Also the last one's, which their `hidden_states` shows only after the final norm."""
+    theirs = transformers_model("llama")
+    theirs.save_pretrained(tmp_path)
+    ours, states = load_checkpoint(tmp_path), []
+    for block in theirs.model.layers:
+        block.register_forward_hook(lambda module, x, y: states.append(y if torch.is_tensor(y) else y[0]))
+    tokens = random_tokens(ours, 2, 30)
+    with torch.no_grad():
+        theirs(tokens)
+        for h, expected in zip(list(ours.residual_stream(tokens))[1:], states, strict=True):
+            assert torch.allclose(h, expected, rtol=0, atol=1e-4)
+
+
+def test_sharded_safetensors_and_old_configs(tmp_path):
+    theirs = transformers_model("llama 3.1")
+    theirs.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    tokens = torch.arange(60)[None]
+    expected = load_checkpoint(tmp_path)(tokens)
+    assert torch.allclose(expected, theirs(tokens).logits, rtol=0, atol=1e-4)
+    config = json.loads((tmp_path / "config.json").read_text())
+    rope = config.pop("rope_parameters")  # transformers 4 kept theta and scaling apart
+    config.update(rope_theta=rope.pop("rope_theta"), rope_scaling=rope)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert torch.equal(load_checkpoint(tmp_path)(tokens), expected)
+
+
+def test_smollm2_equals_transformers(smollm2):
+    transformers = pytest.importorskip("transformers", reason="the witness: pip install -r requirements-test.txt")
+    ours, theirs = load_checkpoint(smollm2), transformers.AutoModelForCausalLM.from_pretrained(smollm2).eval()
+    tokens = random_tokens(ours, 1, 128)
+    assert ours.n_params == 134_515_008
+    with torch.no_grad():
+        assert torch.allclose(ours(tokens), theirs(tokens).logits, rtol=0, atol=2e-4)
+
+
+def test_pair_rows_moves_halves_to_pairs():
+    """Two heads of 4 rows: their rows 0 1 | 2 3 (real | imaginary halves) become 0 2 1 3."""
+    W = torch.arange(8.0)[:, None].expand(8, 3)
+    assert pair_rows(W, 4)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+def test_rotary_turns_by_position_only():
+    """Dot products of turned vectors depend on the distance of their positions, and turning keeps lengths."""
+    args = random_model().args
+    cos, sin = rotary_frequencies(args, 12, "cpu")
+    q, k = torch.randn(2, 4, dtype=torch.float64)
+    q, k = (apply_rotary(x.expand(1, 12, 1, 4), cos, sin)[0, :, 0] for x in (q, k))
+    dots = q @ k.T
+    assert torch.allclose(dots[5, 2], dots[9, 6], atol=1e-6) and not torch.allclose(dots[5, 2], dots[9, 2], atol=1e-3)
+    assert torch.allclose(q.norm(dim=1), q[0].norm().expand(12), atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ raw folders
+
+META = {"dim": 16, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 24, "ffn_dim_multiplier": 0.55,
+        "norm_eps": 1e-5, "vocab_size": -1}
+
+
+def write_meta(folder, model, shards=1, embedding_dim=1, **changes):
+    """Meta's raw folder, cut for model-parallel shards by Meta's own rule."""
+    cut = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1, "tok_embeddings": embedding_dim}
+    folder.mkdir(exist_ok=True)
+    (folder / "params.json").write_text(json.dumps({**META, **changes}))
+    for i in range(shards):
+        part = {name: p.chunk(shards, cut[name.split(".")[-2]])[i].clone() if name.split(".")[-2] in cut else p
+                for name, p in model.state_dict().items()}
+        torch.save({**part, "rope.freqs": torch.ones(2)}, folder / f"consolidated.{i:02}.pth")
+    return folder
+
+
+@pytest.mark.parametrize("shards, embedding_dim", [(1, 1), (2, 1), (2, 0)])
+def test_meta_folders(shards, embedding_dim, tmp_path):
+    model = random_model()
+    loaded = load_checkpoint(write_meta(tmp_path / "meta", model, shards, embedding_dim))
+    tokens = random_tokens(model, 2, 9)
+    assert torch.equal(loaded(tokens), model(tokens)) and loaded.args.vocab_size == 50
+    assert not any(p.requires_grad for p in loaded.parameters())
+
+
+@pytest.mark.parametrize("params, hidden, scaled", [
+    ({"dim": 4096, "n_heads": 32, "multiple_of": 256}, 11008, False),                                  # Llama 2 7B
+    ({"dim": 8192, "n_heads": 64, "multiple_of": 4096, "ffn_dim_multiplier": 1.3}, 28672, False),      # Llama 2 70B
+    ({"dim": 4096, "n_heads": 32, "multiple_of": 1024, "ffn_dim_multiplier": 1.3, "rope_theta": 500000.0,
+      "use_scaled_rope": True}, 14336, True),                                                          # Llama 3.1 8B
+    ({"dim": 2048, "n_heads": 32, "multiple_of": 256, "ffn_dim_multiplier": 1.5, "use_scaled_rope": True}, 8192, True),
+    ({"dim": 4096, "n_heads": 32, "hidden_dim": 14336, "head_dim": 128}, 14336, False),                # Mistral 7B
+])
+def test_feed_forward_sizes_of_released_models(params, hidden, scaled):
+    shards = [{"tok_embeddings.weight": torch.empty(32000, params["dim"], device="meta")}]
+    args = read_args({"n_layers": 2, "norm_eps": 1e-5, "vocab_size": -1, **params}, "params.json", {}, shards)
+    assert args["hidden_dim"] == hidden and args["vocab_size"] == 32000
+    assert (args["rope_scaling"] or {}).get("factor") == (8.0 if scaled else None)
+
+
+def test_mistral_raw_safetensors_and_its_window(tmp_path):
+    save_file = pytest.importorskip("safetensors.torch", reason="pip install safetensors").save_file
+    model = random_model(torch.bfloat16, head_dim=6)
+    save_file(dict(model.state_dict()), tmp_path / "consolidated.safetensors")
+    (tmp_path / "params.json").write_text(json.dumps(
+        {"dim": 16, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "head_dim": 6, "hidden_dim": 24, "norm_eps": 1e-5,
+         "vocab_size": 50, "sliding_window": 16}))
+    loaded, tokens = load_checkpoint(tmp_path), random_tokens(model, 1, 17)
+    assert torch.equal(loaded(tokens[:, :16]), model(tokens[:, :16]))
+    with pytest.raises(ValueError, match="17 tokens.*end at 16"):
+        loaded(tokens)
+
+
+def test_on_the_cpu_weights_stay_mapped(tmp_path):
+    """A loaded matrix lies where the kernel mapped the file, not in memory of its own."""
+    loaded = load_checkpoint(write_meta(tmp_path / "meta", random_model()))
+    address = loaded.layers[2].attention.wq.weight.data_ptr()
+    try:
+        maps = open("/proc/self/maps").read().splitlines()
+    except FileNotFoundError:
+        pytest.skip("needs Linux's /proc/self/maps")
+    ranges = [[int(x, 16) for x in line.split()[0].split("-")] for line in maps if "consolidated.00.pth" in line]
+    assert any(start <= address < end for start, end in ranges)
+
+
+# ------------------------------------------------------------------------------------------------ compressed folders
+
+def low_rank_model(tied=True):
+    model = random_model(torch.bfloat16, tied=tied)
+    A, B = torch.randn(24, 5).bfloat16(), torch.randn(5, 16).bfloat16()
+    model.replace_matrix("layers.2.feed_forward.w1", LowRankLinear(A, B))
+    return model
+
+
+def test_a_compressed_folder_comes_back(tmp_path):
+    model = low_rank_model()
+    save_checkpoint(model, tmp_path / "out", {"some": "report"})
+    loaded, tokens = load_checkpoint(tmp_path / "out"), random_tokens(model, 2, 11)
+    assert torch.equal(loaded(tokens), model(tokens)) and loaded.dtype == torch.bfloat16
+    assert loaded.args == model.args and loaded.n_params == model.n_params
+    assert loaded.n_params_dense == loaded.n_params + 24 * 16 - 5 * (24 + 16)
+    assert json.loads((tmp_path / "out/params.json").read_text())["ranks"] == {"layers.2.feed_forward.w1": 5}
+    names = torch.load(tmp_path / "out/consolidated.00.pth").keys()
+    assert "layers.2.feed_forward.w1.A" in names and "output.weight" not in names  # tied: written once
+
+
+def test_what_is_written_is_no_larger_than_what_it_holds(tmp_path):
+    """torch.save writes whole storages; views into one big storage must not drag it along."""
+    model = random_model(torch.float32)
+    big = torch.zeros(10_000_000)
+    big[:384] = model.layers[0].feed_forward.w1.weight.flatten()
+    model.layers[0].feed_forward.w1.weight.data = big[:384].view(24, 16)
+    save_checkpoint(model, tmp_path / "out")
+    assert (tmp_path / "out/consolidated.00.pth").stat().st_size < 200_000
+
+
+def test_writing_is_all_or_nothing(tmp_path):
+    """A write that fails half-way (here: files may not grow past 8 KiB) leaves neither target nor leftovers."""
+    code = ("import resource, signal, sys; from conftest import random_model; from model import save_checkpoint\n"
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))\n"
+            "try: save_checkpoint(random_model(), sys.argv[1])\n"
+            "except OSError as e: print('refused:', e)")
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True,
+                         env={"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "PATH": ""})
+    assert "refused:" in run.stdout, run.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_target_is_refused_unless_overwritten(tmp_path):
+    out = tmp_path / "out"
+    save_checkpoint(low_rank_model(), out, {"some": "report"})
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        save_checkpoint(random_model(), out)
+    save_checkpoint(random_model(), out, {"another": "report"}, overwrite=True)
+    assert load_checkpoint(out).n_params == random_model().n_params
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    (tmp_path / "precious").mkdir()
+    with pytest.raises(FileExistsError, match="only a folder written by this project"):
+        save_checkpoint(random_model(), tmp_path / "precious", overwrite=True)
+
+
+# ------------------------------------------------------------------------------------------------ bad folders
+
+class Payload:
+    """Unpickling this would create a file."""
+
+    def __reduce__(self):
+        return open, ("code-was-run", "w")
+
+
+def edit(**changes):
+    def spoil(folder):
+        params = {**json.loads((folder / "params.json").read_text()), **changes}
+        (folder / "params.json").write_text(json.dumps({k: v for k, v in params.items() if v != "remove"}))
+    return spoil
+
+
+def tensors(change):
+    def spoil(folder):
+        table = torch.load(folder / "consolidated.00.pth")
+        change(table)
+        torch.save(table, folder / "consolidated.00.pth")
+    return spoil
+
+
+def cut(folder):
+    content = (folder / "consolidated.00.pth").read_bytes()
+    (folder / "consolidated.00.pth").write_bytes(content[:len(content) // 2])
+
+
+WQ = "layers.1.attention.wq.weight"
+BAD = {
+    "no weights": (lambda f: (f / "consolidated.00.pth").unlink(), "looked for params.json with"),
+    "not JSON": (lambda f: (f / "params.json").write_text("{dim: 16"), "params.json: not JSON"),
+    "not an object": (lambda f: (f / "params.json").write_text("[1]"), "expected an object"),
+    "no dim": (edit(dim="remove"), "params.json: lacks dim"),
+    "text for a number": (edit(n_heads="four"), "n_heads is 'four', expected a positive int"),
+    "negative": (edit(n_layers=-4), "n_layers is -4, expected"),
+    "NaN": (edit(norm_eps=float("nan")), "norm_eps is nan, expected"),
+    "absurd size": (edit(n_layers=10 ** 9), "tensor layers.999999999.attention_norm.weight is missing"),
+    "heads": (edit(n_kv_heads=3), "4 query heads, 3 key/value heads"),
+    "experts": (edit(moe={"num_experts": 8}), "moe means an unsupported architecture; supported"),
+    "ranks": (edit(ranks={"layers.9.attention.wq": 3}), "ranks names layers.9.attention.wq"),
+    "ranks list": (edit(ranks=[1]), "ranks is a list"),
+    "missing": (tensors(lambda t: t.pop(WQ)), f"tensor {WQ} is missing"),
+    "extra": (tensors(lambda t: t.update(surplus=torch.ones(2))), "tensor surplus is not one of this model's"),
+    "misshapen": (tensors(lambda t: t.update({WQ: torch.ones(16, 15)})), rf"{WQ} is \(16, 15\), expected \(16, 16\)"),
+    "transposed vector": (tensors(lambda t: t.update({"norm.weight": torch.ones(1, 16)})), r"\(1, 16\), expected \(16,"),
+    "integers": (tensors(lambda t: t.update({WQ: torch.ones(16, 16).int()})), f"{WQ} is torch.int32 .*expected"),
+    "infinite": (tensors(lambda t: t[WQ].view(-1)[7:8].fill_(float("inf"))), f"{WQ} holds NaN or infinite"),
+    "not a table": (lambda f: torch.save([torch.ones(1)], f / "consolidated.00.pth"), "is NoneType|expected a dense"),
+    "an object": (tensors(lambda t: t.update(code=Payload())), "not readable as plain tensors"),
+    "cut": (cut, "not readable as plain tensors"),
+    "empty": (lambda f: (f / "consolidated.00.pth").write_bytes(b""), "not readable as plain tensors"),
+    "a shard too many": (lambda f: shutil.copy(f / "consolidated.00.pth", f / "consolidated.01.pth"), r"is \(50, 16\) and|is .* and .*expected"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_bad_folders_are_refused(fault, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    spoil, message = BAD[fault]
+    folder = write_meta(tmp_path / "meta", random_model(torch.float32))
+    spoil(folder)
+    with pytest.raises((ValueError, OSError), match=message):
+        load_checkpoint(folder)
+    assert not (tmp_path / "code-was-run").exists()
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"model_type": "qwen2"}, "model_type is 'qwen2'; supported: llama, mistral"),
+    ({"attention_bias": True}, "attention_bias is True; supported: False"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'; supported"),
+    ({"hidden_size": None}, "config.json: lacks hidden_size"),
+    ({"num_hidden_layers": "three"}, "num_hidden_layers is 'three'"),
+    ({"vocab_size": 98}, r"tok_embeddings.weight is \(99, 32\), expected \(98, 32\)"),
+])
+def test_bad_configs_are_refused(change, message, tmp_path):
+    transformers_model("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(tmp_path)
+
+
+def test_shards_that_differ_are_refused(tmp_path):
+    folder = write_meta(tmp_path / "meta", random_model(), shards=2)
+    part = torch.load(folder / "consolidated.01.pth")
+    part["norm.weight"] += 1
+    torch.save(part, folder / "consolidated.01.pth")
+    with pytest.raises(ValueError, match="norm.weight differs between the shards"):
+        load_checkpoint(folder)
+
+
+def test_without_safetensors_the_package_is_named(tmp_path, monkeypatch):
+    transformers_model("llama").save_pretrained(tmp_path)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install safetensors"):
+        load_checkpoint(tmp_path)
