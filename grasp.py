@@ -11,7 +11,6 @@
 """
 import argparse
 import math
-import time
 from pathlib import Path
 
 from torch import nn
@@ -38,27 +37,37 @@ def find_redundant(model, sweep, n, contiguous=False):
     return cosines, most_redundant(cosines, n)
 
 
-def compress(model, layer_ids, sweep, ratio=None, threshold=None, score="taylor", iterative=False, log=print):
+def compress(model, layer_ids, sweep, ratio=None, threshold=None, score="taylor", iterative=False, log=print,
+             seconds=None):
     """Replace the matrices of the redundant layers, in place: a record for each (name, shape, rank, kept components).
 
     ratio or threshold says how many components stay. One-shot (default): all gradients from the dense model, in one
     sweep. iterative: from the deepest block to the shallowest, the MLP and then the attention, gradients taken again
-    before each, so that each sees those already replaced [GRASP Alg. 1].
+    before each, so that each sees those already replaced [GRASP Alg. 1]. seconds: a dict to add the phases' times to.
     """
-    groups = [[f"layers.{layer}.{matrix}" for layer in layer_ids for matrix in MATRICES]]
+    seconds = {} if seconds is None else seconds
+    groups = [[name for layer in layer_ids for name in matrices(layer)]]
     if iterative:
-        groups = [[f"layers.{layer}.{matrix}" for matrix in MATRICES if matrix.startswith(half)]
+        groups = [[name for name in matrices(layer) if half in name]
                   for layer in sorted(layer_ids, reverse=True) for half in ("feed_forward", "attention")]
     records = []
     for group in groups:
         dense = [name for name in group if isinstance(model.get_submodule(name), nn.Linear)]  # the rest is low-rank
-        G = {} if score == "magnitude" or not dense else weight_gradients(model, dense, sweep("attribution"))
+        G = {}
+        if dense and score != "magnitude":
+            with timed(seconds, "attribution", model.device):
+                G = weight_gradients(model, dense, sweep("attribution"))
         for name in dense:
-            start = time.perf_counter()
-            record = replace(model, name, G.pop(name, None), ratio, threshold, score)
-            records.append(record)
-            log(f"{describe(record)}  {time.perf_counter() - start:5.2f} s")
+            before = seconds.get("SVD", 0.0)
+            with timed(seconds, "SVD", model.device):
+                records.append(replace(model, name, G.pop(name, None), ratio, threshold, score))
+            log(f"{describe(records[-1])}  {seconds['SVD'] - before:.2f} s")
     return records
+
+
+def matrices(layer):
+    """The names of a layer's seven matrices: "layers.22.attention.wq" ..."""
+    return [f"layers.{layer}.{matrix}" for matrix in MATRICES]
 
 
 def replace(model, name, G, ratio, threshold, score):
@@ -89,80 +98,82 @@ def main():
     seconds = {}
     with timed(seconds, "load", "cpu"):
         model, tokenizer = open_checkpoint(a.ckpt, a.device, a.dtype)
-    if (a.layers or 1) > model.args.n_layers or not all(0 <= i < model.args.n_layers for i in a.layer_ids or []):
-        raise ValueError(f"--layers, --layer-ids: this model has {model.args.n_layers} layers, 0 to "
-                         f"{model.args.n_layers - 1}; asked for {a.layers or a.layer_ids}")
-    texts, (windows, calibration) = prepare_texts(a, model, tokenizer)
-    print(f"calibration  {calibration['text']}; {calibration['tokens']:,} tokens, {a.samples} random windows of "
-          f"{windows.shape[1]}, seed {a.seed}")
+    layer_count, before, device = model.args.n_layers, model.n_params, model.device
+    if (a.layers or 1) > layer_count or not all(0 <= layer < layer_count for layer in a.layer_ids or []):
+        raise ValueError(f"--layers, --layer-ids: this model has {layer_count} layers, 0 to {layer_count - 1}; asked "
+                         f"for {a.layers or a.layer_ids}")
+    windows, calibration = calibration_windows(a, model, tokenizer)
+    texts = evaluation_windows(a, model, tokenizer)
     asked = f"threshold {a.threshold}" if a.threshold else f"ratio {a.ratio}"
-    print(f"method       {asked}, score {a.score}, {'iterative' if a.iterative else 'one-shot'}, batches of "
-          f"{a.batch_size}, to {a.out}\n")
+    print(f"calibration  {calibration['text']}; {calibration['tokens']:,} tokens, {a.samples} random windows of "
+          f"{calibration['seq_len']}, seed {a.seed}, in batches of {a.batch_size}\n"
+          f"method       {asked}, score {a.score}, {'iterative' if a.iterative else 'one-shot'}; to {a.out}\n")
 
     def sweep(label):
         return batches(windows, a.batch_size, label)
 
-    device = model.device
     with timed(seconds, "redundancy", device):
         cosines, redundant = find_redundant(model, sweep, a.layers or 1, a.contiguous)
     redundant = sorted(a.layer_ids) if a.layer_ids else redundant
     for layer, cosine in enumerate(cosines):
-        print(f"layer {layer:3}  cosine {cosine:.4f}{'  redundant' if layer in redundant else ''}")
+        print(f"layer {layer:3}  cosine {cosine:.4f}{'  redundant' * (layer in redundant)}")
+    print()
 
-    rows, before, dense_params = [], model.n_params, model.n_params_dense
+    rows, dense_params = [], model.n_params_dense
 
-    def add_row(name, spent):
+    def add_row(name, phases):
         with timed(seconds, "evaluation", device):
             results = perplexities(model, texts, a.batch_size, name)
-        rows.append({"model": name, "parameters": model.n_params, "perplexity": results, "seconds": spent,
+        rows.append({"model": name, "parameters": model.n_params, "perplexity": results,
+                     "seconds": sum(seconds[phase] for phase in phases) if phases else None,
                      "peak_bytes": peak_bytes(device)})
 
-    add_row("dense", None)
+    add_row("dense", [])
     if a.compare:
         add_comparisons(model, redundant, sweep, a.ratio, a.threshold, add_row, seconds)
-    print()
     with timed(seconds, "compression", device):
-        records = compress(model, redundant, sweep, a.ratio, a.threshold, a.score, a.iterative)
-    add_row("GRASP" if a.score == "taylor" else f"GRASP, {a.score}", seconds["redundancy"] + seconds["compression"])
-    print("\n" + table(rows, texts, dense_params))
-    print(f"asked for {asked} of layers {redundant}; {100 * (1 - model.n_params / before):.1f} % of the model's "
-          f"{before:,} parameters removed, {model.n_params:,} left")
+        records = compress(model, redundant, sweep, a.ratio, a.threshold, a.score, a.iterative, seconds=seconds)
+    add_row("GRASP" if a.score == "taylor" else f"GRASP, {a.score}", ["redundancy", "compression"])
+    print(f"\n{table(rows, texts, dense_params)}\nasked: {asked} of layers {redundant}; achieved: {model.n_params:,} "
+          f"parameters left of {before:,}, {100 * (1 - model.n_params / before):.1f} % removed")
     report = {"settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(a).items()},
               "device": str(device), "dtype": str(model.dtype), "cosines": cosines.tolist(), "redundant": redundant,
               "matrices": records, "parameters_before": before, "parameters_after": model.n_params,
-              "calibration": calibration, "protocol": {name: protocol for name, (_, protocol) in texts.items()},
+              "calibration": calibration, "protocol": {label: protocol for label, (_, protocol) in texts.items()},
               "results": rows, "seconds": seconds, "peak_bytes": peak_bytes(device)}
     save_checkpoint(model, a.out, report, tokenizer.file, a.overwrite)
     print(f"written to {a.out}")
 
 
-def prepare_texts(a, model, tokenizer):
-    """(evaluation texts as load_windows gives them, (calibration windows, what they are))."""
-    embedded = a.ckpt == TINY
-    names = None if a.eval is None else [name for name in a.eval if name != "none"]
-    texts = {} if names == [] else named_or_embedded(
-        names, ["embedded"] if embedded else ["wikitext2", "ptb"],
-        lambda names: load_windows(names, tokenizer, sequence_length(None, 2048, model), a.windows, a.data_dir))
-    text, source = named_or_embedded(
-        a.calibration, "embedded" if embedded else "wikitext2",
-        lambda name: load_text(name if isinstance(name, str) else name[0], "train", a.data_dir))
+def calibration_windows(a, model, tokenizer):
+    """(windows (samples, seq_len) int64, what they are and where they lie in the token stream)."""
+    text, source = named_or_embedded([a.calibration] if a.calibration else None,
+                                     ["embedded" if a.ckpt == TINY else "wikitext2"],
+                                     lambda names: load_text(names[0], "train", a.data_dir))
     tokens = tokenizer.stream(text)
     windows, offsets = random_windows(tokens, a.samples, sequence_length(a.seq_len, 512, model), a.seed)
-    return texts, (windows, {"text": source, "tokens": len(tokens), "seq_len": windows.shape[1],
-                             "offsets": offsets.tolist()})
+    return windows, {"text": source, "tokens": len(tokens), "seq_len": windows.shape[1], "offsets": offsets.tolist()}
+
+
+def evaluation_windows(a, model, tokenizer):
+    """{label: (windows, protocol)} of the texts to evaluate on; empty for `--eval none`."""
+    if a.eval == ["none"]:
+        return {}
+    return named_or_embedded(a.eval, ["embedded"] if a.ckpt == TINY else ["wikitext2", "ptb"],
+                             lambda names: load_windows(names, tokenizer, sequence_length(None, 2048, model), a.windows,
+                                                        a.data_dir))
 
 
 def add_comparisons(model, redundant, sweep, ratio, threshold, add_row, seconds):
-    """Two rows to compare with: the redundant layers dropped, and plain SVD of the same ranks; then all as it was."""
+    """Two rows to compare with: the redundant layers dropped, and plain SVD; then the model is as it was."""
     layers = model.layers
-    model.layers = nn.ModuleList(block for i, block in enumerate(layers) if i not in redundant)
-    add_row("layers dropped", seconds["redundancy"])
+    model.layers = nn.ModuleList(block for layer, block in enumerate(layers) if layer not in redundant)
+    add_row("layers dropped", ["redundancy"])
     model.layers = layers
-    names = [f"layers.{layer}.{matrix}" for layer in redundant for matrix in MATRICES]
-    dense = {name: model.get_submodule(name) for name in names}
+    dense = {name: model.get_submodule(name) for layer in redundant for name in matrices(layer)}
     with timed(seconds, "plain SVD", model.device):
         compress(model, redundant, sweep, ratio, threshold, "magnitude", log=lambda line: None)
-    add_row("plain SVD", seconds["redundancy"] + seconds["plain SVD"])
+    add_row("plain SVD", ["redundancy", "plain SVD"])
     for name, module in dense.items():
         model.replace_matrix(name, module)
 

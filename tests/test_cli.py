@@ -35,7 +35,7 @@ def test_the_whole_job_and_its_evaluation(tmp_path):
     assert len(report["calibration"]["offsets"]) == 6 and report["settings"]["ratio"] == 0.2
     assert report["parameters_after"] == rows["GRASP"]["parameters"] == rows["plain SVD"]["parameters"]
     assert rows["layers dropped"]["parameters"] < report["parameters_after"] < report["parameters_before"]
-    assert {"load", "redundancy", "compression", "evaluation", "plain SVD"} <= report["seconds"].keys()
+    assert {"load", "redundancy", "attribution", "SVD", "compression", "evaluation", "plain SVD"} <= report["seconds"].keys()
     for r in report["matrices"]:
         assert len(r["kept"]) == r["rank"] and r["kept"] == sorted(set(r["kept"])) and r["kept"][-1] < min(r["shape"])
 
