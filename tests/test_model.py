@@ -2,6 +2,7 @@
 
 The witness is the `transformers` library: it makes small random models and saves them, this project loads them.
 """
+import copy
 import json
 import shutil
 import subprocess
@@ -16,19 +17,19 @@ from model import (LowRankLinear, apply_rotary, load_checkpoint, pair_rows, rota
 
 SIZES = dict(hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
              vocab_size=99, max_position_embeddings=128, rms_norm_eps=1e-5, initializer_range=0.3)
-LLAMA31 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+LLAMA31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
            "original_max_position_embeddings": 32}
 MODELS = {
     "llama": ("Llama", {}),
     "tied": ("Llama", {"tie_word_embeddings": True}),
-    "llama 3.1": ("Llama", {"rope_parameters": LLAMA31}),
+    "llama 3.1": ("Llama", {"rope_theta": 10000.0, "rope_scaling": LLAMA31}),
     "mistral": ("Mistral", {"head_dim": 12, "sliding_window": None, "rope_theta": 5e5}),
 }
 
 
 def transformers_model(kind):
     transformers = pytest.importorskip("transformers", reason="the witness: pip install -r requirements-test.txt")
-    family, changes = MODELS[kind]
+    family, changes = copy.deepcopy(MODELS[kind])  # transformers writes into the tables it is given
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**{**SIZES, **changes})
     return getattr(transformers, f"{family}ForCausalLM")(config).double().eval()
@@ -76,18 +77,26 @@ def test_the_residual_stream_is_every_blocks_output(tmp_path):
             assert torch.allclose(h, expected, rtol=0, atol=1e-4)
 
 
-def test_sharded_safetensors_and_old_configs(tmp_path):
+def test_sharded_safetensors(tmp_path):
     theirs = transformers_model("llama 3.1")
     theirs.save_pretrained(tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     tokens = torch.arange(60)[None]
-    expected = load_checkpoint(tmp_path)(tokens)
-    assert torch.allclose(expected, theirs(tokens).logits, rtol=0, atol=1e-4)
+    assert torch.allclose(load_checkpoint(tmp_path)(tokens), theirs(tokens).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("rope", [{"rope_theta": 500.0, "rope_scaling": LLAMA31},
+                                  {"rope_parameters": {"rope_theta": 500.0, **LLAMA31}}])
+def test_both_spellings_of_rotary_scaling(rope, tmp_path):
+    """transformers 4 writes theta and scaling apart, transformers 5 together."""
+    transformers_model("llama").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    rope = config.pop("rope_parameters")  # transformers 4 kept theta and scaling apart
-    config.update(rope_theta=rope.pop("rope_theta"), rope_scaling=rope)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert torch.equal(load_checkpoint(tmp_path)(tokens), expected)
+    for name in ("rope_theta", "rope_scaling", "rope_parameters"):
+        config.pop(name, None)
+    (tmp_path / "config.json").write_text(json.dumps({**config, **rope}))
+    args = load_checkpoint(tmp_path).args
+    assert args.rope_theta == 500.0
+    assert args.rope_scaling == {name: value for name, value in LLAMA31.items() if name != "rope_type"}
 
 
 def test_smollm2_equals_transformers(smollm2):
@@ -200,7 +209,7 @@ def test_a_compressed_folder_comes_back(tmp_path):
     assert loaded.args == model.args and loaded.n_params == model.n_params
     assert loaded.n_params_dense == loaded.n_params + 24 * 16 - 5 * (24 + 16)
     assert json.loads((tmp_path / "out/params.json").read_text())["ranks"] == {"layers.2.feed_forward.w1": 5}
-    names = torch.load(tmp_path / "out/consolidated.00.pth").keys()
+    names = torch.load(tmp_path / "out/consolidated.00.pth", weights_only=True).keys()
     assert "layers.2.feed_forward.w1.A" in names and "output.weight" not in names  # tied: written once
 
 
@@ -257,7 +266,7 @@ def edit(**changes):
 
 def tensors(change):
     def spoil(folder):
-        table = torch.load(folder / "consolidated.00.pth")
+        table = torch.load(folder / "consolidated.00.pth", weights_only=True)
         change(table)
         torch.save(table, folder / "consolidated.00.pth")
     return spoil
@@ -325,7 +334,7 @@ def test_bad_configs_are_refused(change, message, tmp_path):
 
 def test_shards_that_differ_are_refused(tmp_path):
     folder = write_meta(tmp_path / "meta", random_model(), shards=2)
-    part = torch.load(folder / "consolidated.01.pth")
+    part = torch.load(folder / "consolidated.01.pth", weights_only=True)
     part["norm.weight"] += 1
     torch.save(part, folder / "consolidated.01.pth")
     with pytest.raises(ValueError, match="norm.weight differs between the shards"):
