@@ -1,17 +1,18 @@
 """What decides: which layers are redundant, and which singular components of their matrices to keep.
 
-Every function stands alone; the two sweeps take a model and an iterable of token batches (B, T) int64.
+Every function stands alone. Those that sweep over a model take an iterable of token batches (B, T) int64.
 
-    here                paper               shape       what
-    U, S, Vh            U, Sigma, V^T       (m, r) (r,) (r, n)   thin SVD of a weight matrix W (m, n), r = min(m, n)
-    G                   dL/dW               (m, n)      L: mean nats per predicted token over the calibration set
-    sigma_grad          dL/d sigma_k        (r,)
-    importance          I(sigma_k)          (r,)        Eq. 6
-    kept                top-k               (k,)        indices of components, in the order of S
+    here         paper           shape                what
+    U, S, Vh     U, Sigma, V^T   (m, r) (r,) (r, n)   thin SVD of a weight matrix W (m, n), r = min(m, n)
+    G            dL/dW           (m, n)               L: mean nats per predicted token over the calibration set
+    sigma_grad   dL/d sigma      (r,)                 u_k, sigma_k, v_k: component k; elsewhere k is how many are kept
+    importance   I(sigma)        (r,)
+    kept         top-k           (k,)                 indices of the components that stay, ascending
 
 [GRASP]: arXiv 2501.00339.  [Gromov]: arXiv 2403.17887.
 """
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -61,21 +62,19 @@ def most_redundant(cosines, n):
 def weight_gradients(model, names, batches):
     """{name: G = dL/dW (m, n), fp32 at least} of the named matrices, by one backward sweep over the calibration set.
 
-    names: "layers.22.attention.wq", dense matrices. L is the mean negative log-likelihood per predicted token, in
-    nats. Only these matrices ask for gradients, so autograd stops at the lowest block that holds one. Each
-    micro-batch's gradient of the SUMMED likelihood is added into a wide sum and freed at once, and the sum is divided
-    at the end: gradients of half-precision weights neither underflow nor lose their small contributions.
+    names: "layers.22.attention.wq", dense matrices. L is the mean negative log-likelihood per predicted token, in nats.
+    Only these matrices ask for gradients, so autograd stops at the lowest block that holds one. Each micro-batch's
+    gradient of the SUMMED likelihood is added into a wide sum and freed at once, and the sum is divided at the end:
+    gradients of half-precision weights do not underflow, and small ones are not lost. ValueError if one overflows.
     """
     weights = {name: model.get_submodule(name).weight.requires_grad_(True) for name in names}
     sums = {name: torch.zeros_like(upcast(w.detach())) for name, w in weights.items()}
 
-    def add_into(total):
-        def hook(w):
-            total.add_(w.grad)
-            w.grad = None
-        return hook
+    def add_into(total, w):
+        total.add_(w.grad)
+        w.grad = None
 
-    hooks = [w.register_post_accumulate_grad_hook(add_into(sums[name])) for name, w in weights.items()]
+    hooks = [w.register_post_accumulate_grad_hook(partial(add_into, sums[name])) for name, w in weights.items()]
     count = 0
     try:
         for tokens in batches:
@@ -91,7 +90,10 @@ def weight_gradients(model, names, batches):
             hook.remove()
             w.requires_grad_(False)
             w.grad = None
-    return {name: total.div_(count) for name, total in sums.items()}
+    for name, total in sums.items():
+        if not total.div_(count).isfinite().all():
+            raise ValueError(f"the gradient of {name} is not finite; try --dtype bfloat16 or float32")
+    return sums
 
 
 # ------------------------------------------------------------------------------------------------ singular components
@@ -102,7 +104,7 @@ def svd(W):
 
 
 def sigma_gradients(U, G, Vh):
-    """dL/d sigma_k = u_k^T G v_k for all k at once: (r,), i.e. the diagonal of U^T G V [GRASP §2.2, Eq. 4]."""
+    """dL/d sigma_k = u_k^T G v_k for all k at once: (r,), i.e. the diagonal of U^T G V [GRASP §2.2, Eqs. 3-5]."""
     return (U * (G @ Vh.mT)).sum(0)
 
 

@@ -12,54 +12,45 @@ from pathlib import Path
 
 import torch
 
-from data.corpus import batches, consecutive_windows, load_text, names
+from data.corpus import batches, consecutive_windows, text_names, text_or_embedded
 from data.tokenizer import load_tokenizer
 from model import load_checkpoint
 
-TINY = Path(__file__).parent / "data" / "tiny"  # the embedded model
+TINY = Path(__file__).resolve().parent / "data" / "tiny"  # the embedded model
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 @torch.no_grad()
-def perplexity(model, batches):
-    """exp of the mean negative log-likelihood (nats) per predicted token over batches (B, T) of equal windows.
+def perplexity(model, token_batches):
+    """exp of the mean negative log-likelihood (nats) per predicted token over batches (B, T) int64 of equal windows.
 
     Each window predicts its tokens 1..T-1, the first of them from the window's first token alone.
     """
     total, count = 0.0, 0
-    for tokens in batches:
+    for tokens in token_batches:
         tokens = tokens.to(model.device)
         total += sum(nll.double() for nll in model.losses(model.final_state(tokens), tokens))
         count += tokens[:, 1:].numel()
     return (total / count).exp().item()
 
 
-def load_windows(texts, tokenizer, seq_len=2048, limit=None, data_dir=None):
-    """{label: (windows (n, seq_len) int64, protocol)} of the texts named; `limit` takes only the first windows."""
-    result = {}
-    for name in texts:
-        text, source = load_text(name, "test", data_dir)
+def load_windows(asked, tokenizer, seq_len, ckpt, limit=None, data_dir=None):
+    """{label: (windows (n, seq_len) int64, protocol)} of the texts asked for; `limit` takes only the first windows.
+
+    asked None: WikiText-2 and PTB, or the embedded text for the embedded model and where those cannot be had.
+    """
+    texts = {}
+    for name in asked or (["embedded"] if ckpt == TINY else ["wikitext2", "ptb"]):
+        label, text, source = text_or_embedded(name, "test", data_dir, asked)
         tokens = tokenizer.stream(text)
         windows = consecutive_windows(tokens, seq_len, limit)
-        label = Path(name).name if Path(name).name not in result else name  # of a file, its name will do
-        result[label] = windows, {"text": source, "tokens": len(tokens), "windows": len(windows), "seq_len": seq_len,
-                                  "all_windows": len(tokens) // seq_len, "bos": tokenizer.bos_id is not None}
-    return result
-
-
-def named_or_embedded(texts, default, load):
-    """load(texts), or load(default) if none are named; a default that cannot be had gives way to the embedded text."""
-    if texts:
-        return load(texts)
-    try:
-        return load(default)
-    except FileNotFoundError as e:
-        print(f"going on with the embedded text: {e}")
-        return load(["embedded"])
+        texts[label] = windows, {"text": source, "tokens": len(tokens), "windows": len(windows), "seq_len": seq_len,
+                                 "all_windows": len(tokens) // seq_len, "bos": tokenizer.bos_id is not None}
+    return texts
 
 
 def perplexities(model, texts, batch_size, label):
-    """{text name: perplexity} of one model over what load_windows gave."""
+    """{text label: perplexity} of one model over what load_windows gave."""
     return {name: perplexity(model, batches(windows, batch_size, f"{label} on {name}"))
             for name, (windows, _) in texts.items()}
 
@@ -85,7 +76,7 @@ def table(rows, texts, dense_params):
 
 def peak_bytes(device):
     """Peak memory so far: allocated on a CUDA device, else resident in this process (0 where the system hides it)."""
-    if torch.device(device).type == "cuda":
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
         import resource
@@ -95,11 +86,11 @@ def peak_bytes(device):
 
 
 @contextmanager
-def timed(seconds, phase, device):
-    """Add the wall time of a block to seconds[phase], with the device's queued work done."""
+def timed(seconds, phase, device=None):
+    """Add the wall time of a block to seconds[phase], with a CUDA device's queued work done."""
     start = time.perf_counter()
     yield
-    if torch.device(device).type == "cuda":
+    if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
     seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
 
@@ -107,95 +98,52 @@ def timed(seconds, phase, device):
 # ------------------------------------------------------------------------------------------------ the command line
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a wrong flag is an error like any other: one line, exit code 2."""
+    """The flags that both commands have; a wrong one is an error like any other: one line, exit code 2."""
 
     def __init__(self, description):
         super().__init__(description=description, allow_abbrev=False)
-
-    def error(self, message):
-        raise ValueError(message)
-
-    def add_common(self):
-        """The flags that both commands have."""
-        self.add_argument("--ckpt", type=Path, default=TINY, metavar="FOLDER", help="weights: Meta's, Mistral's, "
-                          "Hugging Face's or a compressed folder (default: the embedded model)")
+        self.add_argument("--ckpt", type=lambda name: Path(name).resolve(), default=TINY, metavar="FOLDER", help="weights: "
+                          "Meta's, Mistral's, Hugging Face's or a compressed folder (default: the embedded model)")
         self.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: CUDA where there is one)")
         self.add_argument("--dtype", default="auto", choices=["auto", *DTYPES],
                           help="to compute in, and to write (default: the folder's own)")
-        self.add_argument("--batch-size", type=positive, default=1, metavar="N",
-                          help="sequences in a micro-batch (default: %(default)s)")
+        self.add_argument("--batch-size", type=positive, metavar="N",
+                          help="sequences in a micro-batch (default: as many as make 1,024 tokens, 1 at least)")
         self.add_argument("--data-dir", metavar="DIR", help="where wikitext-2-raw/ and ptb/ are (default: $GRASP_DATA, "
                           "else the cache, else a download)")
         self.add_argument("--windows", type=positive, metavar="N",
                           help="evaluate only the first N windows of each text (default: all)")
 
+    def error(self, message):
+        raise ValueError(message)
+
 
 def positive(text):
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number of 1 or more")
+    if not (text.isascii() and text.isdecimal() and 0 < int(text) < 2 ** 31):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number from 1 to 2^31 - 1")
     return int(text)
-
-
-def choose_device(name):
-    """(device, why), from `auto` or a name. ValueError for one that this machine does not have."""
-    if name == "auto":
-        return ("cuda", "auto: CUDA is here") if torch.cuda.is_available() else ("cpu", "auto: no CUDA here")
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise ValueError(f"--device {name}: {str(e).splitlines()[0]}") from None
-    return name, "as asked"
 
 
 def open_checkpoint(ckpt, device, dtype):
     """Load model and tokenizer, and say in two lines what they are and where they run: (model, tokenizer)."""
-    device, why = choose_device(device)
-    model = load_checkpoint(ckpt, DTYPES.get(dtype), device)
-    a = model.args
-    print(f"model        {ckpt}  {a.n_layers} layers, dim {a.dim}, {a.n_heads} heads over {a.n_kv_heads}, "
-          f"{model.n_params:,} parameters")
-    print(f"device       {device} ({why}), dtype {str(model.dtype).removeprefix('torch.')}"
-          + (" (the folder's own)" if dtype == "auto" else " (as asked)"))
-    return model, load_tokenizer(ckpt, a.vocab_size)
-
-
-def command(main):
-    """Run a command: a user's mistake is one line on stderr and exit code 2, Ctrl-C one line and 130."""
+    why = "as asked"
+    if device == "auto":
+        device, why = ("cuda", "auto: CUDA is here") if torch.cuda.is_available() else ("cpu", "auto: no CUDA here")
     try:
-        main()
-    except (ValueError, OSError, ModuleNotFoundError, MemoryError, torch.OutOfMemoryError) as e:
-        message = f"out of memory ({e}): try a smaller --batch-size" if isinstance(
-            e, (MemoryError, torch.OutOfMemoryError)) else str(e)
-        print("error: " + " ".join(message.split()), file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
-
-
-def main():
-    parser = Parser(__doc__.splitlines()[0])
-    parser.add_common()
-    parser.add_argument("--data", nargs="+", metavar="TEXT", help=f"{names('test')}, or files (default: wikitext2 ptb)")
-    parser.add_argument("--seq-len", type=positive, metavar="T",
-                        help="tokens in a window (default: 2048, or the model's positions if fewer)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
-    a = parser.parse_args()
-    if a.json and not a.json.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--json {a.json}: no folder {a.json.absolute().parent}")
-    model, tokenizer = open_checkpoint(a.ckpt, a.device, a.dtype)
-    seq_len = sequence_length(a.seq_len, 2048, model)
-    default = ["embedded"] if a.ckpt == TINY else ["wikitext2", "ptb"]
-    texts = named_or_embedded(a.data, default, lambda texts: load_windows(texts, tokenizer, seq_len, a.windows, a.data_dir))
-    seconds = {}
-    with timed(seconds, "evaluate", model.device):
-        results = perplexities(model, texts, a.batch_size, "perplexity")
-    row = {"model": a.ckpt.name, "parameters": model.n_params, "perplexity": results, "seconds": seconds["evaluate"],
-           "peak_bytes": peak_bytes(model.device)}
-    print("\n" + table([row], texts, model.n_params_dense))
-    if a.json:
-        protocols = {name: protocol for name, (_, protocol) in texts.items()}
-        a.json.write_text(json.dumps({**row, "protocol": protocols}, indent=1) + "\n")
+        known = torch.device(device).type in ("cpu", "cuda") and torch.empty(0, device=device) is not None
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"--device {device}: {str(e).splitlines()[0]}") from None
+    if not known:
+        raise ValueError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
+    model = load_checkpoint(ckpt, DTYPES.get(dtype), device)
+    if model.n_params < 10 ** 7:  # matrices this small are not worth sharing, least of all on a busy machine
+        torch.set_num_threads(1)
+    a, whose = model.args, "the folder's own" if dtype == "auto" else "as asked"
+    print(f"model        {ckpt}  {a.n_layers} layers, dim {a.dim}, {a.n_heads} heads over {a.n_kv_heads}, "
+          f"{model.n_params:,} parameters\n"
+          f"device       {model.device} ({why}), dtype {str(model.dtype).removeprefix('torch.')} "
+          f"({whose})")
+    return model, load_tokenizer(ckpt, a.vocab_size)
 
 
 def sequence_length(asked, default, model):
@@ -204,6 +152,52 @@ def sequence_length(asked, default, model):
     if asked and (asked < 2 or limit and asked > limit):
         raise ValueError(f"--seq-len {asked}: expected 2 to {limit or 'any number'} (the model's positions)")
     return asked or min(default, limit or default)
+
+
+def batch_size(asked, seq_len):
+    """The --batch-size asked for, or as many sequences as make 1,024 tokens: small models run faster for it."""
+    return asked or max(1, 1024 // seq_len)
+
+
+def command(main):
+    """Run a command: a user's mistake is one line on stderr and exit code 2, Ctrl-C one line and 130."""
+    sys.stdout.reconfigure(line_buffering=True)  # a log file shows where the work is
+    try:
+        main()
+    except (MemoryError, torch.OutOfMemoryError) as e:
+        message = f"out of memory: {e}; try a smaller --batch-size or another --dtype"
+    except (ValueError, OSError, ModuleNotFoundError) as e:
+        message = str(e)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+    else:
+        return
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def main():
+    parser = Parser(__doc__.splitlines()[0])
+    parser.add_argument("--data", nargs="+", metavar="TEXT", help=f"{text_names('test')}, or files (default: wikitext2 "
+                        "ptb; with the embedded model, embedded)")
+    parser.add_argument("--seq-len", type=positive, metavar="T",
+                        help="tokens in a window (default: 2048, or the model's positions if fewer)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+    a = parser.parse_args()
+    if a.json and (a.json.is_dir() or not a.json.absolute().parent.is_dir()):
+        raise FileNotFoundError(f"--json {a.json}: not a file in a folder that is there")
+    model, tokenizer = open_checkpoint(a.ckpt, a.device, a.dtype)
+    seq_len, seconds = sequence_length(a.seq_len, 2048, model), {}
+    texts = load_windows(a.data, tokenizer, seq_len, a.ckpt, a.windows, a.data_dir)
+    with timed(seconds, "evaluation"):
+        results = perplexities(model, texts, batch_size(a.batch_size, seq_len), "perplexity")
+    row = {"model": a.ckpt.name, "parameters": model.n_params, "perplexity": results, "seconds": seconds["evaluation"],
+           "peak_bytes": peak_bytes(model.device)}
+    print("\n" + table([row], texts, model.n_params_dense))
+    if a.json:
+        row["protocol"] = {label: protocol for label, (_, protocol) in texts.items()}
+        a.json.write_text(json.dumps(row, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,24 +2,26 @@
 
     python grasp.py --ckpt FOLDER --layers 7 --ratio 0.1
 
-1. find_redundant   the layers that turn the residual stream least, by cosine                          [§2.1]
+1. find_redundant   the layers whose output is most parallel to their input, by cosine                 [§2.1]
 2. compress         gradients of the loss to their seven matrices, on a little calibration text        [§2.2]
                     for each matrix: W = U diag(S) Vh, a score for every sigma, the top k kept         [§2.2]
                     y = W x becomes y = A (B x), A = U_k sqrt(S_k), B = sqrt(S_k) Vh_k                 [§2.3]
 
-`sweep(label)` gives the calibration set's micro-batches (B, T) once more; attribution.py holds the mathematics.
+`sweep(label)` is a fresh iterator over the calibration set's batches (B, T) int64; the label names its progress line.
+attribution.py holds the mathematics.
 """
 import argparse
-import math
+from functools import partial
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from attribution import (SCORES, angular_distances, importance, layer_cosines, low_rank_factors, most_redundant,
                          rank_for_ratio, rank_for_threshold, sigma_gradients, svd, top_k, weight_gradients)
-from data.corpus import batches, load_text, names, random_windows
-from evaluate import (TINY, Parser, command, load_windows, named_or_embedded, open_checkpoint, peak_bytes,
-                      perplexities, positive, sequence_length, table, timed)
+from data.corpus import batches, random_windows, text_names, text_or_embedded
+from evaluate import (TINY, Parser, batch_size, command, load_windows, open_checkpoint, peak_bytes, perplexities,
+                      positive, sequence_length, table, timed)
 from model import MATRICES, LowRankLinear, check_target, save_checkpoint
 
 
@@ -39,11 +41,12 @@ def find_redundant(model, sweep, n, contiguous=False):
 
 def compress(model, layer_ids, sweep, ratio=None, threshold=None, score="taylor", iterative=False, log=print,
              seconds=None):
-    """Replace the matrices of the redundant layers, in place: a record for each (name, shape, rank, kept components).
+    """Replace the matrices of the redundant layers, in place: a record for each, as `replace` gives it.
 
-    ratio or threshold says how many components stay. One-shot (default): all gradients from the dense model, in one
-    sweep. iterative: from the deepest block to the shallowest, the MLP and then the attention, gradients taken again
-    before each, so that each sees those already replaced [GRASP Alg. 1]. seconds: a dict to add the phases' times to.
+    ratio: the share of each matrix's parameters to keep; threshold instead: the share of the sum of its scores.
+    One-shot (default): all gradients from the dense model, in one sweep. iterative: from the deepest block to the
+    shallowest, the MLP and then the attention, gradients taken again before each, so that each sees those already
+    replaced [GRASP Alg. 1]. seconds: a dict to add the wall time of each phase to.
     """
     seconds = {} if seconds is None else seconds
     groups = [[name for layer in layer_ids for name in matrices(layer)]]
@@ -52,14 +55,17 @@ def compress(model, layer_ids, sweep, ratio=None, threshold=None, score="taylor"
                   for layer in sorted(layer_ids, reverse=True) for half in ("feed_forward", "attention")]
     records = []
     for group in groups:
-        dense = [name for name in group if isinstance(model.get_submodule(name), nn.Linear)]  # the rest is low-rank
+        dense = [name for name in group if isinstance(model.get_submodule(name), nn.Linear)]
         G = {}
         if dense and score != "magnitude":
             with timed(seconds, "attribution", model.device):
                 G = weight_gradients(model, dense, sweep("attribution"))
-        for name in dense:
+        for name in group:
+            if name not in dense:
+                log(f"{name:<26} is low-rank already: left as it is")
+                continue
             before = seconds.get("SVD", 0.0)
-            with timed(seconds, "SVD", model.device):
+            with timed(seconds, "SVD", model.device):  # pop: no gradient outlives its matrix's turn
                 records.append(replace(model, name, G.pop(name, None), ratio, threshold, score))
             log(f"{describe(records[-1])}  {seconds['SVD'] - before:.2f} s")
     return records
@@ -71,7 +77,10 @@ def matrices(layer):
 
 
 def replace(model, name, G, ratio, threshold, score):
-    """One matrix: SVD, scores, top-k, factors in its place. A matrix whose factors were no smaller stays dense."""
+    """One matrix W (m, n) with its gradient G (m, n): SVD, scores, top-k, factors in its place [GRASP §2.2-2.3].
+
+    Returns {name, shape, rank, kept}. A matrix whose factors would not be smaller stays dense: rank and kept None.
+    """
     W = model.get_submodule(name).weight
     m, n = W.shape
     U, S, Vh = svd(W)
@@ -96,92 +105,86 @@ def describe(record):
 def main():
     a = parse()
     seconds = {}
-    with timed(seconds, "load", "cpu"):
+    with timed(seconds, "load"):
         model, tokenizer = open_checkpoint(a.ckpt, a.device, a.dtype)
-    layer_count, before, device = model.args.n_layers, model.n_params, model.device
-    if (a.layers or 1) > layer_count or not all(0 <= layer < layer_count for layer in a.layer_ids or []):
-        raise ValueError(f"--layers, --layer-ids: this model has {layer_count} layers, 0 to {layer_count - 1}; asked "
-                         f"for {a.layers or a.layer_ids}")
+    a.device, a.dtype, before, dense_params = model.device, model.dtype, model.n_params, model.n_params_dense
+    count = model.args.n_layers
+    if (a.layers or 1) > count or not all(0 <= layer < count for layer in a.layer_ids or []):
+        raise ValueError(f"--layers, --layer-ids: this model has {count} layers, 0 to {count - 1}; asked for "
+                         f"{a.layers or a.layer_ids}")
     windows, calibration = calibration_windows(a, model, tokenizer)
-    texts = evaluation_windows(a, model, tokenizer)
+    texts = {} if a.eval == ["none"] else load_windows(a.eval, tokenizer, sequence_length(None, 2048, model), a.ckpt,
+                                                       a.windows, a.data_dir)
     asked = f"threshold {a.threshold}" if a.threshold else f"ratio {a.ratio}"
     print(f"calibration  {calibration['text']}; {calibration['tokens']:,} tokens, {a.samples} random windows of "
-          f"{calibration['seq_len']}, seed {a.seed}, in batches of {a.batch_size}\n"
-          f"method       {asked}, score {a.score}, {'iterative' if a.iterative else 'one-shot'}; to {a.out}\n")
+          f"{a.seq_len}, seed {a.seed}, in batches of {batch_size(a.batch_size, a.seq_len)}\n"
+          f"method       {asked} of {a.layers or len(a.layer_ids)} layers{' in a row' * a.contiguous}, score {a.score}, "
+          f"{'iterative' if a.iterative else 'one-shot'}\nout          {a.out}{' (overwrite)' * a.overwrite}\n")
+    sweep = partial(batches, windows, batch_size(a.batch_size, a.seq_len))
 
-    def sweep(label):
-        return batches(windows, a.batch_size, label)
-
-    with timed(seconds, "redundancy", device):
+    with timed(seconds, "redundancy", a.device):
         cosines, redundant = find_redundant(model, sweep, a.layers or 1, a.contiguous)
     redundant = sorted(a.layer_ids) if a.layer_ids else redundant
     for layer, cosine in enumerate(cosines):
         print(f"layer {layer:3}  cosine {cosine:.4f}{'  redundant' * (layer in redundant)}")
     print()
 
-    rows, dense_params = [], model.n_params_dense
+    rows = []
 
     def add_row(name, phases):
-        with timed(seconds, "evaluation", device):
-            results = perplexities(model, texts, a.batch_size, name)
+        with timed(seconds, "evaluation", a.device):
+            results = perplexities(model, texts, batch_size(a.batch_size, sequence_length(None, 2048, model)), name)
         rows.append({"model": name, "parameters": model.n_params, "perplexity": results,
                      "seconds": sum(seconds[phase] for phase in phases) if phases else None,
-                     "peak_bytes": peak_bytes(device)})
+                     "peak_bytes": peak_bytes(a.device)})
 
-    add_row("dense", [])
-    if a.compare:
-        add_comparisons(model, redundant, sweep, a.ratio, a.threshold, add_row, seconds)
-    with timed(seconds, "compression", device):
+    add_row("dense" if before == dense_params else "input", [])
+    dense = {name: model.get_submodule(name) for layer in redundant for name in matrices(layer)} if a.compare else {}
+    with timed(seconds, "compression", a.device):
         records = compress(model, redundant, sweep, a.ratio, a.threshold, a.score, a.iterative, seconds=seconds)
+    if a.compare:
+        add_comparisons(model, dense, records, redundant, add_row, seconds)
     add_row("GRASP" if a.score == "taylor" else f"GRASP, {a.score}", ["redundancy", "compression"])
     print(f"\n{table(rows, texts, dense_params)}\nasked: {asked} of layers {redundant}; achieved: {model.n_params:,} "
           f"parameters left of {before:,}, {100 * (1 - model.n_params / before):.1f} % removed")
-    report = {"settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(a).items()},
-              "device": str(device), "dtype": str(model.dtype), "cosines": cosines.tolist(), "redundant": redundant,
-              "matrices": records, "parameters_before": before, "parameters_after": model.n_params,
-              "calibration": calibration, "protocol": {label: protocol for label, (_, protocol) in texts.items()},
-              "results": rows, "seconds": seconds, "peak_bytes": peak_bytes(device)}
+    report = {"settings": vars(a), "cosines": cosines.tolist(), "redundant": redundant, "matrices": records,
+              "parameters_before": before, "parameters_after": model.n_params, "calibration": calibration,
+              "protocol": {label: protocol for label, (_, protocol) in texts.items()}, "results": rows,
+              "seconds": seconds, "peak_bytes": peak_bytes(a.device)}
     save_checkpoint(model, a.out, report, tokenizer.file, a.overwrite)
     print(f"written to {a.out}")
 
 
 def calibration_windows(a, model, tokenizer):
     """(windows (samples, seq_len) int64, what they are and where they lie in the token stream)."""
-    text, source = named_or_embedded([a.calibration] if a.calibration else None,
-                                     ["embedded" if a.ckpt == TINY else "wikitext2"],
-                                     lambda names: load_text(names[0], "train", a.data_dir))
+    name = a.calibration or ("embedded" if a.ckpt == TINY else "wikitext2")
+    _, text, source = text_or_embedded(name, "train", a.data_dir, a.calibration)
     tokens = tokenizer.stream(text)
-    windows, offsets = random_windows(tokens, a.samples, sequence_length(a.seq_len, 512, model), a.seed)
-    return windows, {"text": source, "tokens": len(tokens), "seq_len": windows.shape[1], "offsets": offsets.tolist()}
+    a.seq_len = sequence_length(a.seq_len, 512, model)
+    windows, offsets = random_windows(tokens, a.samples, a.seq_len, a.seed)
+    return windows, {"text": source, "tokens": len(tokens), "offsets": offsets.tolist()}
 
 
-def evaluation_windows(a, model, tokenizer):
-    """{label: (windows, protocol)} of the texts to evaluate on; empty for `--eval none`."""
-    if a.eval == ["none"]:
-        return {}
-    return named_or_embedded(a.eval, ["embedded"] if a.ckpt == TINY else ["wikitext2", "ptb"],
-                             lambda names: load_windows(names, tokenizer, sequence_length(None, 2048, model), a.windows,
-                                                        a.data_dir))
-
-
-def add_comparisons(model, redundant, sweep, ratio, threshold, add_row, seconds):
-    """Two rows to compare with: the redundant layers dropped, and plain SVD; then the model is as it was."""
+def add_comparisons(model, dense, records, redundant, add_row, seconds):
+    """Two rows to compare with: the redundant layers dropped, and plain SVD of GRASP's ranks; the model stays GRASP's."""
     layers = model.layers
     model.layers = nn.ModuleList(block for layer, block in enumerate(layers) if layer not in redundant)
     add_row("layers dropped", ["redundancy"])
     model.layers = layers
-    dense = {name: model.get_submodule(name) for layer in redundant for name in matrices(layer)}
+    ours = {}
     with timed(seconds, "plain SVD", model.device):
-        compress(model, redundant, sweep, ratio, threshold, "magnitude", log=lambda line: None)
+        for name, k in ((record["name"], record["rank"]) for record in records if record["rank"]):
+            W = dense[name].weight
+            A, B = low_rank_factors(*svd(W), torch.arange(k, device=W.device))  # the k largest sigmas
+            ours[name] = model.replace_matrix(name, LowRankLinear(A.to(W.dtype), B.to(W.dtype)))
     add_row("plain SVD", ["redundancy", "plain SVD"])
-    for name, module in dense.items():
+    for name, module in ours.items():
         model.replace_matrix(name, module)
 
 
 def parse():
     p = Parser(__doc__.splitlines()[0])
-    p.add_common()
-    p.add_argument("--layers", type=positive, help="how many redundant layers to compress")
+    p.add_argument("--layers", type=positive, metavar="N", help="how many redundant layers to compress")
     p.add_argument("--layer-ids", type=int, nargs="+", metavar="ID", help="compress these layers instead")
     p.add_argument("--contiguous", action="store_true", help="take neighbouring layers, by angular distance")
     p.add_argument("--ratio", type=share, help="share of each matrix's parameters to keep (default: 0.1)")
@@ -189,17 +192,19 @@ def parse():
                    "sum of scores")
     p.add_argument("--score", choices=SCORES, default="taylor", help="what ranks the components (default: %(default)s)")
     p.add_argument("--iterative", action="store_true", help="half a block at a time, with fresh gradients")
-    p.add_argument("--calibration", metavar="TEXT", help=f"{names('train')}, or a file (default: wikitext2)")
-    p.add_argument("--samples", type=positive, default=512, help="calibration sequences (default: %(default)s)")
-    p.add_argument("--seq-len", type=positive, help="tokens in each (default: 512, or the model's positions if fewer)")
+    p.add_argument("--calibration", metavar="TEXT", help=f"{text_names('train')}, or a file (default: wikitext2; with "
+                   "the embedded model, embedded)")
+    p.add_argument("--samples", type=positive, metavar="N", default=512, help="calibration sequences (default: 512)")
+    p.add_argument("--seq-len", type=positive, metavar="T", help="tokens in each (default: 512, or the model's "
+                   "positions if fewer)")
     p.add_argument("--seed", type=int, default=42, help="of the windows' random offsets (default: %(default)s)")
-    p.add_argument("--eval", nargs="+", metavar="TEXT", help=f"none, or any of {names('test')}, files "
-                   "(default: wikitext2 ptb)")
+    p.add_argument("--eval", nargs="+", metavar="TEXT", help=f"none, or any of {text_names('test')} and files (default: "
+                   "wikitext2 ptb; with the embedded model, embedded)")
     p.add_argument("--compare", action="store_true", help="add rows: the layers dropped, and plain SVD")
-    p.add_argument("--out", type=Path, help="folder to write (default: NAME-grasp here)")
+    p.add_argument("--out", type=Path, metavar="FOLDER", help="to write (default: NAME-grasp here)")
     p.add_argument("--overwrite", action="store_true", help="replace a folder that an earlier run wrote")
     a = p.parse_args()
-    if bool(a.layers) == bool(a.layer_ids):
+    if (a.layers is None) == (a.layer_ids is None):
         raise ValueError("give one of --layers N and --layer-ids ID ...")
     if a.layer_ids and (len(set(a.layer_ids)) < len(a.layer_ids) or a.contiguous):
         raise ValueError(f"--layer-ids {a.layer_ids}: expected each id once, and no --contiguous")
@@ -208,21 +213,17 @@ def parse():
     if not 0 <= a.seed < 2 ** 63:
         raise ValueError(f"--seed {a.seed}: expected 0 to 2^63 - 1")
     a.ratio = a.ratio or (None if a.threshold else 0.1)
-    a.out = a.out or Path(f"{a.ckpt.resolve().name}-grasp")
-    if a.out.resolve() == a.ckpt.resolve():
+    a.out = a.out or Path(f"{a.ckpt.name}-grasp")
+    if a.out.resolve() == a.ckpt:
         raise ValueError(f"--out {a.out}: is the input")
     check_target(a.out, a.overwrite)
     return a
 
 
 def share(text):
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value <= 1:
+    if not 0 < float(text) <= 1:
         raise argparse.ArgumentTypeError(f"{text!r}, expected more than 0 and at most 1")
-    return value
+    return float(text)
 
 
 if __name__ == "__main__":

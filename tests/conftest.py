@@ -7,6 +7,8 @@ import torch
 
 from model import ModelArgs, Transformer
 
+torch.set_num_threads(1)  # matrices this small are not worth sharing, least of all on a busy machine
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -119,13 +119,20 @@ def test_autograd_stops_at_the_lowest_redundant_block():
 
 
 def test_half_precision_gradients_are_summed_wide():
-    """256 batches whose bf16 sum would stop growing: each adds less than half a unit in its last place."""
+    """300 batches whose bf16 sum would stop growing: each adds less than half a unit in its last place."""
     model = random_model(torch.bfloat16)
     tokens, name = random_tokens(model, 1, 8), "layers.3.feed_forward.w2"
     once = weight_gradients(model, [name], [tokens])[name]
     often = weight_gradients(model, [name], [tokens] * 300)[name]
     assert often.dtype == torch.float32
     assert torch.allclose(often, once, rtol=1e-4, atol=1e-8)
+
+
+def test_gradients_that_overflow_are_refused():
+    model = random_model()
+    model.layers[3].ffn_norm.weight.data *= 1e200
+    with pytest.raises(ValueError, match="gradient of layers.2.attention.wq is not finite"):
+        weight_gradients(model, ["layers.2.attention.wq"], [random_tokens(model, 1, 5)])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -141,7 +148,7 @@ def test_cuda_gives_the_same_gradients():
 # ------------------------------------------------------------------------------------------------ which to keep
 
 def test_importance_is_not_magnitude():
-    """By hand: W = diag(3, 2, 1), G = diag(0.1, 0, 5). The smallest sigma matters most, the middle one not at all."""
+    """By hand: W = diag(3, 2, 1), G = diag(0.1, 0, -5). The smallest sigma matters most, the middle one not at all."""
     W, G = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.diag(torch.tensor([0.1, 0.0, -5.0]))
     U, S, Vh = svd(W)
     gradient = sigma_gradients(U, G, Vh)

@@ -35,6 +35,7 @@ def test_the_whole_job_and_its_evaluation(tmp_path):
     assert len(report["calibration"]["offsets"]) == 6 and report["settings"]["ratio"] == 0.2
     assert report["parameters_after"] == rows["GRASP"]["parameters"] == rows["plain SVD"]["parameters"]
     assert rows["layers dropped"]["parameters"] < report["parameters_after"] < report["parameters_before"]
+    assert all(len(r["kept"]) == r["rank"] for r in report["matrices"])
     assert {"load", "redundancy", "attribution", "SVD", "compression", "evaluation", "plain SVD"} <= report["seconds"].keys()
     for r in report["matrices"]:
         assert len(r["kept"]) == r["rank"] and r["kept"] == sorted(set(r["kept"])) and r["kept"][-1] < min(r["shape"])
@@ -44,6 +45,17 @@ def test_the_whole_job_and_its_evaluation(tmp_path):
     result = json.loads((tmp_path / "e.json").read_text())
     assert result["perplexity"]["embedded"] == pytest.approx(rows["GRASP"]["perplexity"]["embedded"], rel=1e-6)
     assert f"{result['perplexity']['embedded']:.2f}" in again.stdout and result["parameters"] == report["parameters_after"]
+
+
+def test_the_embedded_model_by_any_path_and_layers_by_hand(tmp_path):
+    done = run("grasp.py", "--ckpt", ROOT / "data/../data/tiny", "--layer-ids", 6, 2, "--threshold", 0.5, "--samples", 4,
+               "--compare", "--windows", 2, "--iterative", cwd=tmp_path)
+    assert done.returncode == 0 and "embedded ppl" in done.stdout, done.stderr
+    report = json.loads((tmp_path / "tiny-grasp/report.json").read_text())
+    assert report["redundant"] == [2, 6] and report["matrices"][0]["name"] == "layers.6.feed_forward.w1"
+    svd, ours = report["results"][2:]
+    assert svd["parameters"] == ours["parameters"]  # plain SVD gets the ranks that the threshold gave GRASP
+    assert svd["perplexity"] != ours["perplexity"]
 
 
 def test_one_seed_gives_identical_folders(tmp_path):
@@ -105,7 +117,7 @@ def error_of(main, words, monkeypatch, capsys):
 @pytest.mark.parametrize("words, message", [
     ("", "give one of --layers N and --layer-ids"),
     ("--layers 2 --layer-ids 1", "give one of --layers N and --layer-ids"),
-    ("--layers 0", "--layers: '0', expected a whole number of 1 or more"),
+    ("--layers 0", "--layers: '0', expected a whole number from 1 to"),
     ("--layers two", "--layers: 'two', expected a whole number"),
     ("--layers 9", "this model has 8 layers, 0 to 7; asked for 9"),
     ("--layer-ids 3 8", "this model has 8 layers, 0 to 7; asked for [3, 8]"),
@@ -115,6 +127,7 @@ def error_of(main, words, monkeypatch, capsys):
     ("--layers 2 --ratio 0", "--ratio: '0', expected more than 0 and at most 1"),
     ("--layers 2 --ratio 1.5", "--ratio: '1.5', expected more than 0 and at most 1"),
     ("--layers 2 --ratio nan", "--ratio: 'nan', expected"),
+    ("--layers 2 --ratio much", "--ratio: invalid share value: 'much'"),
     ("--layers 2 --ratio 0.1 --threshold 0.5", "give one of --ratio and --threshold"),
     ("--layers 2 --score sigma", "--score: invalid choice: 'sigma'"),
     ("--layers 2 --seed -1", "--seed -1: expected 0 to"),
@@ -128,6 +141,7 @@ def error_of(main, words, monkeypatch, capsys):
     ("--layers 2 --ckpt empty", "empty: no checkpoint here; looked for params.json"),
     ("--layers 2 --ckpt bare", "bare: no tokenizer; looked for tokenizer.model and tokenizer.json"),
     ("--layers 2 --device cuda:99", "--device cuda:99"),
+    ("--layers 2 --device meta", "--device meta: expected auto, cpu, cuda or cuda:N"),
     ("--layers 2 --dtype int8", "--dtype: invalid choice: 'int8'"),
     ("--layers 2 --calibration nowhere", "no text 'nowhere': expected wikitext2, ptb, embedded, or the path of a file"),
     ("--layers 2 --calibration wikitext2", "put the file there as DIR/wikitext-2-raw/wiki.train.raw and pass --data-dir"),
@@ -154,7 +168,7 @@ def test_mistakes_are_one_line_and_write_nothing(words, message, nowhere, monkey
     ("--data", "--data: expected at least one argument"),
     ("--seq-len 999", "--seq-len 999: expected 2 to 256"),
     ("--windows 0", "--windows: '0', expected"),
-    ("--data embedded --json no/such/file", "--json no/such/file: no folder"),
+    ("--data embedded --json no/such/file", "--json no/such/file: not a file in a folder"),
 ])
 def test_mistakes_of_evaluate(words, message, nowhere, monkeypatch, capsys):
     assert message in error_of(evaluate.main, words, monkeypatch, capsys)
@@ -165,7 +179,7 @@ def test_without_network_or_data_the_embedded_text_serves(nowhere, monkeypatch, 
     monkeypatch.setattr(sys, "argv", ["grasp.py", "--ckpt", "model", *QUICK])
     evaluate.command(grasp.main)
     out = capsys.readouterr().out
-    assert out.count("going on with the embedded text") == 2 and "| GRASP |" in " ".join(out.split())
+    assert out.count("going on with the embedded text") == 3 and "| GRASP |" in " ".join(out.split())
     assert "written to model-grasp" in out and (nowhere / "model-grasp/report.json").is_file()
 
 

@@ -44,6 +44,23 @@ def test_the_training_text_or_its_head_is_named(data_dir):
     assert ("only its head" in protocol) == (len(text) < 10_000_000) and "training split" in protocol
 
 
+def test_gguf_rows_go_back_to_halves():
+    """GGUF keeps wq and wk in Meta's order; the folder that data.smollm2 writes has Hugging Face's."""
+    quants = pytest.importorskip("gguf.quants", reason="pip install gguf")
+    from data.smollm2 import tensors
+    from model import pair_rows
+    W = torch.randn(12, 5)
+
+    class Tensor:
+        name, tensor_type, data = "blk.7.attn_k.weight", quants.GGMLQuantizationType.F32, W.numpy()
+
+    class Reader:
+        tensors = [Tensor]
+
+    result = tensors(Reader, head_dim=4)["model.layers.7.self_attn.k_proj.weight"]
+    assert not torch.equal(result, W) and torch.equal(pair_rows(result, 4), W)
+
+
 def test_embedded_text_is_held_out_paragraph_by_paragraph():
     train, test = (set(embedded_text(split).split("\n\n")) for split in ("train", "test"))
     assert len(train) > 1000 and len(test) > 100 and not train & test

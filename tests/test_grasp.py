@@ -86,7 +86,9 @@ def test_what_is_already_low_rank_is_left_alone():
     model, _, sweep = setup()
     compress(model, [1], sweep, ratio=0.4, log=silent)
     before = {name: p.clone() for name, p in model.named_parameters() if name.startswith("layers.1.")}
-    assert compress(model, [1], sweep, ratio=0.2, log=silent) == []
+    lines = []
+    assert compress(model, [1], sweep, ratio=0.2, log=lines.append) == []
+    assert len(lines) == 7 and all("low-rank already" in line for line in lines)
     assert all(torch.equal(model.get_parameter(name), p) for name, p in before.items())
 
 
