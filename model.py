@@ -211,19 +211,22 @@ def load_checkpoint(path, dtype=None, device="cpu"):
         raise FileNotFoundError(f"{folder}: " + ("a file, expected a folder" if folder.exists() else "no such folder"))
     fields, ranks, shards, halves = read_folder(folder)
     args = ModelArgs(**fields)
-    last = f"layers.{args.n_layers - 1}.attention_norm.weight"
-    if last not in shards[0]:  # seen before a model of any size is built
-        raise ValueError(f"{folder}: tensor {last} is missing")
+    found = sum(name.endswith(".attention_norm.weight") for name in shards[0])
+    if found != args.n_layers:  # seen before a model of any size is built
+        raise ValueError(f"{folder}: weights of {found} layers, expected {args.n_layers}")
     wrong = set(ranks) - {f"layers.{layer}.{matrix}" for layer in range(args.n_layers) for matrix in MATRICES}
     if wrong:
         raise ValueError(f"{folder}: ranks names {min(wrong)}, which this model does not have")
     embedding, head = shards[0]["tok_embeddings.weight"], shards[0].get("output.weight")
     tied = head is None or (head.shape == embedding.shape and torch.equal(head, embedding))
-    with torch.device("meta"):
-        model = Transformer(args, tied)
-        for name, k in ranks.items():
-            m, n = model.get_submodule(name).weight.shape
-            model.replace_matrix(name, LowRankLinear(torch.empty(m, k), torch.empty(k, n)))
+    try:
+        with torch.device("meta"):
+            model = Transformer(args, tied)
+            for name, k in ranks.items():
+                m, n = model.get_submodule(name).weight.shape
+                model.replace_matrix(name, LowRankLinear(torch.empty(m, k), torch.empty(k, n)))
+    except (RuntimeError, TypeError):  # sizes whose product no tensor can have
+        raise ValueError(f"{folder}: no model can be of these sizes: {args}") from None
     return fill(model, shards, folder, halves, dtype or embedding.dtype, device)
 
 

@@ -19,7 +19,11 @@ def read_folder(folder):
     ranks: {matrix name: rank} of a compressed folder. shards: [{name: tensor}], one for each model-parallel part.
     halves: whether the rows of wq and wk are in Hugging Face's order. Raises FileNotFoundError and ValueError.
     """
-    raw = sorted(folder.glob("consolidated*.pth")) or sorted(folder.glob("consolidated*.safetensors"))
+    raw = [sorted(f for f in folder.glob(f"consolidated*{kind}") if f.is_file()) for kind in (".pth", ".safetensors")]
+    raw = raw[0] or raw[1]
+    for i, f in enumerate(raw if len(raw) > 1 else []):
+        if f.name != f"consolidated.{i:02}{f.suffix}":
+            raise FileNotFoundError(f"{folder}: found {f.name} where consolidated.{i:02}{f.suffix} was expected")
     if (folder / "params.json").is_file() and raw:
         file, shards, names = folder / "params.json", [read_tensors(f) for f in raw], {}
         params = read_json(file)
@@ -58,8 +62,9 @@ def read_tensors(file):
         raise ValueError(f"{file}: not readable as plain tensors (cut, corrupt, or holding other objects): "
                          f"{str(e).strip().splitlines()[0] if str(e) else type(e).__name__}") from e
     for name, t in tensors.items() if isinstance(tensors, dict) else [("", None)]:
-        if not (isinstance(name, str) and isinstance(t, torch.Tensor) and t.layout == torch.strided
-                and t.dtype in FLOATS and t.numel()):
+        if not (isinstance(name, str) and isinstance(t, torch.Tensor) and t.layout == torch.strided and not t.is_nested
+                and t.device.type == "cpu" and t.dtype in FLOATS
+                and 0 < t.numel() * t.element_size() <= t.untyped_storage().nbytes()):
             found = f"{t.dtype} of shape {tuple(t.shape)}" if isinstance(t, torch.Tensor) else type(t).__name__
             raise ValueError(f"{file}: {name or 'the file'} is {found}, expected a dense tensor in "
                              "float16, bfloat16, float32 or float64")
@@ -78,6 +83,8 @@ def read_json(file):
 
 def number(table, name, file, default=None, kind=int):
     """table[name], a positive finite number of that kind; ValueError where it is missing or anything else."""
+    if not isinstance(table, dict):
+        raise ValueError(f"{file}: {table!r} where an object with {name} was expected")
     value = table.get(name) if table.get(name) is not None else default
     if value is None:
         raise ValueError(f"{file}: lacks {name}")
@@ -113,6 +120,9 @@ def read_args(p, file, names, shards):
             for name, default in (("factor", 8.0), ("low_freq_factor", 1.0), ("high_freq_factor", 4.0),
                                   ("original_max_position_embeddings", 8192.0))},
         max_seq_len=min(limits, default=None))
+    rope = args["rope_scaling"]
+    if rope and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise ValueError(f"{file}: low_freq_factor must be less than high_freq_factor, found {rope}")
     if n_heads % args["n_kv_heads"] or args["head_dim"] % 2:
         raise ValueError(f"{file}: {n_heads} query heads, {args['n_kv_heads']} key/value heads, head size "
                          f"{args['head_dim']}: the first must be a multiple of the second, the last even")

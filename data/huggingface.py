@@ -38,9 +38,9 @@ def check_config(config, file):
         if config.get(name) is None and name != "num_key_value_heads":
             raise ValueError(f"{file}: lacks {name}")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
     if kind not in ("default", "llama3"):
-        raise ValueError(f"{file}: rope_type is {kind!r}; supported: default, llama3")
+        raise ValueError(f"{file}: the rotary embedding is {rope!r}; supported: rope_type default, llama3")
     return {**config, "rope_theta": rope.get("rope_theta", config.get("rope_theta")),
             "rope_scaling": rope if kind == "llama3" else None}
 

@@ -36,6 +36,15 @@ def test_losses_in_chunks_are_the_same_sum():
     assert len(parts[0]) == 6 and sum(parts[0]).item() == pytest.approx(sum(parts[1]).item(), rel=1e-12)
 
 
+def test_half_precision_logits_are_summed_wide():
+    """Their logarithm is taken in fp32: in bf16 each position would lose all but 8 bits."""
+    model = random_model(torch.bfloat16)
+    tokens = random_tokens(model, 2, 40)
+    loss = next(model.losses(model.final_state(tokens), tokens))
+    log_p = torch.log_softmax(model(tokens)[:, :-1].double(), -1).gather(2, tokens[:, 1:, None])
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(-log_p.sum().item(), rel=1e-5)
+
+
 def test_windows_do_not_overlap_and_the_tail_is_dropped():
     tokens = torch.arange(11)
     assert consecutive_windows(tokens, 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]

@@ -4,6 +4,7 @@ The witness is the `transformers` library: it makes small random models and save
 """
 import copy
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -139,7 +140,7 @@ def write_meta(folder, model, shards=1, embedding_dim=1, **changes):
     for i in range(shards):
         part = {name: p.chunk(shards, cut[name.split(".")[-2]])[i].clone() if name.split(".")[-2] in cut else p
                 for name, p in model.state_dict().items()}
-        torch.save({**part, "rope.freqs": torch.ones(2)}, folder / f"consolidated.{i:02}.pth")
+        torch.save({**part, "rope.freqs": torch.ones(2), "layers.0.attention.rotary_emb.inv_freq": torch.ones(2)}, folder / f"consolidated.{i:02}.pth")
     return folder
 
 
@@ -150,6 +151,16 @@ def test_meta_folders(shards, embedding_dim, tmp_path):
     tokens = random_tokens(model, 2, 9)
     assert torch.equal(loaded(tokens), model(tokens)) and loaded.args.vocab_size == 50
     assert not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_an_equal_head_is_the_embedding(tmp_path):
+    """Meta's tied models store the embeddings twice; they are one parameter, counted once and written once."""
+    model = random_model(tied=True)
+    folder = write_meta(tmp_path / "meta", model)
+    table = torch.load(folder / "consolidated.00.pth", weights_only=True)
+    torch.save({name: t.clone() for name, t in table.items()}, folder / "consolidated.00.pth")
+    loaded = load_checkpoint(folder)
+    assert loaded.output.weight is loaded.tok_embeddings.weight and loaded.n_params == model.n_params
 
 
 @pytest.mark.parametrize("params, hidden, scaled", [
@@ -248,6 +259,22 @@ def test_an_existing_target_is_refused_unless_overwritten(tmp_path):
         save_checkpoint(random_model(), tmp_path / "precious", overwrite=True)
 
 
+def test_a_failed_overwrite_puts_the_old_folder_back(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    save_checkpoint(low_rank_model(), out, {"some": "report"})
+    rename = type(out).rename
+
+    def fail(self, target):
+        if ".tmp-" in self.name:
+            raise OSError("the disk went away")
+        return rename(self, target)
+
+    monkeypatch.setattr(type(out), "rename", fail)
+    with pytest.raises(OSError, match="went away"):
+        save_checkpoint(random_model(), out, overwrite=True)
+    assert load_checkpoint(out).n_params == low_rank_model().n_params and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 # ------------------------------------------------------------------------------------------------ bad folders
 
 class Payload:
@@ -286,7 +313,10 @@ BAD = {
     "text for a number": (edit(n_heads="four"), "n_heads is 'four', expected a positive int"),
     "negative": (edit(n_layers=-4), "n_layers is -4, expected"),
     "NaN": (edit(norm_eps=float("nan")), "norm_eps is nan, expected"),
-    "absurd size": (edit(n_layers=10 ** 9), "tensor layers.999999999.attention_norm.weight is missing"),
+    "absurd depth": (edit(n_layers=10 ** 9), "weights of 4 layers, expected 1000000000"),
+    "absurd width": (edit(dim=2 ** 52), "no model can be of these sizes"),
+    "rope list": (edit(rope_scaling=[8]), r"\[8\] where an object with factor was expected"),
+    "rope order": (edit(rope_scaling={"low_freq_factor": 4}), "low_freq_factor must be less than"),
     "heads": (edit(n_kv_heads=3), "4 query heads, 3 key/value heads"),
     "experts": (edit(moe={"num_experts": 8}), "moe means an unsupported architecture; supported"),
     "ranks": (edit(ranks={"layers.9.attention.wq": 3}), "ranks names layers.9.attention.wq"),
@@ -297,6 +327,12 @@ BAD = {
     "transposed vector": (tensors(lambda t: t.update({"norm.weight": torch.ones(1, 16)})), r"\(1, 16\), expected \(16,"),
     "integers": (tensors(lambda t: t.update({WQ: torch.ones(16, 16).int()})), f"{WQ} is torch.int32 .*expected"),
     "infinite": (tensors(lambda t: t[WQ].view(-1)[7:8].fill_(float("inf"))), f"{WQ} holds NaN or infinite"),
+    "minus infinite": (tensors(lambda t: t[WQ].view(-1)[7:8].fill_(-float("inf"))), f"{WQ} holds NaN or infinite"),
+    "not a number": (tensors(lambda t: t[WQ].view(-1)[7:8].fill_(float("nan"))), f"{WQ} holds NaN or infinite"),
+    "no storage": (tensors(lambda t: t.update({WQ: torch.empty(16, 16, device="meta")})), f"{WQ} is .*, expected a dense"),
+    "expanded": (tensors(lambda t: t.update({WQ: torch.ones(1).expand(16, 16)})), f"{WQ} is .*, expected a dense"),
+    "a pipe": (lambda f: ((f / "consolidated.00.pth").unlink(), os.mkfifo(f / "consolidated.00.pth")), "no checkpoint here"),
+    "a gap": (lambda f: shutil.copy(f / "consolidated.00.pth", f / "consolidated.02.pth"), "consolidated.01.pth was exp"),
     "not a table": (lambda f: torch.save([torch.ones(1)], f / "consolidated.00.pth"), "is NoneType|expected a dense"),
     "an object": (tensors(lambda t: t.update(code=Payload())), "not readable as plain tensors"),
     "cut": (cut, "not readable as plain tensors"),
@@ -319,7 +355,8 @@ def test_bad_folders_are_refused(fault, tmp_path, monkeypatch):
 @pytest.mark.parametrize("change, message", [
     ({"model_type": "qwen2"}, "model_type is 'qwen2'; supported: llama, mistral"),
     ({"attention_bias": True}, "attention_bias is True; supported: False"),
-    ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'; supported"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "the rotary embedding is .*'yarn'.*; supported"),
+    ({"rope_parameters": "llama3"}, "the rotary embedding is 'llama3'; supported"),
     ({"hidden_size": None}, "config.json: lacks hidden_size"),
     ({"num_hidden_layers": "three"}, "num_hidden_layers is 'three'"),
     ({"vocab_size": 98}, r"tok_embeddings.weight is \(99, 32\), expected \(98, 32\)"),
