@@ -22,11 +22,9 @@ from model import upcast
 SCORES = ("taylor", "gradient", "magnitude")
 
 
-# ------------------------------------------------------------------------------------------------ redundant layers
-
 @torch.no_grad()
 def layer_cosines(model, batches):
-    """s_l, mean over all tokens of cos(h_l, h_{l+1}), block l's input and output: (n_layers,) fp64 [GRASP §2.1, Eq. 1].
+    """s_l, mean over all tokens of cos(h_l, h_{l+1}), block l's ends: (n_layers,) fp64 [GRASP §2.1, Eq. 1].
 
     The last block's output is taken before the final norm, as every other's is.
     """
@@ -56,8 +54,6 @@ def most_redundant(cosines, n):
     """The ids of the n layers of largest cosine, ascending; of equal ones the earlier."""
     return sorted(cosines.argsort(descending=True, stable=True)[:n].tolist())
 
-
-# ------------------------------------------------------------------------------------------------ gradients
 
 def weight_gradients(model, names, batches):
     """{name: G = dL/dW (m, n), fp32 at least} of the named matrices, by one backward sweep over the calibration set.
@@ -95,8 +91,6 @@ def weight_gradients(model, names, batches):
             raise ValueError(f"the gradient of {name} is not finite; try --dtype bfloat16 or float32")
     return sums
 
-
-# ------------------------------------------------------------------------------------------------ singular components
 
 def svd(W):
     """U (m, r), S (r,) descending, Vh (r, n), in fp32 at least (there is no SVD in half precision)."""

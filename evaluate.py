@@ -55,10 +55,8 @@ def perplexities(model, texts, batch_size, label):
             for name, (windows, _) in texts.items()}
 
 
-# ------------------------------------------------------------------------------------------------ the table
-
 def table(rows, texts, dense_params):
-    """An aligned Markdown table of rows {model, parameters, perplexity, seconds, peak_bytes}, the protocols under it."""
+    """A Markdown table of rows {model, parameters, perplexity, seconds, peak_bytes}, the texts' protocols under it."""
     head = ["model", "parameters", "kept %", *(f"{name} ppl" for name in texts), "seconds", "peak GiB"]
     cells = [[row["model"], f"{row['parameters']:,}", f"{100 * row['parameters'] / dense_params:.1f}",
               *(f"{row['perplexity'][name]:.2f}" for name in texts),
@@ -95,24 +93,19 @@ def timed(seconds, phase, device=None):
     seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
-# ------------------------------------------------------------------------------------------------ the command line
-
 class Parser(argparse.ArgumentParser):
     """The flags that both commands have; a wrong one is an error like any other: one line, exit code 2."""
 
     def __init__(self, description):
         super().__init__(description=description, allow_abbrev=False)
-        self.add_argument("--ckpt", type=lambda name: Path(name).resolve(), default=TINY, metavar="FOLDER", help="weights: "
-                          "Meta's, Mistral's, Hugging Face's or a compressed folder (default: the embedded model)")
-        self.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: CUDA where there is one)")
-        self.add_argument("--dtype", default="auto", choices=["auto", *DTYPES],
-                          help="to compute in, and to write (default: the folder's own)")
-        self.add_argument("--batch-size", type=positive, metavar="N",
-                          help="sequences in a micro-batch (default: as many as make 1,024 tokens, 1 at least)")
-        self.add_argument("--data-dir", metavar="DIR", help="where wikitext-2-raw/ and ptb/ are (default: $GRASP_DATA, "
-                          "else the cache, else a download)")
-        self.add_argument("--windows", type=positive, metavar="N",
-                          help="evaluate only the first N windows of each text (default: all)")
+        add = self.add_argument
+        add("--ckpt", type=lambda name: Path(name).resolve(), default=TINY, metavar="FOLDER",
+            help="weights: Meta's, Mistral's, Hugging Face's or a compressed folder (default: the embedded model)")
+        add("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: CUDA where there is one)")
+        add("--dtype", default="auto", choices=["auto", *DTYPES], help="to compute in and write (default: the ckpt's)")
+        add("--batch-size", type=positive, metavar="N", help="sequences in a micro-batch (default: of 1,024 tokens)")
+        add("--data-dir", metavar="DIR", help="with wikitext-2-raw/ and ptb/ (default: $GRASP_DATA, cache, download)")
+        add("--windows", type=positive, metavar="N", help="evaluate only N windows of each text (default: all)")
 
     def error(self, message):
         raise ValueError(message)
@@ -164,26 +157,24 @@ def command(main):
     sys.stdout.reconfigure(line_buffering=True)  # a log file shows where the work is
     try:
         main()
-    except (MemoryError, torch.OutOfMemoryError) as e:
-        message = f"out of memory: {e}; try a smaller --batch-size or another --dtype"
-    except (ValueError, OSError, ModuleNotFoundError) as e:
-        message = str(e)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
-    else:
-        return
-    print("error: " + " ".join(message.split()), file=sys.stderr)
-    sys.exit(2)
+    except (ValueError, OSError, ModuleNotFoundError, MemoryError, RuntimeError) as e:
+        memory = isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
+        if isinstance(e, RuntimeError) and not memory:
+            raise  # not the user's mistake but ours
+        print("error:", *str(e).split(), *["out of memory; try a smaller --batch-size"] * memory, file=sys.stderr)
+        sys.exit(2)
 
 
 def main():
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("--data", nargs="+", metavar="TEXT", help=f"{text_names('test')}, or files (default: wikitext2 "
-                        "ptb; with the embedded model, embedded)")
-    parser.add_argument("--seq-len", type=positive, metavar="T",
-                        help="tokens in a window (default: 2048, or the model's positions if fewer)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+    add = parser.add_argument
+    add("--data", nargs="+", metavar="TEXT", help=f"any of {text_names('test')} and files (default: wikitext2 ptb; "
+        "with the embedded model, embedded)")
+    add("--seq-len", type=positive, metavar="T", help="tokens in a window (default: 2048, or all positions if fewer)")
+    add("--json", type=Path, metavar="FILE", help="write the results there too")
     a = parser.parse_args()
     if a.json and (a.json.is_dir() or not a.json.absolute().parent.is_dir()):
         raise FileNotFoundError(f"--json {a.json}: not a file in a folder that is there")
@@ -192,8 +183,8 @@ def main():
     texts = load_windows(a.data, tokenizer, seq_len, a.ckpt, a.windows, a.data_dir)
     with timed(seconds, "evaluation"):
         results = perplexities(model, texts, batch_size(a.batch_size, seq_len), "perplexity")
-    row = {"model": a.ckpt.name, "parameters": model.n_params, "perplexity": results, "seconds": seconds["evaluation"],
-           "peak_bytes": peak_bytes(model.device)}
+    row = {"model": a.ckpt.name, "parameters": model.n_params, "perplexity": results,
+           "seconds": seconds["evaluation"], "peak_bytes": peak_bytes(model.device)}
     print("\n" + table([row], texts, model.n_params_dense))
     if a.json:
         row["protocol"] = {label: protocol for label, (_, protocol) in texts.items()}

@@ -25,8 +25,6 @@ from evaluate import (TINY, Parser, batch_size, command, load_windows, open_chec
 from model import MATRICES, LowRankLinear, check_target, save_checkpoint
 
 
-# ------------------------------------------------------------------------------------------------ Algorithm 1
-
 def find_redundant(model, sweep, n, contiguous=False):
     """(cosine of every layer (n_layers,), ids of the n redundant ones, ascending) [GRASP §2.1].
 
@@ -100,8 +98,6 @@ def describe(record):
     return f"{record['name']:<26} rank {k or min(m, n):4}/{min(m, n):<5} {kept}"
 
 
-# ------------------------------------------------------------------------------------------------ the whole job
-
 def main():
     a = parse()
     seconds = {}
@@ -118,8 +114,8 @@ def main():
     asked = f"threshold {a.threshold}" if a.threshold else f"ratio {a.ratio}"
     print(f"calibration  {calibration['text']}; {calibration['tokens']:,} tokens, {a.samples} random windows of "
           f"{a.seq_len}, seed {a.seed}, in batches of {batch_size(a.batch_size, a.seq_len)}\n"
-          f"method       {asked} of {a.layers or len(a.layer_ids)} layers{' in a row' * a.contiguous}, score {a.score}, "
-          f"{'iterative' if a.iterative else 'one-shot'}\nout          {a.out}{' (overwrite)' * a.overwrite}\n")
+          f"method       {asked} of {a.layers or len(a.layer_ids)} layers{' in a row' * a.contiguous}, score "
+          f"{a.score}, {'iterative' if a.iterative else 'one-shot'}; to {a.out}\n")
     sweep = partial(batches, windows, batch_size(a.batch_size, a.seq_len))
 
     with timed(seconds, "redundancy", a.device):
@@ -166,7 +162,7 @@ def calibration_windows(a, model, tokenizer):
 
 
 def add_comparisons(model, dense, records, redundant, add_row, seconds):
-    """Two rows to compare with: the redundant layers dropped, and plain SVD of GRASP's ranks; the model stays GRASP's."""
+    """Two rows to compare with: redundant layers dropped, and plain SVD of GRASP's ranks; the model stays GRASP's."""
     layers = model.layers
     model.layers = nn.ModuleList(block for layer, block in enumerate(layers) if layer not in redundant)
     add_row("layers dropped", ["redundancy"])
@@ -183,23 +179,21 @@ def add_comparisons(model, dense, records, redundant, add_row, seconds):
 
 
 def parse():
-    p = Parser(__doc__.splitlines()[0])
+    p, embedded = Parser(__doc__.splitlines()[0]), "with the embedded model, embedded"
     p.add_argument("--layers", type=positive, metavar="N", help="how many redundant layers to compress")
     p.add_argument("--layer-ids", type=int, nargs="+", metavar="ID", help="compress these layers instead")
     p.add_argument("--contiguous", action="store_true", help="take neighbouring layers, by angular distance")
     p.add_argument("--ratio", type=share, help="share of each matrix's parameters to keep (default: 0.1)")
-    p.add_argument("--threshold", type=share, help="instead: keep the fewest components that reach this share of the "
-                   "sum of scores")
-    p.add_argument("--score", choices=SCORES, default="taylor", help="what ranks the components (default: %(default)s)")
+    p.add_argument("--threshold", type=share, help="instead: share of the sum of scores that the kept components reach")
+    p.add_argument("--score", choices=SCORES, default="taylor", help="what ranks the components (default: taylor)")
     p.add_argument("--iterative", action="store_true", help="half a block at a time, with fresh gradients")
-    p.add_argument("--calibration", metavar="TEXT", help=f"{text_names('train')}, or a file (default: wikitext2; with "
-                   "the embedded model, embedded)")
+    p.add_argument("--calibration", metavar="TEXT", help=f"{text_names('train')} or a file (default: wikitext2; "
+                   f"{embedded})")
     p.add_argument("--samples", type=positive, metavar="N", default=512, help="calibration sequences (default: 512)")
-    p.add_argument("--seq-len", type=positive, metavar="T", help="tokens in each (default: 512, or the model's "
-                   "positions if fewer)")
-    p.add_argument("--seed", type=int, default=42, help="of the windows' random offsets (default: %(default)s)")
-    p.add_argument("--eval", nargs="+", metavar="TEXT", help=f"none, or any of {text_names('test')} and files (default: "
-                   "wikitext2 ptb; with the embedded model, embedded)")
+    p.add_argument("--seq-len", type=positive, metavar="T", help="tokens in each (default: 512, or all positions)")
+    p.add_argument("--seed", type=int, default=42, help="of the windows' random offsets (default: 42)")
+    p.add_argument("--eval", nargs="+", metavar="TEXT", help=f"none, or any of {text_names('test')} and files "
+                   f"(default: wikitext2 ptb; {embedded})")
     p.add_argument("--compare", action="store_true", help="add rows: the layers dropped, and plain SVD")
     p.add_argument("--out", type=Path, metavar="FOLDER", help="to write (default: NAME-grasp here)")
     p.add_argument("--overwrite", action="store_true", help="replace a folder that an earlier run wrote")

@@ -1,8 +1,7 @@
 """What a folder of weights says: its tensors, memory-mapped, and its hyper-parameters, all under Meta's names.
 
-Read are Meta's raw folders (params.json + consolidated.NN.pth, one file a model-parallel shard), Mistral's (the same,
-or consolidated.safetensors), Hugging Face's (config.json + *.safetensors) and those this project writes (Meta's layout
-with a table of ranks in params.json). model.py makes a model of it.
+Meta's raw folders (params.json + consolidated.NN.pth, one file a model-parallel shard), Mistral's (the same, or
+consolidated.safetensors), Hugging Face's (config.json + *.safetensors), and this project's own (Meta's, with ranks).
 """
 import json
 
@@ -45,7 +44,8 @@ def read_folder(folder):
     ranks = params.get("ranks") or {}
     if not isinstance(ranks, dict):
         raise ValueError(f"{file}: ranks is a {type(ranks).__name__}, expected an object")
-    return read_args(params, file, names, shards), {name: number(ranks, name, file) for name in ranks}, shards, bool(names)
+    ranks = {name: number(ranks, name, file) for name in ranks}
+    return read_args(params, file, names, shards), ranks, shards, bool(names)
 
 
 def read_tensors(file):

@@ -92,7 +92,7 @@ def text_or_embedded(name, use, data_dir, asked):
 
 
 def find_file(wanted, data_dir=None):
-    """(content of a file of SHA256, whether it is only its head): from data_dir (or GRASP_DATA), the cache, the network.
+    """(content, whether only its head) of a file of SHA256: from data_dir (or GRASP_DATA), the cache, or the network.
 
     Where a folder has only the head of WikiText-2's training text, that is taken.
     """
@@ -146,10 +146,10 @@ def fetch(url):
 
 
 def embedded_text(use):
-    """The language reference that every Python carries (pydoc_data.topics), by use: about nine tenths or the last one.
+    """The language reference that every Python carries (pydoc_data.topics): the first nine tenths, or the last.
 
-    Its topics repeat each other, so each paragraph is taken once, and the cut is at a topic's name: what is held out was
-    never trained on, whichever Python's text it is.
+    Its topics repeat each other, so each paragraph is taken once, and the cut is at a topic's name: what is held out
+    was never trained on, whichever Python's text it is.
     """
     from pydoc_data.topics import topics
     first = {}  # paragraph -> the first topic that has it
@@ -159,8 +159,6 @@ def embedded_text(use):
     return "\n\n".join(paragraph for paragraph, topic in first.items()
                        if paragraph.strip() and (topic >= HELD_OUT) == (use == "test")) + "\n"
 
-
-# ------------------------------------------------------------------------------------------------ tokens
 
 def random_windows(tokens, samples, seq_len, seed):
     """(windows (samples, seq_len) int64, offsets (samples,)): calibration text at random places, none padded."""

@@ -34,8 +34,8 @@ def check_config(config, file):
     for name, wanted in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
         if config.get(name, wanted) != wanted:
             raise ValueError(f"{file}: {name} is {config[name]!r}; supported: {wanted!r}")
-    for name in FIELDS.values():
-        if config.get(name) is None and name != "num_key_value_heads":
+    for name in ("intermediate_size", "max_position_embeddings"):  # Meta's files may leave these out, theirs may not
+        if config.get(name) is None:
             raise ValueError(f"{file}: lacks {name}")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None

@@ -53,8 +53,8 @@ def train(model, tokens, held_out):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if (step + 1) % 100 == 0:
-            print(f"step {step + 1}/{STEPS}  loss {loss.item():.3f}  held-out perplexity {perplexity(model, [held_out]):.2f} "
-                  f"  {time.monotonic() - start:.0f} s", flush=True)
+            print(f"step {step + 1}/{STEPS}  loss {loss.item():.3f}  held-out perplexity "
+                  f"{perplexity(model, [held_out]):.2f}  {time.monotonic() - start:.0f} s")
 
 
 def main():

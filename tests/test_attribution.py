@@ -214,6 +214,15 @@ def test_a_layer_that_does_nothing_has_cosine_1():
     assert cosines[2] == pytest.approx(1.0, abs=1e-12) and cosines.argmax() == 2 and cosines.min() < 0.99
 
 
+def test_half_precision_streams_are_compared_wide():
+    """In bf16 two nearly parallel vectors would have cosine 1 or 0.996, nothing between."""
+    model = random_model(torch.bfloat16)
+    tokens = random_tokens(model, 2, 9)
+    states = [h.double() for h in model.residual_stream(tokens)]
+    expected = [torch.cosine_similarity(a, b, dim=-1).mean().item() for a, b in zip(states, states[1:])]
+    assert layer_cosines(model, [tokens]).tolist() == pytest.approx(expected, abs=1e-6)
+
+
 class Stream:
     """A model of which only the residual stream is known: two blocks, two sequences of two tokens, dim 2."""
     device = "cpu"
@@ -231,3 +240,12 @@ def test_cosines_and_angles_by_hand():
     # on the last tokens only: angles 0 and 45 degrees, then 0 and 0; from end to end 0 and 45
     assert angular_distances(Stream(), [tokens], 1).tolist() == pytest.approx([0.125, 0.0])
     assert angular_distances(Stream(), [tokens], 2).tolist() == pytest.approx([0.125])
+
+
+def test_angles_of_equal_vectors_are_zero():
+    """Rounding can put a cosine just above 1, where arccos is not a number."""
+    class Same(Stream):
+        h = torch.rand(1, 50, 1, 30, generator=torch.Generator().manual_seed(0)).expand(3, 50, 1, 30)
+
+    assert F.cosine_similarity(Same.h[0], Same.h[0], dim=-1).max() > 1
+    assert angular_distances(Same(), [torch.zeros(50, 1)], 1).max() < 1e-3

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 import evaluate
 import grasp
@@ -40,11 +41,13 @@ def test_the_whole_job_and_its_evaluation(tmp_path):
     for r in report["matrices"]:
         assert len(r["kept"]) == r["rank"] and r["kept"] == sorted(set(r["kept"])) and r["kept"][-1] < min(r["shape"])
 
+    kept = f"{100 * report['parameters_after'] / report['parameters_before']:.1f}"
     again = run("evaluate.py", "--ckpt", "small", "--data", "embedded", "--windows", 4, "--json", "e.json", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     result = json.loads((tmp_path / "e.json").read_text())
     assert result["perplexity"]["embedded"] == pytest.approx(rows["GRASP"]["perplexity"]["embedded"], rel=1e-6)
-    assert f"{result['perplexity']['embedded']:.2f}" in again.stdout and result["parameters"] == report["parameters_after"]
+    assert f"{result['perplexity']['embedded']:.2f}" in again.stdout and f" {kept} " in again.stdout
+    assert result["parameters"] == report["parameters_after"]
 
 
 def test_the_embedded_model_by_any_path_and_layers_by_hand(tmp_path):
@@ -56,6 +59,13 @@ def test_the_embedded_model_by_any_path_and_layers_by_hand(tmp_path):
     svd, ours = report["results"][2:]
     assert svd["parameters"] == ours["parameters"]  # plain SVD gets the ranks that the threshold gave GRASP
     assert svd["perplexity"] != ours["perplexity"]
+
+
+def test_dtype_is_what_is_computed_in_and_written(tmp_path):
+    done = run("grasp.py", *QUICK, "--dtype", "bfloat16", "--eval", "none", cwd=tmp_path)
+    assert done.returncode == 0 and "dtype bfloat16 (as asked)" in done.stdout, done.stderr
+    table = torch.load(tmp_path / "tiny-grasp/consolidated.00.pth", weights_only=True)
+    assert {t.dtype for t in table.values()} == {torch.bfloat16}
 
 
 def test_one_seed_gives_identical_folders(tmp_path):
@@ -132,6 +142,7 @@ def error_of(main, words, monkeypatch, capsys):
     ("--layers 2 --score sigma", "--score: invalid choice: 'sigma'"),
     ("--layers 2 --seed -1", "--seed -1: expected 0 to"),
     ("--layers 2 --samples 0", "--samples: '0', expected"),
+    ("--layers 2 --samples 2000000000", "out of memory; try a smaller --batch-size"),
     ("--layers 2 --seq-len 257", "--seq-len 257: expected 2 to 256 (the model's positions)"),
     ("--layers 2 --seq-len 1", "--seq-len 1: expected 2 to 256"),
     ("--layers 2 --batch-size 0", "--batch-size: '0', expected"),
