@@ -20,6 +20,7 @@ from torch import nn
 
 from data.checkpoint import read_folder
 
+# the seven weight matrices of a block; with "layers.22." before it, a name means one of the model's
 MATRICES = ("attention.wq", "attention.wk", "attention.wv", "attention.wo",
             "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 
@@ -48,6 +49,8 @@ def upcast(x):
 # ------------------------------------------------------------------------------------------------ the model
 
 class RMSNorm(nn.Module):
+    """x / sqrt(mean x^2 + eps) * weight over the last dimension [arXiv 1910.07467]."""
+
     def __init__(self, dim, eps):
         super().__init__()
         self.eps = eps
@@ -70,7 +73,7 @@ class LowRankLinear(nn.Module):
 
 
 def rotary_frequencies(args, T, device):
-    """cos and sin of the rotary angles of positions 0..T-1, each (T, 1, head_dim / 2), fp32 [RoFormer, Eq. 15]."""
+    """cos and sin of the rotary angles of positions 0..T-1, each (T, 1, head_dim / 2), fp32 [arXiv 2104.09864]."""
     freqs = args.rope_theta ** (-torch.arange(0, args.head_dim, 2, device=device).float() / args.head_dim)
     if args.rope_scaling:  # Llama 3.1: slow the long waves, keep the short ones, blend between
         s = args.rope_scaling
@@ -88,6 +91,8 @@ def apply_rotary(x, cos, sin):
 
 
 class Attention(nn.Module):
+    """Causal attention (B, T, dim) -> (B, T, dim); groups of query heads share a key/value head [arXiv 2305.13245]."""
+
     def __init__(self, args):
         super().__init__()
         self.head_dim = args.head_dim
@@ -105,6 +110,8 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """SwiGLU [arXiv 2002.05202], (B, T, dim) -> (B, T, dim)."""
+
     def __init__(self, args):
         super().__init__()
         self.w1 = nn.Linear(args.dim, args.hidden_dim, bias=False)
@@ -242,18 +249,22 @@ def fill(model, shards, folder, halves, dtype, device):
         tensor = gather([shard.get(name) for shard in shards], name, shape, folder)
         if halves and name.endswith(("wq.weight", "wk.weight")):
             tensor = pair_rows(tensor, model.args.head_dim)
+        tensor = tensor.to(device, dtype)
         low, high = tensor.aminmax()
         if not (low.isfinite() and high.isfinite()):
-            raise ValueError(f"{folder}: tensor {name} holds NaN or infinite values")
+            raise ValueError(f"{folder}: tensor {name} holds NaN or infinite values in {dtype}")
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
+        setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
     if tied:
         model.output.weight = model.tok_embeddings.weight
     return model
 
 
 def gather(parts, name, shape, folder):
-    """One tensor from its model-parallel shards: vectors are repeated, matrices split over the side that adds up."""
+    """One tensor from its model-parallel shards: vectors are repeated, matrices split over one of their two sides.
+
+    Which side is seen from the shapes: the one along which the parts' sizes add up to the whole.
+    """
     if any(part is None for part in parts):
         raise ValueError(f"{folder}: tensor {name} is missing")
     if parts[0].shape == shape and (len(parts) == 1 or len(shape) == 1):
@@ -269,7 +280,7 @@ def gather(parts, name, shape, folder):
 
 
 def pair_rows(W, head_dim):
-    """Hugging Face's rows of wq, wk (a head's first halves, then its second ones) as Meta's pairs (2i, 2i+1)."""
+    """Rows of wq or wk: each head's x0 x1 .. y0 y1 .. (Hugging Face turns its halves) as x0 y0 x1 y1 .. (Meta)."""
     return W.view(-1, 2, head_dim // 2, W.shape[1]).transpose(1, 2).reshape(W.shape)
 
 

@@ -369,6 +369,15 @@ def test_bad_configs_are_refused(change, message, tmp_path):
         load_checkpoint(tmp_path)
 
 
+def test_weights_too_large_for_the_dtype_are_refused(tmp_path):
+    model = random_model()
+    model.layers[0].attention.wv.weight.data[0, 0] = 70000.0
+    folder = write_meta(tmp_path / "meta", model)
+    load_checkpoint(folder, torch.bfloat16)
+    with pytest.raises(ValueError, match="wv.weight holds NaN or infinite values in torch.float16"):
+        load_checkpoint(folder, torch.float16)
+
+
 def test_shards_that_differ_are_refused(tmp_path):
     folder = write_meta(tmp_path / "meta", random_model(), shards=2)
     part = torch.load(folder / "consolidated.01.pth", weights_only=True)
