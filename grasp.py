@@ -109,27 +109,25 @@ def main():
         raise ValueError(f"--layers, --layer-ids: this model has {count} layers, 0 to {count - 1}; asked for "
                          f"{a.layers or a.layer_ids}")
     windows, calibration = calibration_windows(a, model, tokenizer)
-    texts = {} if a.eval == ["none"] else load_windows(a.eval, tokenizer, sequence_length(None, 2048, model), a.ckpt,
-                                                       a.windows, a.data_dir)
+    eval_len = sequence_length(None, 2048, model)
+    texts = {} if a.eval == ["none"] else load_windows(a.eval, tokenizer, eval_len, a.ckpt, a.windows, a.data_dir)
     asked = f"threshold {a.threshold}" if a.threshold else f"ratio {a.ratio}"
     print(f"calibration  {calibration['text']}; {calibration['tokens']:,} tokens, {a.samples} random windows of "
-          f"{a.seq_len}, seed {a.seed}, in batches of {batch_size(a.batch_size, a.seq_len)}\n"
+          f"{a.seq_len}, seed {a.seed}, batches of {batch_size(a.batch_size, a.seq_len)}\n"
           f"method       {asked} of {a.layers or len(a.layer_ids)} layers{' in a row' * a.contiguous}, score "
           f"{a.score}, {'iterative' if a.iterative else 'one-shot'}; to {a.out}\n")
     sweep = partial(batches, windows, batch_size(a.batch_size, a.seq_len))
-
     with timed(seconds, "redundancy", a.device):
         cosines, redundant = find_redundant(model, sweep, a.layers or 1, a.contiguous)
     redundant = sorted(a.layer_ids) if a.layer_ids else redundant
     for layer, cosine in enumerate(cosines):
         print(f"layer {layer:3}  cosine {cosine:.4f}{'  redundant' * (layer in redundant)}")
     print()
-
     rows = []
 
     def add_row(name, phases):
         with timed(seconds, "evaluation", a.device):
-            results = perplexities(model, texts, batch_size(a.batch_size, sequence_length(None, 2048, model)), name)
+            results = perplexities(model, texts, batch_size(a.batch_size, eval_len), name)
         rows.append({"model": name, "parameters": model.n_params, "perplexity": results,
                      "seconds": sum(seconds[phase] for phase in phases) if phases else None,
                      "peak_bytes": peak_bytes(a.device)})
