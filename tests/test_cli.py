@@ -83,12 +83,14 @@ def test_one_seed_gives_identical_folders(tmp_path):
 def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path):
     process = subprocess.Popen([sys.executable, "-u", ROOT / "grasp.py", "--layers", "2", "--samples", "100000"],
                                cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("method"):
-            break
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
+    try:
+        while not process.stdout.readline().startswith("method"):
+            pass
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate()
+    finally:
+        process.kill()
     assert process.returncode == 130 and err.strip() == "interrupted" and list(tmp_path.iterdir()) == []
 
 

@@ -187,6 +187,15 @@ def test_sentencepiece_keeps_every_character():
     assert SentencePieceProcessor(model_file=str(TINY / "tokenizer.model")).decode(ids.tolist()) == text
 
 
+def test_sentencepiece_without_bos(tmp_path):
+    import sentencepiece
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a b c", "b c d"]), model_prefix=str(tmp_path / "tokenizer"), model_type="char",
+        vocab_size=7, bos_id=-1, minloglevel=2)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.bos_id is None and tokenizer.stream("a").tolist() == tokenizer.encode("a")
+
+
 def llama3_file(folder):
     """256 bytes and two merges, as Llama 3 writes its ranks."""
     words = [bytes([i]) for i in range(256)] + [b"ab", b"abc"]

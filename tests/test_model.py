@@ -14,10 +14,11 @@ import torch
 
 from conftest import ROOT, random_model, random_tokens
 from data.checkpoint import read_args
-from model import (LowRankLinear, apply_rotary, load_checkpoint, pair_rows, rotary_frequencies, save_checkpoint)
+from model import (LowRankLinear, RMSNorm, apply_rotary, load_checkpoint, pair_rows, rotary_frequencies,
+                   save_checkpoint)
 
 SIZES = dict(hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-             vocab_size=99, max_position_embeddings=128, rms_norm_eps=1e-5, initializer_range=0.3)
+             vocab_size=99, max_position_embeddings=512, rms_norm_eps=1e-5, initializer_range=0.3)
 LLAMA31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
            "original_max_position_embeddings": 32}
 MODELS = {
@@ -41,7 +42,7 @@ def test_logits_equal_transformers(kind, tmp_path):
     theirs = transformers_model(kind)
     theirs.save_pretrained(tmp_path)
     ours = load_checkpoint(tmp_path)
-    tokens = random_tokens(ours, 2, 100)
+    tokens = random_tokens(ours, 2, 300)
     assert ours.n_params == sum(p.numel() for p in theirs.parameters())  # tied ones counted once by both
     with torch.no_grad():
         expected = theirs(tokens).logits
@@ -126,6 +127,13 @@ def test_rotary_turns_by_position_only():
     assert torch.allclose(q.norm(dim=1), q[0].norm().expand(12), atol=1e-6)
 
 
+def test_norms_are_taken_wide():
+    """A bf16 row's mean square is summed in fp32, then rounded once."""
+    norm, x = RMSNorm(512, 1e-5).bfloat16(), torch.randn(4, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
+    wide = x.double()
+    assert torch.equal(norm(x), (wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()).bfloat16())
+
+
 # ------------------------------------------------------------------------------------------------ raw folders
 
 META = {"dim": 16, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 24, "ffn_dim_multiplier": 0.55,
@@ -175,6 +183,7 @@ def test_feed_forward_sizes_of_released_models(params, hidden, scaled):
     shards = [{"tok_embeddings.weight": torch.empty(32000, params["dim"], device="meta")}]
     args = read_args({"n_layers": 2, "norm_eps": 1e-5, "vocab_size": -1, **params}, "params.json", {}, shards)
     assert args["hidden_dim"] == hidden and args["vocab_size"] == 32000
+    assert args["n_kv_heads"] == params["n_heads"]  # none given: no grouped queries
     assert (args["rope_scaling"] or {}).get("factor") == (8.0 if scaled else None)
 
 
@@ -318,6 +327,7 @@ BAD = {
     "rope list": (edit(rope_scaling=[8]), r"\[8\] where an object with factor was expected"),
     "rope order": (edit(rope_scaling={"low_freq_factor": 4}), "low_freq_factor must be less than"),
     "heads": (edit(n_kv_heads=3), "4 query heads, 3 key/value heads"),
+    "odd head": (edit(n_heads=2, n_kv_heads=2, head_dim=3), "head size 3: .*the last even"),
     "experts": (edit(moe={"num_experts": 8}), "moe means an unsupported architecture; supported"),
     "ranks": (edit(ranks={"layers.9.attention.wq": 3}), "ranks names layers.9.attention.wq"),
     "ranks list": (edit(ranks=[1]), "ranks is a list"),
@@ -366,6 +376,16 @@ def test_bad_configs_are_refused(change, message, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(ValueError, match=message):
+        load_checkpoint(tmp_path)
+
+
+def test_an_untied_model_needs_its_head(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch", reason="pip install safetensors")
+    transformers_model("llama").save_pretrained(tmp_path)
+    table = safetensors.load_file(tmp_path / "model.safetensors")
+    del table["lm_head.weight"]
+    safetensors.save_file(table, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="lm_head.weight is missing, and tie_word_embeddings is not true"):
         load_checkpoint(tmp_path)
 
 
