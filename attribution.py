@@ -12,6 +12,7 @@ Every function stands alone. Those that sweep over a model take an iterable of t
 [GRASP]: arXiv 2501.00339.  [Gromov]: arXiv 2403.17887.
 """
 import math
+from fractions import Fraction
 from functools import partial
 
 import torch
@@ -115,7 +116,7 @@ def importance(S, sigma_grad=None, score="taylor"):
 
 def rank_for_ratio(m, n, ratio):
     """k so that A (m, k) and B (k, n) hold at most `ratio` of the m n parameters, but at least 1 [GRASP §2.3]."""
-    return max(1, math.floor(ratio * m * n / (m + n)))
+    return max(1, math.floor(Fraction(str(ratio)) * m * n / (m + n)))  # exact: 0.29 * 100 is below 29 in floats
 
 
 def rank_for_threshold(scores, threshold):

@@ -44,6 +44,7 @@ def load_windows(asked, tokenizer, seq_len, ckpt, limit=None, data_dir=None):
         label, text, source = text_or_embedded(name, "test", data_dir, asked)
         tokens = tokenizer.stream(text)
         windows = consecutive_windows(tokens, seq_len, limit)
+        label = name if label in texts and label != "embedded" else label
         texts[label] = windows, {"text": source, "tokens": len(tokens), "windows": len(windows), "seq_len": seq_len,
                                  "all_windows": len(tokens) // seq_len, "bos": tokenizer.bos_id is not None}
     return texts
@@ -142,7 +143,7 @@ def open_checkpoint(ckpt, device, dtype):
 def sequence_length(asked, default, model):
     """The --seq-len asked for, or the default cut to the model's positions. ValueError where it does not fit."""
     limit = model.args.max_seq_len
-    if asked and (asked < 2 or limit and asked > limit):
+    if limit and limit < 2 or asked and (asked < 2 or limit and asked > limit):
         raise ValueError(f"--seq-len {asked}: expected 2 to {limit or 'any number'} (the model's positions)")
     return asked or min(default, limit or default)
 

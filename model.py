@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -46,11 +47,8 @@ def upcast(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-# ------------------------------------------------------------------------------------------------ the model
-
 class RMSNorm(nn.Module):
     """x / sqrt(mean x^2 + eps) * weight over the last dimension [arXiv 1910.07467]."""
-
     def __init__(self, dim, eps):
         super().__init__()
         self.eps = eps
@@ -63,10 +61,9 @@ class RMSNorm(nn.Module):
 
 class LowRankLinear(nn.Module):
     """y = A (B x), with A (m, k) and B (k, n): what stands in for a dense W (m, n)."""
-
     def __init__(self, A, B):
         super().__init__()
-        self.A, self.B = nn.Parameter(A, requires_grad=False), nn.Parameter(B, requires_grad=False)
+        self.A, self.B = (nn.Parameter(factor, requires_grad=False) for factor in (A, B))
 
     def forward(self, x):
         return F.linear(F.linear(x, self.B), self.A)
@@ -92,7 +89,6 @@ def apply_rotary(x, cos, sin):
 
 class Attention(nn.Module):
     """Causal attention (B, T, dim) -> (B, T, dim); groups of query heads share a key/value head [arXiv 2305.13245]."""
-
     def __init__(self, args):
         super().__init__()
         self.head_dim = args.head_dim
@@ -111,7 +107,6 @@ class Attention(nn.Module):
 
 class FeedForward(nn.Module):
     """SwiGLU [arXiv 2002.05202], (B, T, dim) -> (B, T, dim)."""
-
     def __init__(self, args):
         super().__init__()
         self.w1 = nn.Linear(args.dim, args.hidden_dim, bias=False)
@@ -192,8 +187,8 @@ class Transformer(nn.Module):
     @property
     def n_params_dense(self):
         """The parameters of the dense model that a compressed one stands for."""
-        low_rank = [m for m in self.modules() if isinstance(m, LowRankLinear)]
-        return self.n_params + sum(m.A.shape[0] * m.B.shape[1] - m.A.numel() - m.B.numel() for m in low_rank)
+        return self.n_params + sum(m.A.shape[0] * m.B.shape[1] - m.A.numel() - m.B.numel()
+                                   for m in self.modules() if isinstance(m, LowRankLinear))
 
     @property
     def device(self):
@@ -203,8 +198,6 @@ class Transformer(nn.Module):
     def dtype(self):
         return self.tok_embeddings.weight.dtype
 
-
-# ------------------------------------------------------------------------------------------------ folders in
 
 def load_checkpoint(path, dtype=None, device="cpu"):
     """Read a folder of weights into a Transformer whose parameters ask for no gradient.
@@ -224,8 +217,8 @@ def load_checkpoint(path, dtype=None, device="cpu"):
     wrong = set(ranks) - {f"layers.{layer}.{matrix}" for layer in range(args.n_layers) for matrix in MATRICES}
     if wrong:
         raise ValueError(f"{folder}: ranks names {min(wrong)}, which this model does not have")
-    embedding, head = shards[0]["tok_embeddings.weight"], shards[0].get("output.weight")
-    tied = head is None or (head.shape == embedding.shape and torch.equal(head, embedding))
+    embedding, heads = shards[0]["tok_embeddings.weight"], [shard.get("output.weight") for shard in shards]
+    tied = all(head is None for head in heads) or len(shards) == 1 and torch.equal(heads[0], embedding)
     try:
         with torch.device("meta"):
             model = Transformer(args, tied)
@@ -241,8 +234,8 @@ def fill(model, shards, folder, halves, dtype, device):
     """Give every parameter of the meta model its tensor, one after the other; tied embeddings are one."""
     tied = model.output.weight is model.tok_embeddings.weight
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    extra = {name for shard in shards for name in shard} - set(shapes) - ({"output.weight"} if tied else set())
-    extra = sorted(name for name in extra if "rope.freqs" not in name and "rotary_emb.inv_freq" not in name)
+    known = {*shapes, "rope.freqs", *(["output.weight"] if tied else [])}
+    extra = sorted(name for shard in shards for name in shard if name not in known and "rotary_emb.inv" not in name)
     if extra:
         raise ValueError(f"{folder}: tensor {extra[0]} is not one of this model's ({len(extra)} such)")
     for name, shape in shapes.items():
@@ -261,9 +254,9 @@ def fill(model, shards, folder, halves, dtype, device):
 
 
 def gather(parts, name, shape, folder):
-    """One tensor from its model-parallel shards: vectors are repeated, matrices split over one of their two sides.
+    """One tensor from its model-parallel shards: vectors are repeated, matrices split over rows (wo, w2: columns).
 
-    Which side is seen from the shapes: the one along which the parts' sizes add up to the whole.
+    The embeddings were split over columns (Llama 1, 2) or rows (Llama 3): seen from where the sizes add up.
     """
     if any(part is None for part in parts):
         raise ValueError(f"{folder}: tensor {name} is missing")
@@ -271,7 +264,8 @@ def gather(parts, name, shape, folder):
         if all(torch.equal(parts[0], part) for part in parts[1:]):
             return parts[0]
         raise ValueError(f"{folder}: tensor {name} differs between the shards")
-    for dim in range(len(shape) if all(part.ndim == len(shape) for part in parts) else 0):
+    sides = (0, 1) if "tok_embeddings" in name else (1,) if name.endswith(("wo.weight", "w2.weight")) else (0,)
+    for dim in sides if all(part.ndim == len(shape) == 2 for part in parts) else ():
         sizes = {part.shape[:dim] + part.shape[dim + 1:] for part in parts}
         if sizes == {shape[:dim] + shape[dim + 1:]} and sum(part.shape[dim] for part in parts) == shape[dim]:
             return torch.cat(parts, dim)
@@ -284,21 +278,19 @@ def pair_rows(W, head_dim):
     return W.view(-1, 2, head_dim // 2, W.shape[1]).transpose(1, 2).reshape(W.shape)
 
 
-# ------------------------------------------------------------------------------------------------ folders out
-
 def check_target(path, overwrite=False):
     """FileExistsError or PermissionError if a checkpoint cannot be written to `path`; called before any long work."""
     path = Path(path)
     if path.exists() or path.is_symlink():
         if not overwrite:
             raise FileExistsError(f"{path}: exists; choose another --out or pass --overwrite")
-        ours = path.is_dir() and not path.is_symlink() and (path / "report.json").is_file()
-        if not ours or any(entry.is_dir() for entry in path.iterdir()):
+        ours = {"params.json", "consolidated.00.pth", "report.json"}
+        found = {entry.name for entry in path.iterdir()} if path.is_dir() and not path.is_symlink() else set()
+        if not ours <= found or not all(name in ours or name.startswith("tokenizer.") for name in found):
             raise FileExistsError(f"{path}: --overwrite replaces only a folder written by this project (report.json)")
     parent = path.absolute().parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"{path}: cannot be written, {parent} is " +
-                              ("read-only" if parent.is_dir() else "not a folder"))
+        raise PermissionError(f"{path}: cannot be written, {parent} is not a folder or read-only")
 
 
 def save_checkpoint(model, path, report=None, tokenizer=None, overwrite=False):
@@ -310,7 +302,8 @@ def save_checkpoint(model, path, report=None, tokenizer=None, overwrite=False):
     path = Path(path)
     check_target(path, overwrite)
     ranks = {name: m.A.shape[1] for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
-    temporary, old = (path.with_name(f".{path.name}.{kind}-{os.getpid()}") for kind in ("tmp", "old"))
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name[:99]}.tmp-", dir=path.absolute().parent))
+    temporary, old = scratch / "new", scratch / "old"
     try:
         temporary.mkdir()
         torch.save({name: whole_storage(p.detach().cpu()) for name, p in model.named_parameters()},
@@ -324,12 +317,11 @@ def save_checkpoint(model, path, report=None, tokenizer=None, overwrite=False):
             path.rename(old)
         temporary.rename(path)
     except RuntimeError as e:  # how torch.save reports a write that failed
-        raise OSError(f"{path}: could not be written: {str(e).splitlines()[0]}") from e
+        raise OSError(f"{path}: could not be written: {e}") from e
     finally:
         if old.exists() and not path.exists():
             old.rename(path)
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def whole_storage(t):

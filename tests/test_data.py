@@ -49,7 +49,7 @@ def test_gguf_rows_go_back_to_halves():
     quants = pytest.importorskip("gguf.quants", reason="pip install gguf")
     from data.smollm2 import tensors
     from model import pair_rows
-    W = torch.randn(12, 5)
+    W = torch.randn(12, 5)  # two heads of 6: of 4, the turn would be its own inverse
 
     class Tensor:
         name, tensor_type, data = "blk.7.attn_k.weight", quants.GGMLQuantizationType.F32, W.numpy()
@@ -57,8 +57,8 @@ def test_gguf_rows_go_back_to_halves():
     class Reader:
         tensors = [Tensor]
 
-    result = tensors(Reader, head_dim=4)["model.layers.7.self_attn.k_proj.weight"]
-    assert not torch.equal(result, W) and torch.equal(pair_rows(result, 4), W)
+    result = tensors(Reader, head_dim=6)["model.layers.7.self_attn.k_proj.weight"]
+    assert not torch.equal(result, W) and torch.equal(pair_rows(result, 6), W)
 
 
 def test_embedded_text_is_held_out_paragraph_by_paragraph():
@@ -167,6 +167,8 @@ def test_random_windows_are_seeded_full_and_everywhere():
     assert offsets.min() == 0 and offsets.max() == 22  # the last place that still holds a full window
     assert torch.equal(windows, random_windows(tokens, 500, 8, seed=3)[0])
     assert not torch.equal(windows, random_windows(tokens, 500, 8, seed=4)[0])
+    with pytest.raises(ValueError, match="sequences of 8 tokens are too many"):
+        random_windows(tokens, 2 ** 30, 8, seed=0)
     with pytest.raises(ValueError, match="30 tokens, too few for one sequence of 31"):
         random_windows(tokens, 1, 31, seed=0)
 
@@ -221,6 +223,16 @@ def json_file(folder, bos, name="tokenizer.json"):
     made.save(str(folder / name))
 
 
+def test_a_tokenizer_that_would_cut_or_pad_does_not(tmp_path):
+    json_file(tmp_path, bos=False)
+    import tokenizers
+    made = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    made.enable_truncation(2)
+    made.enable_padding(length=9)
+    made.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).stream("a b a b").tolist() == [1, 2, 1, 2]
+
+
 @pytest.mark.parametrize("bos, name", [(True, "tokenizer.json"), (False, "tokenizer.json"), (True, "tokenizer.model")])
 def test_json_tokenizers(bos, name, tmp_path):
     """Whether there is a BOS, its post-processor tells; what the file is, its content does, not its name."""
@@ -234,6 +246,10 @@ def test_bad_tokenizers_are_refused(tmp_path):
     for content in (b"", b"\x00\x01garbage", b"plain words"):
         (tmp_path / "tokenizer.model").write_bytes(content)
         with pytest.raises(ValueError, match="neither a SentencePiece model, nor"):
+            load_tokenizer(tmp_path)
+    for content in (b"IQ== 0\nIg== 1\n", b"IQ== 5\n", b"@@@@ 0\n"):
+        (tmp_path / "tokenizer.model").write_bytes(content)
+        with pytest.raises((ValueError, ModuleNotFoundError), match="expected every rank|not lines of|pip install"):
             load_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="1,024 tokens, but the model has only 1,000"):
         load_tokenizer(TINY, 1000)

@@ -107,7 +107,7 @@ def test_smollm2_equals_transformers(smollm2):
     tokens = random_tokens(ours, 1, 128)
     assert ours.n_params == 134_515_008
     with torch.no_grad():
-        assert torch.allclose(ours(tokens), theirs(tokens).logits, rtol=0, atol=2e-4)
+        assert torch.allclose(ours(tokens), theirs(tokens).logits, rtol=0, atol=5e-4)
 
 
 def test_pair_rows_moves_halves_to_pairs():
@@ -172,19 +172,20 @@ def test_an_equal_head_is_the_embedding(tmp_path):
 
 
 @pytest.mark.parametrize("params, hidden, scaled", [
-    ({"dim": 4096, "n_heads": 32, "multiple_of": 256}, 11008, False),                                  # Llama 2 7B
-    ({"dim": 8192, "n_heads": 64, "multiple_of": 4096, "ffn_dim_multiplier": 1.3}, 28672, False),      # Llama 2 70B
+    ({"dim": 4096, "n_heads": 32, "multiple_of": 256}, 11008, None),                                  # Llama 2 7B
+    ({"dim": 8192, "n_heads": 64, "multiple_of": 4096, "ffn_dim_multiplier": 1.3}, 28672, None),      # Llama 2 70B
     ({"dim": 4096, "n_heads": 32, "multiple_of": 1024, "ffn_dim_multiplier": 1.3, "rope_theta": 500000.0,
-      "use_scaled_rope": True}, 14336, True),                                                          # Llama 3.1 8B
-    ({"dim": 2048, "n_heads": 32, "multiple_of": 256, "ffn_dim_multiplier": 1.5, "use_scaled_rope": True}, 8192, True),
-    ({"dim": 4096, "n_heads": 32, "hidden_dim": 14336, "head_dim": 128}, 14336, False),                # Mistral 7B
+      "use_scaled_rope": True}, 14336, 8.0),                                                          # Llama 3.1 8B
+    ({"dim": 2048, "n_heads": 32, "n_layers": 16, "multiple_of": 256, "ffn_dim_multiplier": 1.5,
+      "use_scaled_rope": True}, 8192, 32.0),                                                           # Llama 3.2 1B
+    ({"dim": 4096, "n_heads": 32, "hidden_dim": 14336, "head_dim": 128}, 14336, None),                # Mistral 7B
 ])
 def test_feed_forward_sizes_of_released_models(params, hidden, scaled):
     shards = [{"tok_embeddings.weight": torch.empty(32000, params["dim"], device="meta")}]
     args = read_args({"n_layers": 2, "norm_eps": 1e-5, "vocab_size": -1, **params}, "params.json", {}, shards)
     assert args["hidden_dim"] == hidden and args["vocab_size"] == 32000
     assert args["n_kv_heads"] == params["n_heads"]  # none given: no grouped queries
-    assert (args["rope_scaling"] or {}).get("factor") == (8.0 if scaled else None)
+    assert (args["rope_scaling"] or {}).get("factor") == scaled
 
 
 def test_mistral_raw_safetensors_and_its_window(tmp_path):
@@ -263,6 +264,9 @@ def test_an_existing_target_is_refused_unless_overwritten(tmp_path):
     save_checkpoint(random_model(), out, {"another": "report"}, overwrite=True)
     assert load_checkpoint(out).n_params == random_model().n_params
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    (out / "thesis.txt").touch()
+    with pytest.raises(FileExistsError, match="only a folder written by this project"):
+        save_checkpoint(random_model(), out, overwrite=True)
     (tmp_path / "precious").mkdir()
     with pytest.raises(FileExistsError, match="only a folder written by this project"):
         save_checkpoint(random_model(), tmp_path / "precious", overwrite=True)
@@ -274,7 +278,7 @@ def test_a_failed_overwrite_puts_the_old_folder_back(tmp_path, monkeypatch):
     rename = type(out).rename
 
     def fail(self, target):
-        if ".tmp-" in self.name:
+        if self.name == "new":
             raise OSError("the disk went away")
         return rename(self, target)
 
@@ -328,6 +332,8 @@ BAD = {
     "rope order": (edit(rope_scaling={"low_freq_factor": 4}), "low_freq_factor must be less than"),
     "heads": (edit(n_kv_heads=3), "4 query heads, 3 key/value heads"),
     "odd head": (edit(n_heads=2, n_kv_heads=2, head_dim=3), "head size 3: .*the last even"),
+    "not a truth": (edit(use_scaled_rope="false"), "use_scaled_rope is 'false', expected true or false"),
+    "nested": (tensors(lambda t: t.update({WQ: torch.nested.nested_tensor([torch.ones(3)])})), "expected a dense|not read"),
     "experts": (edit(moe={"num_experts": 8}), "moe means an unsupported architecture; supported"),
     "ranks": (edit(ranks={"layers.9.attention.wq": 3}), "ranks names layers.9.attention.wq"),
     "ranks list": (edit(ranks=[1]), "ranks is a list"),
