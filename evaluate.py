@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from data.corpus import batches, consecutive_windows, text_names, text_or_embedded
+from data.corpus import TEXTS, batches, consecutive_windows, text_names, text_or_embedded
 from data.tokenizer import load_tokenizer
 from model import load_checkpoint
 
@@ -41,10 +41,11 @@ def load_windows(asked, tokenizer, seq_len, ckpt, limit=None, data_dir=None):
     """
     texts = {}
     for name in asked or (["embedded"] if ckpt == TINY else ["wikitext2", "ptb"]):
-        label, text, source = text_or_embedded(name, "test", data_dir, asked)
+        name, text, source = text_or_embedded(name, "test", data_dir, asked)
         tokens = tokenizer.stream(text)
         windows = consecutive_windows(tokens, seq_len, limit)
-        label = name if label in texts and label != "embedded" else label
+        label = Path(name).name  # of a file, its name will do, unless it is another text's
+        label = name if label in texts or (label, "test") in TEXTS else label
         texts[label] = windows, {"text": source, "tokens": len(tokens), "windows": len(windows), "seq_len": seq_len,
                                  "all_windows": len(tokens) // seq_len, "bos": tokenizer.bos_id is not None}
     return texts

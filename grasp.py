@@ -87,9 +87,14 @@ def replace(model, name, G, ratio, threshold, score):
     if k * (m + n) >= m * n:
         return {"name": name, "shape": [m, n], "rank": None, "kept": None}
     kept = top_k(scores, k)
-    A, B = low_rank_factors(U, S, Vh, kept)
-    model.replace_matrix(name, LowRankLinear(A.to(W.dtype), B.to(W.dtype)))
+    keep(model, name, (U, S, Vh), kept)
     return {"name": name, "shape": [m, n], "rank": k, "kept": kept.tolist()}
+
+
+def keep(model, name, usv, kept):
+    """Put the factors of the kept components, in the model's dtype, where `name` stands; return what stood there."""
+    A, B = low_rank_factors(*usv, kept)
+    return model.replace_matrix(name, LowRankLinear(A.to(model.dtype), B.to(model.dtype)))
 
 
 def describe(record):
@@ -168,9 +173,7 @@ def add_comparisons(model, dense, records, redundant, add_row, seconds):
     ours = {}
     with timed(seconds, "plain SVD", model.device):
         for name, k in ((record["name"], record["rank"]) for record in records if record["rank"]):
-            W = dense[name].weight
-            A, B = low_rank_factors(*svd(W), torch.arange(k, device=W.device))  # the k largest sigmas
-            ours[name] = model.replace_matrix(name, LowRankLinear(A.to(W.dtype), B.to(W.dtype)))
+            ours[name] = keep(model, name, svd(dense[name].weight), torch.arange(k, device=model.device))  # k largest
     add_row("plain SVD", ["redundancy", "plain SVD"])
     for name, module in ours.items():
         model.replace_matrix(name, module)

@@ -167,7 +167,7 @@ def read_args(p, file, names, shards):
     scaling = p.get("rope_scaling") or ({} if p.get("use_scaled_rope") else None)
     factor = 32.0 if (dim, get("n_layers")) in ((2048, 16), (3072, 28)) else 8.0  # Llama 3.2 1B and 3B; 3.1 and others
     # full attention is a sliding window's attention only within that window
-    limits = [get(name) for name in ("max_seq_len", "sliding_window") 
+    limits = [get(name) for name in ("max_seq_len", "sliding_window")
               if p.get(names.get(name, name)) is not None]
     args = dict(
         dim=dim, n_layers=get("n_layers"), n_heads=n_heads, n_kv_heads=get("n_kv_heads", n_heads),

@@ -4,6 +4,7 @@ A name is a protocol (file, split, how its records are joined), because a perple
 
     wikitext2  WikiText-2 raw    ptb, ptb-test, ptb-new  Penn Treebank    embedded  Python's own reference
 """
+import functools
 import hashlib
 import io
 import os
@@ -80,10 +81,9 @@ def load_text(name, use, data_dir=None):
 
 
 def text_or_embedded(name, use, data_dir, asked):
-    """(label, text, what it is); a text that was not asked for and cannot be had gives way to the embedded one."""
+    """(name, text, what it is); a text that was not asked for and cannot be had gives way to the embedded one."""
     try:
-        base = Path(name).name  # of a file, its name will do, unless it is a text's
-        return name if (base, use) in TEXTS else base, *load_text(name, use, data_dir)
+        return name, *load_text(name, use, data_dir)
     except FileNotFoundError as e:
         if asked:
             raise
@@ -101,8 +101,9 @@ def find_file(wanted, data_dir=None):
         raise ValueError(f"data folder {data_dir}: no such folder")
     for folder in filter(None, (data_dir, CACHE)):
         for name in (wanted, wanted.replace("train.raw", "train.head.raw")):
-            if (Path(folder) / name).is_file():
-                return checked((Path(folder) / name).read_bytes(), name, Path(folder) / name), name != wanted
+            file = Path(folder) / name
+            if file.is_file():
+                return checked(file.read_bytes(), name, file), name != wanted
     return download(wanted), False
 
 
@@ -133,6 +134,7 @@ def download(wanted):
     return content
 
 
+@functools.cache  # the one archive holds the text to calibrate on and the text to evaluate on
 def fetch(url):
     """The bytes behind a URL, with a progress line; OSError after 10 s without an answer, or when cut short."""
     with urllib.request.urlopen(url, timeout=10) as answer:

@@ -63,11 +63,11 @@ def read_tiktoken(file, content):
     """Llama 3: the ranks of the file, then 256 special tokens, of which <|begin_of_text|> is the first."""
     tiktoken = need("tiktoken", f"reading {file}")
     try:
-        words = [base64.b64decode(token, validate=True) for token, _ in map(bytes.split, content.splitlines())]
-        ranks = {word: int(line.split()[1]) for word, line in zip(words, content.splitlines())}
+        pairs = [line.split() for line in content.splitlines()]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except ValueError as e:
         raise ValueError(f"{file}: not lines of base64 and rank ({e})") from None
-    if sorted(ranks.values()) != list(range(len(words))) or not {bytes([i]) for i in range(256)} <= set(words):
+    if sorted(ranks.values()) != list(range(len(pairs))) or not {bytes([i]) for i in range(256)} <= set(ranks):
         raise ValueError(f"{file}: expected every rank from 0 on once, and a token for each of the 256 bytes")
     encoding = tiktoken.Encoding("llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={})
     return Tokenizer(file, len(ranks) + 256, len(ranks), encoding.encode_ordinary)

@@ -26,19 +26,20 @@ def random_tokens(model, B, T, seed=1):
     return torch.randint(model.args.vocab_size, (B, T), generator=torch.Generator().manual_seed(seed))
 
 
+def folder_in(variable, otherwise):
+    """The folder that an environment variable names; without it the test is skipped, saying what it needs."""
+    if not os.environ.get(variable):
+        pytest.skip(otherwise)
+    return Path(os.environ[variable])
+
+
 @pytest.fixture
 def data_dir():
     """The folder with wikitext-2-raw/ and ptb/."""
-    folder = os.environ.get("GRASP_DATA")
-    if not folder:
-        pytest.skip("needs real text: set GRASP_DATA to a folder with wikitext-2-raw/ and ptb/")
-    return Path(folder)
+    return folder_in("GRASP_DATA", "needs real text: set GRASP_DATA to a folder with wikitext-2-raw/ and ptb/")
 
 
 @pytest.fixture
 def smollm2():
     """The folder that `python -m data.smollm2` wrote."""
-    folder = os.environ.get("GRASP_SMOLLM2")
-    if not folder:
-        pytest.skip("needs a real model: python -m data.smollm2 FOLDER, then set GRASP_SMOLLM2=FOLDER")
-    return Path(folder)
+    return folder_in("GRASP_SMOLLM2", "needs a real model: python -m data.smollm2 FOLDER, then GRASP_SMOLLM2=FOLDER")
