@@ -76,11 +76,7 @@ def weight_gradients(model, names, batches):
     try:
         for tokens in batches:
             tokens = tokens.to(model.device)
-            h = model.final_state(tokens)
-            leaf = h.detach().requires_grad_()  # the head's share of the gradient first, chunk by chunk ...
-            for nll in model.losses(leaf, tokens):
-                nll.backward()
-            h.backward(leaf.grad)               # ... then the blocks', down to the lowest one asked for
+            backward(model, tokens, tokens)
             count += tokens[:, 1:].numel()
     finally:
         for w, hook in zip(weights.values(), hooks):
@@ -91,6 +87,20 @@ def weight_gradients(model, names, batches):
         if not total.div_(count).isfinite().all():
             raise ValueError(f"the gradient of {name} is not finite; try --dtype bfloat16 or float32")
     return sums
+
+
+def backward(model, tokens, labels, scale=1.0):
+    """Add d(scale * L)/dp to p.grad of every p that asks for it; L, the SUMMED likelihood (nats), is returned: ().
+
+    tokens, labels (B, T): where they differ, labels hold -100, and what stands there is not predicted.
+    """
+    h = model.final_state(tokens)
+    leaf, total = h.detach().requires_grad_(), 0
+    for nll in model.losses(leaf, labels):  # the head's share of the gradient first, chunk by chunk ...
+        (scale * nll).backward()
+        total += nll.detach()
+    h.backward(leaf.grad)                   # ... then the blocks', down to the lowest one asked for
+    return total
 
 
 def svd(W):

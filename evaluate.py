@@ -96,15 +96,20 @@ def timed(seconds, phase, device=None):
 
 
 class Parser(argparse.ArgumentParser):
-    """The flags that both commands have; a wrong one is an error like any other: one line, exit code 2."""
+    """The flags that all commands have; a wrong one is an error like any other: one line, exit code 2."""
 
-    def __init__(self, description):
+    def __init__(self, description, **ckpt):
+        """ckpt: what a command's --ckpt has of its own, in add_argument's terms."""
         super().__init__(description=description, allow_abbrev=False)
         add = self.add_argument
-        add("--ckpt", type=lambda name: Path(name).resolve(), default=TINY, metavar="FOLDER",
-            help="weights: Meta's, Mistral's, Hugging Face's or a compressed folder (default: the embedded model)")
+        add("--ckpt", **{"type": lambda name: Path(name).resolve(), "default": TINY, "metavar": "FOLDER", "help":
+            "weights: Meta's, Mistral's, Hugging Face's or a compressed folder (default: the embedded model)", **ckpt})
         add("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: CUDA where there is one)")
         add("--dtype", default="auto", choices=["auto", *DTYPES], help="to compute in and write (default: the ckpt's)")
+
+    def add_texts(self):
+        """The flags of a command that sweeps over texts."""
+        add = self.add_argument
         add("--batch-size", type=positive, metavar="N", help="sequences in a micro-batch (default: of 1,024 tokens)")
         add("--data-dir", metavar="DIR", help="with wikitext-2-raw/ and ptb/ (default: $GRASP_DATA, cache, download)")
         add("--windows", type=positive, metavar="N", help="evaluate only N windows of each text (default: all)")
@@ -172,6 +177,7 @@ def command(main):
 
 def main():
     parser = Parser(__doc__.splitlines()[0])
+    parser.add_texts()
     add = parser.add_argument
     add("--data", nargs="+", metavar="TEXT", help=f"any of {text_names('test')} and files (default: wikitext2 ptb; "
         "with the embedded model, embedded)")

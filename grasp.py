@@ -181,6 +181,7 @@ def add_comparisons(model, dense, records, redundant, add_row, seconds):
 
 def parse():
     p, embedded = Parser(__doc__.splitlines()[0]), "with the embedded model, embedded"
+    p.add_texts()
     p.add_argument("--layers", type=positive, metavar="N", help="how many redundant layers to compress")
     p.add_argument("--layer-ids", type=int, nargs="+", metavar="ID", help="compress these layers instead")
     p.add_argument("--contiguous", action="store_true", help="take neighbouring layers, by angular distance")

@@ -167,10 +167,10 @@ class Transformer(nn.Module):
     def losses(self, h, tokens, chunk=1024):
         """Yield the SUMMED negative log-likelihood (nats) of the next tokens, `chunk` positions at a time.
 
-        h (B, T, dim) is the final state of tokens (B, T). In chunks, the (B, T, vocab) logits never exist at once.
+        h (B, T, dim) is the final state of tokens (B, T), of which those that read -100 here are not predicted.
         """
         h, targets = h[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()  # the one shift: position t predicts t + 1
-        for h_part, target in zip(h.split(chunk), targets.split(chunk)):
+        for h_part, target in zip(h.split(chunk), targets.split(chunk)):  # the (B, T, vocab) logits never exist at once
             yield F.cross_entropy(upcast(self.output(self.norm(h_part))), target, reduction="sum")
 
     def replace_matrix(self, name, module):
