@@ -17,13 +17,18 @@ from data import need
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                   r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 
+# A tokenizer.json does not say which of its tokens end a text; these are the names they have.
+ENDS = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<|eot_id|>", "<|im_end|>")
+
 
 @dataclass
 class Tokenizer:
     file: Path
     vocab_size: int
     bos_id: int | None                    # None: this tokenizer starts no stream with a token of its own
+    ends: tuple[int, ...]                 # the tokens that end a text, the plain one first
     encode: Callable[[str], list[int]]    # without BOS
+    decode: Callable[[list[int]], str]    # what the tokens above stand for is left out
 
     def stream(self, text):
         """text -> one stream of tokens (N,) int64, with the BOS (if there is one) once at its start."""
@@ -56,7 +61,9 @@ def read_sentencepiece(file, content):
         model.LoadFromSerializedProto(content)
     except RuntimeError:
         raise ValueError(f"{file}: neither a SentencePiece model, nor lines of base64 and rank, nor JSON") from None
-    return Tokenizer(file, model.vocab_size(), model.bos_id() if model.bos_id() >= 0 else None, model.encode)
+    bos, end = model.bos_id(), model.eos_id()
+    return Tokenizer(file, model.vocab_size(), bos if bos >= 0 else None, (end,) * (end >= 0), model.encode,
+                     model.decode)
 
 
 def read_tiktoken(file, content):
@@ -70,7 +77,9 @@ def read_tiktoken(file, content):
     if sorted(ranks.values()) != list(range(len(pairs))) or not {bytes([i]) for i in range(256)} <= set(ranks):
         raise ValueError(f"{file}: expected every rank from 0 on once, and a token for each of the 256 bytes")
     encoding = tiktoken.Encoding("llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={})
-    return Tokenizer(file, len(ranks) + 256, len(ranks), encoding.encode_ordinary)
+    n = len(ranks)
+    return Tokenizer(file, n + 256, n, (n + 1, n + 9), encoding.encode_ordinary,  # <|end_of_text|>, <|eot_id|>
+                     lambda ids: encoding.decode([i for i in ids if i < n]))
 
 
 def read_json_tokenizer(file, content):
@@ -83,5 +92,6 @@ def read_json_tokenizer(file, content):
         raise ValueError(f"{file}: not a tokenizer.json ({e})") from None
     plain, full = (model.encode("a", add_special_tokens=special).ids for special in (False, True))
     starts = len(full) > len(plain) and full[1:len(plain) + 1] == plain  # does its post-processor put a BOS in front?
-    return Tokenizer(file, max(model.get_vocab().values()) + 1, full[0] if starts else None,
-                     lambda text: model.encode(text, add_special_tokens=False).ids)
+    ends = tuple(i for i in map(model.token_to_id, ENDS) if i is not None)
+    return Tokenizer(file, max(model.get_vocab().values()) + 1, full[0] if starts else None, ends,
+                     lambda text: model.encode(text, add_special_tokens=False).ids, model.decode)

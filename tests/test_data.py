@@ -185,7 +185,8 @@ def test_sentencepiece_keeps_every_character():
     tokenizer = load_tokenizer(TINY)
     text = 'def f(x):\n    return "é 12"\n\n'
     ids = tokenizer.stream(text)
-    assert tokenizer.vocab_size == 1024 and ids[0] == tokenizer.bos_id == 1
+    assert tokenizer.vocab_size == 1024 and ids[0] == tokenizer.bos_id == 1 and tokenizer.ends == (2,)
+    assert tokenizer.decode([*ids.tolist(), 2]) == text
     assert SentencePieceProcessor(model_file=str(TINY / "tokenizer.model")).decode(ids.tolist()) == text
 
 
@@ -196,6 +197,7 @@ def test_sentencepiece_without_bos(tmp_path):
         vocab_size=7, bos_id=-1, minloglevel=2)
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.bos_id is None and tokenizer.stream("a").tolist() == tokenizer.encode("a")
+    assert tokenizer.decode(tokenizer.encode("b a")) == "b a"
 
 
 def llama3_file(folder):
@@ -211,13 +213,16 @@ def test_llama3_ranks(tmp_path):
     tokenizer = load_tokenizer(tmp_path)
     assert (tokenizer.vocab_size, tokenizer.bos_id) == (258 + 256, 258)  # 256 special tokens, BOS the first
     assert tokenizer.stream("abcab 1234").tolist() == [258, 257, 256, 32, 49, 50, 51, 52]
+    assert tokenizer.ends == (259, 267)
+    assert tokenizer.decode([258, 257, 256, 32, 49, 259]) == "abcab 1"
 
 
 def json_file(folder, bos, name="tokenizer.json"):
     tokenizers = pytest.importorskip("tokenizers", reason="pip install tokenizers")
     from tokenizers import models, pre_tokenizers, processors
-    made = tokenizers.Tokenizer(models.WordLevel({"<s>": 0, "a": 1, "b": 2, "?": 3}, unk_token="?"))
+    made = tokenizers.Tokenizer(models.WordLevel({"<s>": 0, "a": 1, "b": 2, "c": 3, "?": 4, "</s>": 5}, unk_token="?"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.add_special_tokens(["</s>"])
     if bos:
         made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     made.save(str(folder / name))
@@ -237,7 +242,9 @@ def test_a_tokenizer_that_would_cut_or_pad_does_not(tmp_path):
 def test_json_tokenizers(bos, name, tmp_path):
     """Whether there is a BOS, its post-processor tells; what the file is, its content does, not its name."""
     json_file(tmp_path, bos, name)
-    assert load_tokenizer(tmp_path).stream("b a c").tolist() == [0] * bos + [2, 1, 3]
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.stream("b a c").tolist() == [0] * bos + [2, 1, 3]
+    assert tokenizer.ends == (5,) and tokenizer.decode([2, 1, 5]) == "b a"
 
 
 def test_bad_tokenizers_are_refused(tmp_path):
