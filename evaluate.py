@@ -64,14 +64,19 @@ def table(rows, texts, dense_params):
               *(f"{row['perplexity'][name]:.2f}" for name in texts),
               "-" if row["seconds"] is None else f"{row['seconds']:.1f}", f"{row['peak_bytes'] / 2 ** 30:.2f}"]
              for row in rows]
+    protocols = [f"{name}: {p['text']}; {p['tokens']:,} tokens, {'first ' * (p['windows'] < p['all_windows'])}"
+                 f"{p['windows']} windows of {p['seq_len']:,}, {'BOS once at the start' if p['bos'] else 'no BOS'}"
+                 for name, (_, p) in texts.items()]
+    return "\n".join([markdown(head, cells), "", *protocols])
+
+
+def markdown(head, cells):
+    """Rows of strings as an aligned Markdown table, the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(head, *cells)]
     lines = ["| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) + " |"
              for row in [head, *cells]]
     rule = "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|"
-    protocols = [f"{name}: {p['text']}; {p['tokens']:,} tokens, {'first ' * (p['windows'] < p['all_windows'])}"
-                 f"{p['windows']} windows of {p['seq_len']:,}, {'BOS once at the start' if p['bos'] else 'no BOS'}"
-                 for name, (_, p) in texts.items()]
-    return "\n".join([lines[0], rule, *lines[1:], "", *protocols])
+    return "\n".join([lines[0], rule, *lines[1:]])
 
 
 def peak_bytes(device):
