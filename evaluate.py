@@ -73,10 +73,9 @@ def table(rows, texts, dense_params):
 def markdown(head, cells):
     """Rows of strings as an aligned Markdown table, the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(head, *cells)]
-    lines = ["| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) + " |"
-             for row in [head, *cells]]
-    rule = "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
+    rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
+    return "\n".join("| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |"
+                     for row in (head, rule, *cells))
 
 
 def peak_bytes(device):
@@ -101,10 +100,8 @@ def timed(seconds, phase, device=None):
 
 
 class Parser(argparse.ArgumentParser):
-    """The flags that all commands have; a wrong one is an error like any other: one line, exit code 2."""
-
+    """The flags of every command, `ckpt` its --ckpt's own keywords; a wrong flag is an error like any other."""
     def __init__(self, description, **ckpt):
-        """ckpt: what a command's --ckpt has of its own, in add_argument's terms."""
         super().__init__(description=description, allow_abbrev=False)
         add = self.add_argument
         add("--ckpt", **{"type": lambda name: Path(name).resolve(), "default": TINY, "metavar": "FOLDER", "help":
@@ -113,7 +110,6 @@ class Parser(argparse.ArgumentParser):
         add("--dtype", default="auto", choices=["auto", *DTYPES], help="to compute in and write (default: the ckpt's)")
 
     def add_texts(self):
-        """The flags of a command that sweeps over texts."""
         add = self.add_argument
         add("--batch-size", type=positive, metavar="N", help="sequences in a micro-batch (default: of 1,024 tokens)")
         add("--data-dir", metavar="DIR", help="with wikitext-2-raw/ and ptb/ (default: $GRASP_DATA, cache, download)")
@@ -129,11 +125,16 @@ def positive(text):
     return int(text)
 
 
+def json_file(name):
+    if Path(name).is_dir() or not Path(name).absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{name}: not a file in a folder that is there")
+    return Path(name)
+
+
 def open_checkpoint(ckpt, device, dtype):
     """Load model and tokenizer, and say in two lines what they are and where they run: (model, tokenizer)."""
-    why = "as asked"
-    if device == "auto":
-        device, why = ("cuda", "auto: CUDA is here") if torch.cuda.is_available() else ("cpu", "auto: no CUDA here")
+    device, why = ((device, "as asked") if device != "auto" else
+                   ("cuda", "auto: CUDA is here") if torch.cuda.is_available() else ("cpu", "auto: no CUDA here"))
     try:
         known = torch.device(device).type in ("cpu", "cuda") and torch.empty(0, device=device) is not None
     except (RuntimeError, AssertionError) as e:
@@ -145,9 +146,8 @@ def open_checkpoint(ckpt, device, dtype):
         torch.set_num_threads(1)
     a, whose = model.args, "the folder's own" if dtype == "auto" else "as asked"
     print(f"model        {ckpt}  {a.n_layers} layers, dim {a.dim}, {a.n_heads} heads over {a.n_kv_heads}, "
-          f"{model.n_params:,} parameters\n"
-          f"device       {model.device} ({why}), dtype {str(model.dtype).removeprefix('torch.')} "
-          f"({whose})")
+          f"{model.n_params:,} parameters\ndevice       {model.device} ({why}), "
+          f"dtype {str(model.dtype).removeprefix('torch.')} ({whose})")
     return model, load_tokenizer(ckpt, a.vocab_size)
 
 
@@ -187,20 +187,18 @@ def main():
     add("--data", nargs="+", metavar="TEXT", help=f"any of {text_names('test')} and files (default: wikitext2 ptb; "
         "with the embedded model, embedded)")
     add("--seq-len", type=positive, metavar="T", help="tokens in a window (default: 2048, or all positions if fewer)")
-    add("--json", type=Path, metavar="FILE", help="write the results there too")
+    add("--json", type=json_file, metavar="FILE", help="write the results there too")
     a = parser.parse_args()
-    if a.json and (a.json.is_dir() or not a.json.absolute().parent.is_dir()):
-        raise FileNotFoundError(f"--json {a.json}: not a file in a folder that is there")
     model, tokenizer = open_checkpoint(a.ckpt, a.device, a.dtype)
     seq_len, seconds = sequence_length(a.seq_len, 2048, model), {}
     texts = load_windows(a.data, tokenizer, seq_len, a.ckpt, a.windows, a.data_dir)
     with timed(seconds, "evaluation"):
         results = perplexities(model, texts, batch_size(a.batch_size, seq_len), "perplexity")
     row = {"model": a.ckpt.name, "parameters": model.n_params, "perplexity": results,
-           "seconds": seconds["evaluation"], "peak_bytes": peak_bytes(model.device)}
+           "seconds": seconds["evaluation"], "peak_bytes": peak_bytes(model.device),
+           "protocol": {label: protocol for label, (_, protocol) in texts.items()}}
     print("\n" + table([row], texts, model.n_params_dense))
     if a.json:
-        row["protocol"] = {label: protocol for label, (_, protocol) in texts.items()}
         a.json.write_text(json.dumps(row, indent=1) + "\n")
 
 

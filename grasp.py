@@ -193,7 +193,7 @@ def parse():
                    f"{embedded})")
     p.add_argument("--samples", type=positive, metavar="N", default=512, help="calibration sequences (default: 512)")
     p.add_argument("--seq-len", type=positive, metavar="T", help="tokens in each (default: 512, or all positions)")
-    p.add_argument("--seed", type=int, default=42, help="of the windows' random offsets (default: 42)")
+    p.add_argument("--seed", type=seed, default=42, help="of the windows' random offsets (default: 42)")
     p.add_argument("--eval", nargs="+", metavar="TEXT", help=f"none, or any of {text_names('test')} and files "
                    f"(default: wikitext2 ptb; {embedded})")
     p.add_argument("--compare", action="store_true", help="add rows: the layers dropped, and plain SVD")
@@ -206,8 +206,6 @@ def parse():
         raise ValueError(f"--layer-ids {a.layer_ids}: expected each id once, and no --contiguous")
     if a.ratio and a.threshold:
         raise ValueError("give one of --ratio and --threshold")
-    if not 0 <= a.seed < 2 ** 63:
-        raise ValueError(f"--seed {a.seed}: expected 0 to 2^63 - 1")
     a.ratio = a.ratio or (None if a.threshold else 0.1)
     a.out = a.out or Path(f"{a.ckpt.name}-grasp")
     if a.out.resolve() == a.ckpt:
@@ -220,6 +218,12 @@ def share(text):
     if not 0 < float(text) <= 1:
         raise argparse.ArgumentTypeError(f"{text!r}, expected more than 0 and at most 1")
     return float(text)
+
+
+def seed(text):
+    if not 0 <= int(text) < 2 ** 63:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected 0 to 2^63 - 1")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -41,5 +41,5 @@ def data_dir():
 
 @pytest.fixture
 def smollm2():
-    """The folder that `python -m data.smollm2` wrote."""
-    return folder_in("GRASP_SMOLLM2", "needs a real model: python -m data.smollm2 FOLDER, then GRASP_SMOLLM2=FOLDER")
+    """The folder that `python -m extras.smollm2` wrote."""
+    return folder_in("GRASP_SMOLLM2", "needs a real model: python -m extras.smollm2 FOLDER, then GRASP_SMOLLM2=FOLDER")

@@ -142,7 +142,7 @@ def error_of(main, words, monkeypatch, capsys):
     ("--layers 2 --ratio much", "--ratio: invalid share value: 'much'"),
     ("--layers 2 --ratio 0.1 --threshold 0.5", "give one of --ratio and --threshold"),
     ("--layers 2 --score sigma", "--score: invalid choice: 'sigma'"),
-    ("--layers 2 --seed -1", "--seed -1: expected 0 to"),
+    ("--layers 2 --seed -1", "argument --seed: '-1', expected 0 to"),
     ("--layers 2 --samples 0", "--samples: '0', expected"),
     ("--layers 2 --samples 2000000000", "2,000,000,000 sequences of 256 tokens are too many"),
     ("--layers 2 --seq-len 257", "--seq-len 257: expected 2 to 256 (the model's positions)"),

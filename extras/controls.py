@@ -1,0 +1,70 @@
+"""Controls of a compressed folder, as folders like any other: what its numbers are to be held against.
+
+    python -m extras.controls KIND --ckpt COMPRESSED --out FOLDER
+
+    dropped   the dense model without the redundant layers
+    svd       plain SVD: the largest singular values of each matrix, as many as the compressed folder kept
+    random    the same shapes and norms in random directions: where recovery training would start without GRASP
+"""
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from attribution import svd
+from evaluate import Parser, command, open_checkpoint
+from extras import read_report
+from grasp import keep, seed
+from model import LowRankLinear, check_target, save_checkpoint
+
+
+def drop_layers(model, layer_ids):
+    """Take these layers out of the model, in place. ValueError where it does not have them, or no others."""
+    left = [block for layer, block in enumerate(model.layers) if layer not in layer_ids]
+    if not left or len(model.layers) - len(left) != len(layer_ids):
+        raise ValueError(f"layers {layer_ids} cannot be dropped from a model of {len(model.layers)}")
+    model.layers = nn.ModuleList(left)
+    model.args = replace(model.args, n_layers=len(left))
+
+
+def truncate(model, ranks):
+    """{name: k}: keep the k largest singular values of each of these matrices, in place."""
+    for name, k in ranks.items():
+        keep(model, name, svd(model.get_submodule(name).weight), torch.arange(k, device=model.device))
+
+
+def randomize(model, seed):
+    """Gaussian noise of the same norm in the place of every factor A, B."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if name.endswith((".A", ".B")):
+            noise = torch.randn(p.shape, generator=generator)
+            p.data = (noise * (p.float().norm() / noise.norm())).to(p)
+
+
+def main():
+    p = Parser(__doc__.splitlines()[0], default=None, required=True, help="a compressed folder")
+    p.add_argument("kind", choices=["dropped", "svd", "random"])
+    p.add_argument("--dense", type=Path, metavar="FOLDER", help="it was made from (default: as its report says)")
+    p.add_argument("--out", type=Path, metavar="FOLDER", help="to write (default: NAME-KIND here)")
+    p.add_argument("--overwrite", action="store_true", help="replace a folder that an earlier run wrote")
+    p.add_argument("--seed", type=seed, default=42, help="of random's factors (default: 42)")
+    a = p.parse_args()
+    report = read_report(a.ckpt)
+    source = a.ckpt if a.kind == "random" else (a.dense or Path(report["settings"]["ckpt"])).resolve()
+    out = a.out or Path(f"{a.ckpt.name}-{a.kind}")
+    check_target(out, a.overwrite)
+    model, tokenizer = open_checkpoint(source, a.device, a.dtype)
+    if a.kind == "dropped":
+        drop_layers(model, report["redundant"])
+    elif a.kind == "svd":
+        truncate(model, {record["name"]: record["rank"] for record in report["matrices"] if record["rank"]})
+    else:
+        randomize(model, a.seed)
+    save_checkpoint(model, out, {"control": a.kind, "of": str(a.ckpt)}, tokenizer.file, a.overwrite)
+    print(f"{a.kind:<12} {model.n_params:,} parameters of {model.n_params_dense:,}; written to {out}")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,253 @@
+"""Text from a folder of weights, dense or compressed, and how fast it comes: `python -m extras.generate --ckpt FOLDER`.
+
+The keys (turned) and values of all tokens so far are kept, so that a new token costs one token's work.
+
+    cache    for each block (keys, values), each (B, n_kv_heads, max_len, head_dim), in the model's dtype
+    start    how many tokens the cache holds before a step
+    prefill  the first step, over the whole prompt, start 0;  decoding: the later steps, over one new token each
+
+--throughput sets dense, dropped and GRASP folders side by side [GRASP Fig. 5]: a row for each batch size, length of
+prompt (random tokens) and folder. Folders take turns, so that a machine that slows down slows them all alike; times
+are medians of --repeats turns, after one that does not count. For that, all folders are in memory at once.
+"""
+import argparse
+import itertools
+import math
+import statistics
+import sys
+import time
+from contextlib import redirect_stdout
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from data.corpus import show
+from evaluate import TINY, Parser, command, markdown, open_checkpoint, peak_bytes, positive, timed
+from grasp import seed, share
+from model import LowRankLinear, apply_rotary, rotary_frequencies
+
+
+@torch.no_grad()
+def generate(model, prompt, max_new_tokens, temperature=0.0, top_k=None, top_p=None, seed=0):
+    """Yield the next token ids (B,) int64, max_new_tokens times; what ends a text is the caller's to see.
+
+    prompt (B, T) int64: B sequences of equal length. temperature 0 is greedy, the rest as in `sample`. ValueError if
+    the prompt is empty or the new tokens do not fit into max_seq_len.
+    """
+    check_length(model, prompt.shape[1], max_new_tokens)
+    max_len = prompt.shape[1] + max_new_tokens
+    cache = empty_cache(model, len(prompt), max_len)
+    cos, sin = rotary_frequencies(model.args, max_len, model.device)
+    generator = torch.Generator(model.device).manual_seed(seed)
+    tokens, start = prompt.to(model.device), 0
+    for _ in range(max_new_tokens):
+        logits = step(model, tokens, cache, start, cos, sin)
+        start += tokens.shape[1]
+        tokens = sample(logits, generator, temperature, top_k, top_p)[:, None]
+        yield tokens[:, 0]
+
+
+def check_length(model, T, max_new_tokens):
+    """ValueError unless a prompt of T tokens and what is to follow have a place in the model."""
+    limit = model.args.max_seq_len
+    if T == 0:
+        raise ValueError("the prompt is empty: expected one token at least (a tokenizer without BOS needs some text)")
+    if limit and T + max_new_tokens > limit:
+        raise ValueError(f"a prompt of {T} tokens and {max_new_tokens} new ones: this model's positions end at {limit}")
+
+
+def empty_cache(model, B, max_len):
+    shape = B, model.args.n_kv_heads, max_len, model.args.head_dim
+    return [torch.empty(2, *shape, dtype=model.dtype, device=model.device).unbind() for _ in model.layers]
+
+
+def step(model, tokens, cache, start, cos, sin):
+    """Logits (B, vocab_size) of the token after tokens (B, t), which come after the `start` tokens in the cache.
+
+    Their keys and values join the cache. cos, sin: the rotary angles of all positions up to max_len.
+    """
+    cos, sin = (angles[start:start + tokens.shape[1]] for angles in (cos, sin))
+    h = model.tok_embeddings(tokens)
+    for block, (keys, values) in zip(model.layers, cache):
+        h = h + attend(block.attention, block.attention_norm(h), cos, sin, keys, values, start)
+        h = h + block.feed_forward(block.ffn_norm(h))
+    return model.output(model.norm(h[:, -1]))
+
+
+def attend(attention, x, cos, sin, keys, values, start):
+    """model.Attention's forward for new tokens x (B, t, dim), which see the cached ones too: (B, t, dim)."""
+    end = start + x.shape[1]
+    assert start == 0 or end == start + 1  # is_causal takes the first query to stand with the first key
+    q, k, v = (w(x).unflatten(-1, (-1, attention.head_dim)) for w in (attention.wq, attention.wk, attention.wv))
+    q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+    keys[:, :, start:end], values[:, :, start:end] = k.transpose(1, 2), v.transpose(1, 2)
+    y = F.scaled_dot_product_attention(q.transpose(1, 2), keys[:, :, :end], values[:, :, :end],
+                                       is_causal=start == 0, enable_gqa=True)
+    return attention.wo(y.transpose(1, 2).flatten(2))
+
+
+def sample(logits, generator, temperature=0.0, top_k=None, top_p=None):
+    """A token id for each row of logits (B, vocab_size), drawn from softmax(logits / temperature): (B,) int64.
+
+    temperature 0: the most probable. top_k: only among the k most probable. top_p: only among the fewest, the most
+    probable first, whose probabilities (made to sum to 1 after top_k) reach top_p [arXiv 1904.09751].
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits, ids = logits.double().sort(descending=True, stable=True)
+    logits = (logits - logits[:, :1]) / temperature  # the largest becomes 0: no temperature, however low, overflows
+    probs = logits[:, :top_k].softmax(-1)
+    if top_p is not None:
+        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)  # those before it reach top_p already
+    return ids.gather(-1, torch.multinomial(probs, 1, generator=generator))[:, 0]
+
+
+def pieces(decode, prompt, ids):
+    """Yield the text of prompt (a list of ids), then of each of ids (an iterable) what is sure of it, then the rest.
+
+    A token's text depends on its neighbours (SentencePiece's spaces, characters of several byte tokens). So all tokens
+    so far are decoded every time, and an end that is no character yet (U+FFFD) waits.
+    """
+    seen, told = [], 0
+    for new in itertools.chain([prompt], ([i] for i in ids)):
+        seen += new
+        text = decode(seen)
+        sure = len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
+        yield text[told:sure]
+        told = max(told, sure)
+    yield text[told:]
+
+
+def write(model, tokenizer, text, max_new_tokens, *sampling):
+    """Print text and what follows as it comes, up to an end token or max_new_tokens; then on stderr how fast it was."""
+    prompt, start, count = tokenizer.stream(text), time.perf_counter(), 0
+
+    def ids():
+        nonlocal count
+        for i in map(int, generate(model, prompt[None], max_new_tokens, *sampling)):
+            count += 1
+            if i in tokenizer.ends:
+                return
+            yield i
+
+    for piece in pieces(tokenizer.decode, prompt.tolist(), ids()):
+        print(piece, end="", flush=True)
+    seconds = time.perf_counter() - start
+    print(flush=True)
+    print(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------------------ throughput
+
+def throughput(models, batch_sizes, lengths, max_new_tokens, repeats, seed):
+    """A Markdown table of models (pairs of name and model), a row for each batch size, prompt length and model."""
+    for (_, model), T in itertools.product(models, lengths):
+        check_length(model, T, max_new_tokens)
+    rows = []
+    for B, T in itertools.product(batch_sizes, lengths):
+        turns = [[] for _ in models]
+        for turn in range(repeats + 1):
+            for (name, model), mine in zip(models, turns):
+                show(f"batch {B}, prompt {T}: {name}, turn {turn}/{repeats}", last=False)
+                mine.append(measure(model, random_prompt(model, B, T, seed), max_new_tokens))
+        for (name, model), (_, *mine) in zip(models, turns):  # the first, to warm up, does not count
+            first, rate, peak = map(statistics.median, zip(*mine))
+            rows.append([name, f"{B}", f"{T}", f"{first:.4f}", f"{rate:,.1f}", f"{weight_bytes(model) / 2 ** 30:.3f}",
+                         f"{peak / 2 ** 30:.3f}", f"{multiply_adds(model, T) / 1e6:,.2f}"])
+    show("", last=True)
+    return markdown(["model", "batch", "prompt", "first token s", "tokens/s", "weights GiB", "peak GiB",
+                     "M multiply-adds"], rows)
+
+
+def random_prompt(model, B, T, seed):
+    return torch.randint(model.args.vocab_size, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def measure(model, prompt, max_new_tokens):
+    """(seconds to the first token, tokens/s of all sequences after it, peak bytes) of greedy decoding.
+
+    On CUDA the peak is this run's, with no other model's weights; elsewhere it is the process's so far.
+    """
+    device, others, seconds = model.device, 0, {}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        others = torch.cuda.memory_allocated(device) - weight_bytes(model)
+    tokens = generate(model, prompt, max_new_tokens)
+    with timed(seconds, "first", device):
+        next(tokens)
+    with timed(seconds, "rest", device):
+        for _ in tokens:
+            pass
+    rate = len(prompt) * (max_new_tokens - 1) / seconds["rest"]
+    return seconds["first"], rate, peak_bytes(device) - others
+
+
+def weight_bytes(model):
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def multiply_adds(model, T):
+    """Multiply-adds for one new token that sees T (itself among them).
+
+    The sizes of all weights it is multiplied by (dense W, or A and B, and the output head), and in each block
+    2 T n_heads head_dim: queries with keys, and probabilities with values. Norms, rotations and softmax are left out.
+    """
+    linear = (m for m in model.modules() if isinstance(m, (nn.Linear, LowRankLinear)))
+    a = model.args
+    return sum(p.numel() for m in linear for p in m.parameters()) + len(model.layers) * 2 * T * a.n_heads * a.head_dim
+
+
+def main():
+    a = parse()
+    if not a.throughput:
+        with redirect_stdout(sys.stderr):  # standard output is for the text
+            model, tokenizer = open_checkpoint(a.ckpt[0], a.device, a.dtype)
+        return write(model, tokenizer, a.prompt, a.max_new_tokens, a.temperature, a.top_k, a.top_p, a.seed)
+    models = [(ckpt.name, open_checkpoint(ckpt, a.device, a.dtype)[0]) for ckpt in a.ckpt]
+    print("\n" + throughput(models, a.batch_sizes, a.lengths, a.max_new_tokens, a.repeats, a.seed))
+    whose = "the row's own" if models[0][1].device.type == "cuda" else "this process's so far, with all folders"
+    print(f"\ngreedy, {a.max_new_tokens} new tokens after a prompt of random ones (seed {a.seed}); medians of "
+          f"{a.repeats} turns\ntokens/s: of all sequences, after the first token; peak GiB: {whose}; "
+          "multiply-adds: of one token that sees as many as the prompt has")
+
+
+def parse():
+    p = Parser(__doc__.splitlines()[0], nargs="+", default=[TINY])
+    p.add_argument("--prompt", metavar="TEXT", default="", help="to go on from (default: none but the tokenizer's BOS)")
+    p.add_argument("--max-new-tokens", type=positive, metavar="N", default=100,
+                   help="at most; with --throughput exactly (default: 100)")
+    p.add_argument("--temperature", type=temperature, metavar="X", default=0.0, help="0 is greedy (default: 0)")
+    p.add_argument("--top-k", type=positive, metavar="K", help="draw among the K most probable (default: all)")
+    p.add_argument("--top-p", type=share, metavar="P", help="draw among the fewest that reach P (default: all)")
+    p.add_argument("--seed", type=seed, default=0, help="of the draws, or of random prompts (default: 0)")
+    p.add_argument("--throughput", action="store_true", help="measure instead, one or more folders")
+    p.add_argument("--batch-sizes", type=positive, nargs="+", metavar="B", default=[1, 8],
+                   help="sequences at a time (default: 1 8)")
+    p.add_argument("--lengths", type=positive, nargs="+", metavar="T", default=[32, 128],
+                   help="tokens in a prompt (default: 32 128)")
+    p.add_argument("--repeats", type=positive, metavar="N", default=3, help="turns that count (default: 3)")
+    a = p.parse_args()
+    mode, foreign = "without --throughput", ("batch_sizes", "lengths", "repeats")
+    if a.throughput:
+        mode, foreign = "with --throughput", ("prompt", "temperature", "top_k", "top_p")
+    for name in foreign:
+        if getattr(a, name) != p.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')} has no use {mode}")
+    if not a.throughput and len(a.ckpt) > 1:
+        raise ValueError("--ckpt: expected one folder, several only with --throughput")
+    if a.throughput and a.max_new_tokens < 2:
+        raise ValueError("--max-new-tokens 1: expected 2 at least with --throughput, which times those after the first")
+    if (a.top_k or a.top_p) and not a.temperature:
+        raise ValueError("--top-k, --top-p: nothing is drawn at --temperature 0, the default")
+    return a
+
+
+def temperature(text):
+    if not 0 <= float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected 0 or more")
+    return float(text)
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,257 @@
+"""Pictures of what a compression did and why: `python -m extras.plot FOLDER`, a folder that grasp.py wrote.
+
+    cosines.png          the cosine of every layer, the redundant ones marked                              [GRASP §2.1]
+    spectra-LAYER.png    the singular values of a layer's seven matrices, the kept ones marked             [§2.2]
+    groups-MATRIX.png    with --matrix: ten singular values at a time set to zero, against the perplexity  [Fig. 2]
+    groups-MATRIX.json   the numbers of that experiment, as `zero_groups` gives them
+
+The cosines and the kept components are report.json's; the spectra and the experiment are of the dense weights that
+FOLDER was made from (made with a --dtype of its own, pass the same here: components are numbered by it). Every plot_
+function takes numbers and returns a matplotlib Figure.
+"""
+import io
+import json
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from attribution import importance, sigma_gradients, svd, weight_gradients
+from data import need
+from data.corpus import batches, text_names
+from evaluate import (TINY, Parser, batch_size, command, load_windows, open_checkpoint, perplexity, positive,
+                      sequence_length, timed)
+from extras import read_report
+from grasp import matrices
+from model import upcast
+
+GROUP = 10  # singular values set to zero together, as in the paper's figure
+DARK, LIGHT, GREY = "#00437a", "#f5a623", "#8c8c8c"  # blue, orange: apart for colour-blind eyes and in grey print
+TICKS = (-0.9, -0.5, 0, 0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999)
+
+
+def new_figure(width, height, title):
+    """A matplotlib Figure of width x height inches under a title; nothing of pyplot, so no display and no state."""
+    need("matplotlib", "drawing")
+    from matplotlib.figure import Figure
+    figure = Figure((width, height), dpi=120, layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def plot_cosines(cosines, redundant, model_name):
+    """Figure of the cosine of every layer's input and output, a list (n_layers,), with the redundant ids marked.
+
+    The axis is logarithmic in 1 - cosine: near 1, where layers are told apart, a linear one would show a flat line.
+    """
+    title = f"{model_name}: how parallel each layer's output is to its input"
+    figure = new_figure(max(8, 0.2 * len(cosines)), 4, title)
+    axes = figure.subplots()
+    axes.set_yscale("function", functions=(lambda c: -torch.as_tensor(1 - c).clamp(min=1e-6).log10().numpy(),
+                                           lambda y: 1 - 10.0 ** -y))
+    axes.plot(range(len(cosines)), cosines, "o-", color=GREY, linewidth=0.8, markerfacecolor="white",
+              label="other layers")
+    axes.plot(redundant, [cosines[layer] for layer in redundant], "s", color=DARK, markersize=7,
+              label=f"redundant: {len(redundant)} of {len(cosines)} layers")
+    axes.set(xlabel="layer (0 = first)", ylabel="mean cosine over the calibration tokens\n(logarithmic in 1 - cosine)")
+    for layer in redundant:
+        axes.annotate(str(layer), (layer, cosines[layer]), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.margins(y=0.1)
+    low, high = axes.get_ylim()
+    axes.set_yticks([tick for tick in TICKS if low <= tick <= high])
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axes.legend(loc="lower right")
+    return figure
+
+
+def plot_spectra(layer, records, spectra, model_name, score):
+    """Figure of a layer's matrices, a panel each: all singular values, those kept, and where plain SVD would cut.
+
+    records: grasp.replace's {name, shape, rank, kept}, at most seven; spectra: {name: singular values (r,)}.
+    """
+    figure = new_figure(12, 6, f"{model_name}, layer {layer}: which singular components are kept (score: {score})")
+    panels = figure.subplots(2, 4).flat
+    for record, axes in zip(records, panels):
+        S, kept, k = spectra[record["name"]], record["kept"], record["rank"]
+        m, n = record["shape"]
+        words = "stays dense"
+        axes.plot(range(len(S)), S, "-", color=GREY, linewidth=1, label="all singular values")
+        if k:
+            words = f"{sum(i < k for i in kept)} of {k} kept are among the {k} largest"
+            axes.plot(kept, S[kept], "o", color=DARK, markersize=3.5, label="kept: as many as the rank")
+            axes.axvline(k - 0.5, color=LIGHT, linestyle="--", zorder=1, label="plain SVD of that rank ends here")
+        axes.set_title(f"{record['name'].split('.', 2)[2]}  {m} x {n}, rank {k or min(m, n)}\n{words}", fontsize=9)
+        axes.set_yscale("log", subs=())
+        axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5) if S[0] < 100 * S[-1] else (1,))
+        axes.yaxis.set_major_formatter("{x:g}")
+    for axes in panels:  # at least one is left, for the legend
+        axes.axis("off")
+    handles = {label: handle for panel in figure.axes for handle, label in zip(*panel.get_legend_handles_labels())}
+    axes.legend(handles.values(), handles.keys(), loc="center", fontsize=9)
+    figure.supxlabel("index of the singular value (0 = largest)", fontsize=10)
+    figure.supylabel("singular value (logarithmic)", fontsize=10)
+    return figure
+
+
+def zero_groups(model, name, windows, size):
+    """Set the singular values of the dense matrix `name` to zero, ten at a time: what the perplexity does [Fig. 2].
+
+    windows (n, seq_len) int64, taken in micro-batches of `size`; W = U diag(S) Vh. A dict with, for each group,
+        first        index of its first singular value; the last group may be smaller than the others
+        change       perplexity without the group, minus `perplexity`, that of the dense model
+        predicted    the first-order one, -perplexity * sum of sigma dL/dsigma, from the gradient on the same windows
+        score        sum of |sigma dL/dsigma|, which is what GRASP ranks by, nats
+        sigma        sum of sigma, which is what plain SVD ranks by
+
+    The model is left as it was: W itself is put back.
+    """
+    linear = model.get_submodule(name)
+    W, seconds = linear.weight, {}
+    U, S, Vh = svd(W)
+    groups = torch.arange(len(S), device=W.device).split(GROUP)
+    with timed(seconds, "sweep"):
+        dense = perplexity(model, batches(windows, size, f"{name}  as it is"))
+    print(f"{name}  perplexity {dense:.4f}; {len(groups)} groups, about {len(groups) * seconds['sweep'] / 60:.1f} min")
+    G = weight_gradients(model, [name], batches(windows, size, f"{name}  gradient"))[name]
+    sigma_grad, change = sigma_gradients(U, G, Vh), []
+    try:
+        for i, g in enumerate(groups):
+            without = upcast(W) - (U[:, g] * S[g]) @ Vh[g]
+            linear.weight = nn.Parameter(without.to(W.dtype), requires_grad=False)
+            change.append(perplexity(model, batches(windows, size, f"{name}  group {i + 1}/{len(groups)}")) - dense)
+    finally:
+        linear.weight = W
+    sums = {"predicted": -dense * S * sigma_grad, "score": importance(S, sigma_grad), "sigma": S}
+    return {"matrix": name, "perplexity": dense, "first": [int(g[0]) for g in groups], "change": change,
+            **{what: [values[g].sum().item() for g in groups] for what, values in sums.items()}}
+
+
+def rank_correlation(x, y):
+    """Spearman's: the correlation of the ranks of two lists of numbers, -1 to 1."""
+    ranks = torch.tensor([x, y], dtype=torch.float64).argsort().argsort()
+    return torch.corrcoef(ranks.double())[0, 1].item()
+
+
+def plot_groups(result, model_name, text):
+    """Figure of what zero_groups gave: measured change of perplexity as bars, the first-order prediction as marks."""
+    figure = new_figure(8, 4.2, f"{model_name}, {result['matrix']}: {GROUP} singular values at a time set to zero\n"
+                                f"perplexity {result['perplexity']:.2f} with all of them, on {text}")
+    axes, agreement = figure.subplots(), rank_correlation(result["predicted"], result["change"])
+    centres = [first + GROUP / 2 for first in result["first"]]
+    axes.bar(centres, result["change"], 0.75 * GROUP, color=DARK, label="measured")
+    axes.plot(centres, result["predicted"], "D", color=LIGHT, markeredgecolor="black", markersize=5,
+              label=r"predicted to first order: $-$perplexity $\cdot \sum \sigma_k\ \partial L/\partial\sigma_k$"
+                    f"\nrank correlation with the measured: {agreement:.2f}")
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set(xlabel="index of the singular values set to zero (0 = largest)", ylabel="change of perplexity")
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], labels[::-1])
+    return figure
+
+
+def write(file, content):
+    """Put a Figure (as PNG) or a dict (as JSON) into a file, whole or not at all."""
+    if isinstance(content, dict):
+        content = (json.dumps(content, indent=1) + "\n").encode()
+    else:
+        from PIL import Image  # matplotlib brings it
+        png, small = io.BytesIO(), io.BytesIO()
+        content.savefig(png, format="png")
+        Image.open(png).convert("RGB").quantize(64).save(small, format="png", optimize=True)  # a quarter
+        content = small.getvalue()
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    partial.write_bytes(content)
+    partial.replace(file)
+    print(f"written: {file}")
+
+
+def main():
+    a = parse()
+    report = read_report(a.ckpt)
+    dense = (a.dense or Path(report["settings"]["ckpt"])).resolve()
+    records = {record["name"]: record for record in report["matrices"]}
+    layers = {layer: [records[name] for name in matrices(layer) if name in records] for layer in report["redundant"]}
+    compressed = [layer for layer in layers if layers[layer]]  # others came to grasp.py as low-rank ones
+    check_flags(a, compressed, len(report["cosines"]))
+    if not dense.is_dir():
+        raise FileNotFoundError(f"{dense}: no such folder, but {a.ckpt} was made from it; pass --dense DENSE")
+    cosines = plot_cosines(report["cosines"], report["redundant"], dense.name)  # ends here where matplotlib is missing
+    model, tokenizer = open_checkpoint(dense, a.device, a.dtype)
+    check_dense(model, dense, records, a.matrix, len(report["cosines"]))
+    if a.matrix:
+        seq_len = sequence_length(a.seq_len, 2048, model)
+        name = a.data or ("embedded" if dense == TINY else "wikitext2")
+        (label, (windows, protocol)), = load_windows([name], tokenizer, seq_len, dense, a.windows, a.data_dir).items()
+    a.out.mkdir(exist_ok=True)
+    write(a.out / "cosines.png", cosines)
+    for layer in a.layer_ids or compressed:
+        spectra = {r["name"]: singular_values(model, r["name"]) for r in layers[layer]}
+        write(a.out / f"spectra-{layer}.png",
+              plot_spectra(layer, layers[layer], spectra, dense.name, report["settings"]["score"]))
+    for name in a.matrix:
+        result = zero_groups(model, name, windows, batch_size(a.batch_size, seq_len))
+        result["rank_correlation"] = {by: rank_correlation(result[by], result["change"])
+                                      for by in ("predicted", "score", "sigma")}
+        print(f"{name}  rank correlation with the change of perplexity: "
+              + ", ".join(f"{by} {value:.2f}" for by, value in result["rank_correlation"].items()))
+        text = f"{label}, {protocol['windows']} windows of {seq_len:,} tokens"
+        write(a.out / f"groups-{name}.png", plot_groups(result, dense.name, text))
+        write(a.out / f"groups-{name}.json", {"model": str(dense), "protocol": protocol, **result})
+
+
+def singular_values(model, name):
+    """Of the matrix `name`: (r,), descending, fp32 at least, on the CPU."""
+    return torch.linalg.svdvals(upcast(model.get_submodule(name).weight)).cpu()
+
+
+def check_flags(a, compressed, n_layers):
+    """ValueError if the folder lacks what is asked for, PermissionError if --out cannot be written."""
+    if not set(a.layer_ids or []) <= set(compressed):
+        raise ValueError(f"--layer-ids {a.layer_ids}: {a.ckpt} has compressed layers {compressed}")
+    unknown = set(a.matrix) - {name for layer in range(n_layers) for name in matrices(layer)}
+    if unknown:
+        raise ValueError(f"--matrix {min(unknown)}: expected a name like {matrices(n_layers - 1)[0]}; this model has "
+                         f"{n_layers} layers, 0 to {n_layers - 1}")
+    if not a.matrix and any((a.data, a.data_dir, a.seq_len, a.windows, a.batch_size)):
+        raise ValueError("--data, --data-dir, --seq-len, --windows, --batch-size: these need --matrix NAME")
+    folder = a.out if a.out.exists() else a.out.absolute().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"--out {a.out}: {folder} is not a folder or read-only")
+
+
+def check_dense(model, folder, records, names, n_layers):
+    """ValueError if the records are not of this model, or one of the names is not a dense matrix of it."""
+    if model.args.n_layers != n_layers:
+        raise ValueError(f"{folder}: a model of {model.args.n_layers} layers, but the report is of {n_layers}")
+    for name in [*records, *names]:
+        matrix = model.get_submodule(name)
+        shape = list(matrix.weight.shape) if isinstance(matrix, nn.Linear) else None
+        if shape is None or name in records and shape != records[name]["shape"]:
+            expected = f" of shape {records[name]['shape']}" if name in records else ""
+            raise ValueError(f"{folder}: {name} is {shape or 'low-rank'}, expected a dense matrix{expected}")
+
+
+def parse():
+    p = Parser(__doc__.splitlines()[0], default=None, help="another way to give FOLDER, as other commands do")
+    p.add_texts()
+    p.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="that grasp.py wrote")
+    p.add_argument("--dense", type=Path, metavar="DENSE", help="it was made from (default: as its report says)")
+    p.add_argument("--layer-ids", type=int, nargs="+", metavar="ID", help="draw spectra of these only (default: all)")
+    p.add_argument("--matrix", nargs="+", metavar="NAME", default=[], help="experiment on these, minutes for each, "
+                   "such as layers.5.feed_forward.w2 (default: none)")
+    p.add_argument("--data", metavar="TEXT", help=f"of the experiment: one of {text_names('test')} or a file (default: "
+                   "wikitext2; with the embedded model, embedded)")
+    p.add_argument("--seq-len", type=positive, metavar="T", help="tokens in a window (default: 2048, or all positions)")
+    p.add_argument("--out", type=Path, metavar="DIR", help="to draw into (default: NAME-plots here)")
+    a = p.parse_args()
+    if (a.folder is None) == (a.ckpt is None):
+        raise ValueError("give one FOLDER, that grasp.py wrote")
+    a.ckpt = a.folder or a.ckpt
+    a.out = a.out or Path(f"{a.ckpt.resolve().name}-plots")
+    return a
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,230 @@
+"""The lesson: recovery trains the factors and nothing else, on the mean loss of real tokens, and can be interrupted."""
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import evaluate
+import grasp
+from conftest import random_model
+from data.tokenizer import load_tokenizer
+from evaluate import TINY
+from extras import recover
+from model import load_checkpoint, save_checkpoint
+
+RECORDS = [{"instruction": f"Say {'very ' * (i % 7)}{i}.", "input": "to me {now}" * (i % 3 == 0),
+            "output": f"{i} is said."} for i in range(40)]
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory):
+    """The embedded model with layer 5 compressed."""
+    folder = tmp_path_factory.mktemp("recover") / "small"
+    model, windows = load_checkpoint(TINY), torch.arange(256).view(2, 128)
+    grasp.compress(model, [5], lambda label: iter([windows]), ratio=0.2, log=lambda line: None)
+    save_checkpoint(model, folder, {"redundant": [5]}, TINY / "tokenizer.model")
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, compressed):
+    """recover's main with these words, on forty made-up records, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "records.json").write_text(json.dumps(RECORDS))
+
+    def run(*words, ckpt=compressed, data="records.json"):
+        monkeypatch.setattr("sys.argv", ["recover", "--ckpt", str(ckpt), "--data", data, "--length", "64", "--held-out",
+                                         "8", "--batch-size", "8", "--save-every", "2", *map(str, words)])
+        recover.main()
+    return run
+
+
+def weights(folder):
+    return torch.load(folder / "consolidated.00.pth", weights_only=True)
+
+
+# ------------------------------------------------------------------------------------------------ records to tokens
+
+def test_both_templates_and_the_end_and_what_is_predicted():
+    tokenizer = load_tokenizer(TINY)
+    for record, parts in (
+            (RECORDS[0], ["### Instruction:\nSay 0.", "### Input:\nto me {now}", "### Response:\n0 is said."]),
+            (RECORDS[1], ["### Instruction:\nSay very 1.", "### Response:\n1 is said."])):
+        tokens, labels = recover.tokenize(record, tokenizer, 500)
+        text = tokenizer.decode(tokens.tolist())
+        assert text.startswith("Below is an instruction") and text.endswith("\n\n".join(parts))
+        assert ("paired with an input" in text) == ("### Input" in text) == bool(record["input"])
+        assert tokens[0] == tokenizer.bos_id and tokens[-1] == tokenizer.ends[0] and torch.equal(tokens, labels)
+        _, labels = recover.tokenize(record, tokenizer, 500, response_only=True)
+        assert tokenizer.decode(labels[labels != -100].tolist()).strip() == record["output"]
+        assert torch.equal(recover.tokenize(record, tokenizer, 20)[0], tokens[:20])
+
+
+def test_an_epoch_takes_every_record_once_and_like_lengths_together():
+    lengths = torch.randint(10, 200, (103,), generator=torch.Generator().manual_seed(0)).tolist()
+    generator = torch.Generator().manual_seed(1)
+    first, second = recover.order(lengths, 8, generator), recover.order(lengths, 8, generator)
+    assert first != second and recover.order(lengths, 8, torch.Generator().manual_seed(1)) == first
+    for batches in (first, second):
+        assert sorted(sum(batches, [])) == list(range(103)) and [len(b) for b in batches].count(8) == 12
+        ends = sorted((min(lengths[i] for i in b), max(lengths[i] for i in b)) for b in batches)
+        assert all(a[1] <= b[0] for a, b in zip(ends, ends[1:]))  # no batch reaches into another's lengths
+        assert [b for b in batches] != sorted(batches, key=lambda b: lengths[b[0]])
+
+
+# ------------------------------------------------------------------------------------------------ one step
+
+def small_problem(monkeypatch=None):
+    """A random model with factors in its block 2, in float64, and five sequences of unlike length."""
+    model = random_model(n_layers=4)
+    batch = torch.randint(50, (3, 12), generator=torch.Generator().manual_seed(0))
+    grasp.compress(model, [2], lambda label: iter([batch]), ratio=0.5, log=lambda line: None)
+    examples = []
+    for T in (3, 9, 5, 12, 7):
+        tokens = torch.randint(50, (T,), generator=torch.Generator().manual_seed(T))
+        labels = tokens.clone()
+        labels[:T // 3] = -100
+        examples.append((tokens, labels))
+    return model, recover.prepare(model), examples
+
+
+def loss_by_hand(model, examples):
+    """Mean over all predicted tokens, each sequence alone: no padding, no micro-batches, no chunks."""
+    nll = torch.cat([F.cross_entropy(model(tokens[None])[0, :-1], labels[1:], reduction="none")[labels[1:] != -100]
+                     for tokens, labels in examples])
+    return nll.mean()
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 5])
+def test_a_step_follows_the_gradient_of_the_mean_loss_per_token(micro_batch):
+    """SGD with rate 1 moves each factor by minus its gradient, all together clipped to the norm 1."""
+    model, factors, examples = small_problem()
+    wanted = torch.autograd.grad(loss_by_hand(model, examples), list(factors.values()))
+    norm = torch.cat([g.flatten() for g in wanted]).norm()
+    before = {name: p.detach().clone() for name, p in factors.items()}
+    expected_loss = loss_by_hand(model, examples).item()
+    assert recover.mean_loss(model, examples, micro_batch) == pytest.approx(expected_loss, rel=1e-12)
+    loss = recover.update(model, factors, torch.optim.SGD(factors.values(), lr=1.0), examples, micro_batch)
+    assert loss == pytest.approx(expected_loss, rel=1e-12)
+    for (name, p), g in zip(factors.items(), wanted):
+        torch.testing.assert_close(before[name] - p.detach(), g / norm.clamp(min=1), rtol=1e-5, atol=1e-12)
+        assert p.grad is None
+
+
+def test_the_learning_rate_rises_in_a_line_and_falls_in_a_line():
+    rates = [recover.learning_rate(step, 2000, 1.0, 100) for step in range(2000)]
+    assert rates[0] == pytest.approx(1 / 101) and rates[49] == pytest.approx(50 / 101) and rates[100] == max(rates) == 1
+    assert rates[1050] == pytest.approx(0.5) and rates[-1] == pytest.approx(1 / 1900)
+    assert recover.learning_rate(6, 64, 1.0, 100) == 1  # a short run warms up in a tenth of its steps
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+def test_only_the_factors_learn_and_the_held_out_loss_falls(run, tmp_path, compressed, capsys):
+    before = (compressed / "consolidated.00.pth").read_bytes()
+    run("--out", "better", "--epochs", 3, "--lr", 0.003)
+    old, new = weights(compressed), weights(tmp_path / "better")
+    assert (compressed / "consolidated.00.pth").read_bytes() == before and old.keys() == new.keys()
+    assert all(torch.equal(old[name], new[name]) != name.endswith((".A", ".B")) for name in old)
+    report = json.loads((tmp_path / "better/report.json").read_text())
+    log = report["recovery"]["log"]
+    assert [entry["step"] for entry in log] == [0, 2, 4, 6, 8, 10, 12] and report["redundant"] == [5]
+    assert log[-1]["held_out"] < log[0]["held_out"] - 0.05
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["better", "records.json"]  # the state has gone
+    assert f"held out {log[-1]['held_out']:.4f}" in capsys.readouterr().out
+
+    model, tokenizer = load_checkpoint(tmp_path / "better"), load_tokenizer(TINY)
+    held_out = [RECORDS[i] for i in torch.randperm(40, generator=torch.Generator().manual_seed(42)).tolist()[:8]]
+    examples = [recover.tokenize(record, tokenizer, 64) for record in held_out]
+    assert loss_by_hand(model, examples).item() == pytest.approx(log[-1]["held_out"], rel=1e-5)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 5])
+def test_an_interrupted_run_ends_bit_identical(stop, run, tmp_path, monkeypatch, capsys):
+    run("--out", "straight", "--epochs", 2)
+    step, count = recover.update, iter(range(100))
+
+    def interrupted(*args):
+        if next(count) == stop:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(recover, "update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("--out", "again", "--epochs", 2)
+    assert not (tmp_path / "again").exists()
+    assert [p.name for p in tmp_path.glob("again*")] == (["again.state"] if stop > 1 else [])
+    run("--out", "again", "--epochs", 2)
+    assert ("going on from" in capsys.readouterr().out) == (stop > 1)
+    a, b = weights(tmp_path / "straight"), weights(tmp_path / "again")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    logs = [json.loads((tmp_path / out / "report.json").read_text())["recovery"]["log"]
+            for out in ("straight", "again")]
+    assert logs[0] == logs[1] and not (tmp_path / "again.state").exists()
+
+
+def test_adapters_start_as_nothing_and_end_inside_their_matrices(run, tmp_path):
+    model, tokens = load_checkpoint(TINY), torch.arange(40)[None]
+    logits = model(tokens)
+    factors = recover.prepare(model, lora=3)
+    assert torch.equal(model(tokens), logits) and len(factors) == 8 * 7 * 2
+    W = model.layers[1].attention.wq.W
+    for p in factors.values():
+        torch.nn.init.normal_(p, std=0.05)
+    logits = model(tokens)
+    A, B = factors["layers.1.attention.wq.A"].detach(), factors["layers.1.attention.wq.B"].detach()
+    recover.finish(model, torch.float32)
+    torch.testing.assert_close(model.layers[1].attention.wq.weight, W + 2 * A @ B)
+    torch.testing.assert_close(model(tokens), logits, rtol=1e-4, atol=1e-4)
+    run("--out", "adapted", "--lora", 2, ckpt=TINY)
+    old, new = weights(TINY), weights(tmp_path / "adapted")
+    assert new.keys() == old.keys()
+    assert all(torch.equal(new[name], t) == ("layers" not in name or "norm" in name) for name, t in old.items())
+
+
+def test_half_precision_weights_have_fp32_factors_while_they_learn(run, tmp_path, compressed):
+    model = load_checkpoint(compressed, torch.bfloat16)
+    factors = recover.prepare(model)
+    assert {p.dtype for p in factors.values()} == {torch.float32} and model.dtype == torch.bfloat16
+    run("--out", "half", "--dtype", "bfloat16")
+    assert {t.dtype for t in weights(tmp_path / "half").values()} == {torch.bfloat16}
+    log = json.loads((tmp_path / "half/report.json").read_text())["recovery"]["log"]
+    run("--out", "full")
+    full = json.loads((tmp_path / "full/report.json").read_text())["recovery"]["log"]
+    assert log[-1]["held_out"] == pytest.approx(full[-1]["held_out"], abs=0.02) and math.isfinite(log[-1]["loss"])
+
+
+@pytest.mark.parametrize("words, content, message", [
+    ("", "[1, 2", "not JSON"),
+    ("", "{}", "record 0: expected a list of records"),
+    ("", '[{"instruction": "a", "output": "b"}, {"instruction": "a"}]', "record 1: expected a list of records"),
+    ("", '[{"instruction": "a", "output": "b"}]', "1 records, too few to hold out 8"),
+    ("--lora 2", None, "--lora is for a dense folder"),
+    ("--length 300", None, "--length 300: this model's positions end at 256"),
+    ("--length 1", None, "nothing to predict within the first 1 tokens"),
+    ("--lr 0", None, "--lr 0.0"),
+    ("--lr nan", None, "--lr nan"),
+    ("--seed -1", None, "--seed -1"),
+    ("--data nowhere.json", None, "nowhere.json"),
+    ("--out records.json", None, "records.json: exists")])
+def test_mistakes_are_one_line(words, content, message, run, tmp_path, capsys):
+    if content:
+        (tmp_path / "records.json").write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        evaluate.command(lambda: run(*words.split()))
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("error:") and message in err and err.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["records.json"]
+
+
+def test_a_dense_folder_and_a_strange_state_are_refused(run, tmp_path):
+    with pytest.raises(ValueError, match="no low-rank matrices to train"):
+        run(ckpt=TINY)
+    (tmp_path / "x.state").write_bytes(b"no state")
+    with pytest.raises(ValueError, match="x.state: not a state of this command"):
+        run("--out", "x")
+    recover.save_state(tmp_path / "x.state", settings={"lr": 1})
+    with pytest.raises(ValueError, match="begun with other settings"):
+        run("--out", "x")
