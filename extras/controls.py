@@ -56,6 +56,7 @@ def main():
     out = a.out or Path(f"{a.ckpt.name}-{a.kind}")
     check_target(out, a.overwrite)
     model, tokenizer = open_checkpoint(source, a.device, a.dtype)
+    dense_params = model.n_params_dense
     if a.kind == "dropped":
         drop_layers(model, report["redundant"])
     elif a.kind == "svd":
@@ -63,7 +64,7 @@ def main():
     else:
         randomize(model, a.seed)
     save_checkpoint(model, out, {"control": a.kind, "of": str(a.ckpt)}, tokenizer.file, a.overwrite)
-    print(f"{a.kind:<12} {model.n_params:,} parameters of {model.n_params_dense:,}; written to {out}")
+    print(f"{a.kind:<12} {model.n_params:,} parameters left of {dense_params:,}; written to {out}")
 
 
 if __name__ == "__main__":

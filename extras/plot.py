@@ -99,7 +99,7 @@ def zero_groups(model, name, windows, size):
     """Set the singular values of the dense matrix `name` to zero, ten at a time: what the perplexity does [Fig. 2].
 
     windows (n, seq_len) int64, taken in micro-batches of `size`; W = U diag(S) Vh. A dict with, for each group,
-        first        index of its first singular value; the last group may be smaller than the others
+        groups       indices of its first singular value and its last; the last group may be a smaller one
         change       perplexity without the group, minus `perplexity`, that of the dense model
         predicted    the first-order one, -perplexity * sum of sigma dL/dsigma, from the gradient on the same windows
         score        sum of |sigma dL/dsigma|, which is what GRASP ranks by, nats
@@ -124,7 +124,8 @@ def zero_groups(model, name, windows, size):
     finally:
         linear.weight = W
     sums = {"predicted": -dense * S * sigma_grad, "score": importance(S, sigma_grad), "sigma": S}
-    return {"matrix": name, "perplexity": dense, "first": [int(g[0]) for g in groups], "change": change,
+    return {"matrix": name, "perplexity": dense, "change": change,
+            "groups": [[int(g[0]), int(g[-1])] for g in groups],
             **{what: [values[g].sum().item() for g in groups] for what, values in sums.items()}}
 
 
@@ -139,8 +140,9 @@ def plot_groups(result, model_name, text):
     figure = new_figure(8, 4.2, f"{model_name}, {result['matrix']}: {GROUP} singular values at a time set to zero\n"
                                 f"perplexity {result['perplexity']:.2f} with all of them, on {text}")
     axes, agreement = figure.subplots(), rank_correlation(result["predicted"], result["change"])
-    centres = [first + GROUP / 2 for first in result["first"]]
-    axes.bar(centres, result["change"], 0.75 * GROUP, color=DARK, label="measured")
+    centres = [(first + last) / 2 for first, last in result["groups"]]
+    widths = [0.75 * (last - first + 1) for first, last in result["groups"]]
+    axes.bar(centres, result["change"], widths, color=DARK, label="measured")
     axes.plot(centres, result["predicted"], "D", color=LIGHT, markeredgecolor="black", markersize=5,
               label=r"predicted to first order: $-$perplexity $\cdot \sum \sigma_k\ \partial L/\partial\sigma_k$"
                     f"\nrank correlation with the measured: {agreement:.2f}")

@@ -74,7 +74,8 @@ def test_zeroed_groups_against_rebuilt_matrices_and_small_steps():
     linear = model.get_submodule(MATRIX)
     W, before = linear.weight, linear.weight.clone()
     result = plot.zero_groups(model, MATRIX, tokens, 2)
-    assert linear.weight is W and torch.equal(W, before) and not W.requires_grad and result["first"] == [0, 10]
+    assert linear.weight is W and torch.equal(W, before) and not W.requires_grad
+    assert result["groups"] == [[0, 9], [10, 15]]
 
     U, S, Vh = torch.linalg.svd(before, full_matrices=False)
 
@@ -125,12 +126,12 @@ def test_rank_correlation_is_spearmans():
 
 
 def test_a_bar_for_each_group_and_a_mark_for_its_prediction():
-    result = {"matrix": MATRIX, "perplexity": 20.5, "first": [0, 10, 20], "change": [3.0, -1.0, 0.5],
+    result = {"matrix": MATRIX, "perplexity": 20.5, "groups": [[0, 9], [10, 19], [20, 25]], "change": [3.0, -1.0, 0.5],
               "predicted": [2.0, -0.5, -1.0]}
     axes, = plot.plot_groups(result, "a model", "some text").axes
     assert [(bar.get_x() + bar.get_width() / 2, bar.get_height()) for bar in axes.patches] == [
-        (5, 3.0), (15, -1.0), (25, 0.5)]
-    assert marks(axes, "D") == [(5, 2.0), (15, -0.5), (25, -1.0)]
+        (4.5, 3.0), (14.5, -1.0), (22.5, 0.5)]
+    assert marks(axes, "D") == [(4.5, 2.0), (14.5, -0.5), (22.5, -1.0)]
     assert "0.50" in axes.get_legend().get_texts()[1].get_text()  # ranks 2 0 1 and 2 1 0
 
 
@@ -168,7 +169,8 @@ def test_the_command_draws_what_the_report_says(compressed, tmp_path, monkeypatc
         assert png[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", png[16:24]) == size and len(png) < 80_000
         assert f"written: small-plots/{file}" in out
     result = json.loads((tmp_path / f"small-plots/groups-{name}.json").read_text())
-    assert result["first"] == [0, 10, 20, 30] and len(result["change"]) == 4 and result["protocol"]["windows"] == 2
+    assert result["groups"] == [[0, 9], [10, 19], [20, 29], [30, 31]] and len(result["change"]) == 4
+    assert result["protocol"]["windows"] == 2
     assert f"predicted {result['rank_correlation']['predicted']:.2f}" in out
 
 
