@@ -126,7 +126,7 @@ def positive(text):
 
 
 def json_file(name):
-    if Path(name).is_dir() or not Path(name).absolute().parent.is_dir():
+    if Path(name).exists() and not Path(name).is_file() or not Path(name).absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"{name}: not a file in a folder that is there")
     return Path(name)
 

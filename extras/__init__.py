@@ -1,9 +1,26 @@
 """What goes further, one file each, run as `python -m extras.NAME`; it stands on the core, which knows none of it."""
 import math
+import os
+from contextlib import contextmanager
 from pathlib import Path
+
+from torch import nn
 
 from data.checkpoint import read_json
 from grasp import matrices
+
+
+@contextmanager
+def written_whole(file):
+    """A path beside `file` to write to: at the end it becomes `file`, and when interrupted it goes."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        yield partial
+        partial.replace(file)
+    except RuntimeError as e:  # how torch.save reports a write that failed
+        raise OSError(f"{file}: could not be written: {e}") from e
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_report(folder):
@@ -43,3 +60,17 @@ def indices(found, end):
     """Whether `found` is a list of ascending whole numbers, at least one, all from 0 to end - 1."""
     return (isinstance(found, list) and bool(found) and all(type(i) is int and 0 <= i < end for i in found)
             and found == sorted(set(found)))
+
+
+def check_dense(model, folder, report, names=()):
+    """ValueError if the report is not of the dense `model` in `folder`, or one of names not a dense matrix of it."""
+    shapes = {record["name"]: record["shape"] for record in report["matrices"]}
+    if model.args.n_layers != len(report["cosines"]):
+        raise ValueError(f"{folder}: a model of {model.args.n_layers} layers, but the report is of "
+                         f"{len(report['cosines'])}")
+    for name in [*shapes, *names]:
+        matrix = model.get_submodule(name)
+        shape = list(matrix.weight.shape) if isinstance(matrix, nn.Linear) else None
+        if shape is None or name in shapes and shape != shapes[name]:
+            expected = f" of shape {shapes[name]}" if name in shapes else ""
+            raise ValueError(f"{folder}: {name} is {shape or 'low-rank'}, expected a dense matrix{expected}")

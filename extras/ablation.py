@@ -14,7 +14,6 @@ Every variant starts from the same model: its matrices are put back after each. 
 sweep that finds the layers and the sweep that takes the gradients; both count in the seconds of each that uses them.
 """
 import json
-import os
 from bisect import bisect_left
 from functools import partial
 from operator import itemgetter
@@ -25,8 +24,9 @@ from torch import nn
 
 from attribution import SCORES, rank_for_ratio, weight_gradients
 from data.corpus import batches, random_windows, show, text_names, text_or_embedded
-from evaluate import (TINY, Parser, batch_size, command, load_windows, open_checkpoint, peak_bytes, perplexities,
-                      positive, sequence_length, table, timed)
+from evaluate import (TINY, Parser, batch_size, command, json_file, load_windows, open_checkpoint, peak_bytes,
+                      perplexities, positive, sequence_length, table, timed)
+from extras import written_whole
 from grasp import compress, find_redundant, matrices, replace, seed, share
 
 EQUAL = "equal"                                          # as a ratio: the one that keeps what the variant before kept
@@ -183,8 +183,10 @@ def main():
         print(spread(rows[1:], texts))
     if a.json:
         protocol = {label: protocol for label, (_, protocol) in texts.items()}
-        write_json(a.json, {"study": a.study, "ckpt": str(a.ckpt), "dtype": str(model.dtype), "seq_len": seq_len,
-                            "calibration": calibration, "protocol": protocol, "results": rows})
+        content = {"study": a.study, "ckpt": str(a.ckpt), "dtype": str(model.dtype), "seq_len": seq_len,
+                   "calibration": calibration, "protocol": protocol, "results": rows}
+        with written_whole(a.json) as partial:
+            partial.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def read_calibration(names, tokenizer, data_dir, asked):
@@ -195,16 +197,6 @@ def read_calibration(names, tokenizer, data_dir, asked):
         tokens[name] = tokenizer.stream(text)
         print(f"calibration  {found}: {sources[name]}; {len(tokens[name]):,} tokens")
     return tokens, sources
-
-
-def write_json(file, content):
-    """Whole or not at all."""
-    scratch = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        scratch.write_text(json.dumps(content, indent=1) + "\n")
-        scratch.replace(file)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def parse():
@@ -226,7 +218,7 @@ def parse():
     p.add_argument("--seq-len", type=positive, metavar="T", help="tokens in each (default: 512, or all positions)")
     p.add_argument("--eval", nargs="+", metavar="TEXT", help=f"any of {text_names('test')} and files (default: "
                    f"wikitext2 ptb; {embedded})")
-    p.add_argument("--json", type=Path, metavar="FILE", help="write settings, layers, components and results there too")
+    p.add_argument("--json", type=json_file, metavar="FILE", help="write layers, components and results there too")
     a = p.parse_args()
     if (a.layers is None) == (a.layer_ids is None):
         raise ValueError("give one of --layers N and --layer-ids ID ...")
@@ -237,9 +229,6 @@ def parse():
     a.ratio, a.asked = a.ratio or 0.1, a.calibration or a.study == "calibration"
     for flag in VALUES:
         setattr(a, flag, values(flag, getattr(a, flag), a.study, a.ckpt))
-    folder = a.json and a.json.absolute().parent
-    if a.json and (a.json.exists() and not a.json.is_file() or not (folder.is_dir() and os.access(folder, os.W_OK))):
-        raise FileNotFoundError(f"--json {a.json}: not a file in a folder that is there and can be written")
     return a
 
 

@@ -14,16 +14,16 @@ from torch import nn
 
 from attribution import svd
 from evaluate import Parser, command, open_checkpoint
-from extras import read_report
+from extras import check_dense, read_report
 from grasp import keep, seed
 from model import LowRankLinear, check_target, save_checkpoint
 
 
 def drop_layers(model, layer_ids):
-    """Take these layers out of the model, in place. ValueError where it does not have them, or no others."""
+    """Take these layers out of the model, in place. ValueError where that leaves none."""
     left = [block for layer, block in enumerate(model.layers) if layer not in layer_ids]
-    if not left or len(model.layers) - len(left) != len(layer_ids):
-        raise ValueError(f"layers {layer_ids} cannot be dropped from a model of {len(model.layers)}")
+    if not left:
+        raise ValueError(f"all {len(model.layers)} layers are compressed: dropped, they would leave no model")
     model.layers = nn.ModuleList(left)
     model.args = replace(model.args, n_layers=len(left))
 
@@ -57,6 +57,8 @@ def main():
     check_target(out, a.overwrite)
     model, tokenizer = open_checkpoint(source, a.device, a.dtype)
     dense_params = model.n_params_dense
+    if a.kind != "random":
+        check_dense(model, source, report)
     if a.kind == "dropped":
         drop_layers(model, report["redundant"])
     elif a.kind == "svd":

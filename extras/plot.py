@@ -22,7 +22,7 @@ from data import need
 from data.corpus import batches, text_names
 from evaluate import (TINY, Parser, batch_size, command, load_windows, open_checkpoint, perplexity, positive,
                       sequence_length, timed)
-from extras import read_report
+from extras import check_dense, read_report, written_whole
 from grasp import matrices
 from model import upcast
 
@@ -163,9 +163,8 @@ def write(file, content):
         content.savefig(png, format="png")
         Image.open(png).convert("RGB").quantize(64).save(small, format="png", optimize=True)  # a quarter
         content = small.getvalue()
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    partial.write_bytes(content)
-    partial.replace(file)
+    with written_whole(file) as partial:
+        partial.write_bytes(content)
     print(f"written: {file}")
 
 
@@ -181,7 +180,7 @@ def main():
         raise FileNotFoundError(f"{dense}: no such folder, but {a.ckpt} was made from it; pass --dense DENSE")
     cosines = plot_cosines(report["cosines"], report["redundant"], dense.name)  # ends here where matplotlib is missing
     model, tokenizer = open_checkpoint(dense, a.device, a.dtype)
-    check_dense(model, dense, records, a.matrix, len(report["cosines"]))
+    check_dense(model, dense, report, a.matrix)
     if a.matrix:
         seq_len = sequence_length(a.seq_len, 2048, model)
         name = a.data or ("embedded" if dense == TINY else "wikitext2")
@@ -221,18 +220,6 @@ def check_flags(a, compressed, n_layers):
     folder = a.out if a.out.exists() else a.out.absolute().parent
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(f"--out {a.out}: {folder} is not a folder or read-only")
-
-
-def check_dense(model, folder, records, names, n_layers):
-    """ValueError if the records are not of this model, or one of the names is not a dense matrix of it."""
-    if model.args.n_layers != n_layers:
-        raise ValueError(f"{folder}: a model of {model.args.n_layers} layers, but the report is of {n_layers}")
-    for name in [*records, *names]:
-        matrix = model.get_submodule(name)
-        shape = list(matrix.weight.shape) if isinstance(matrix, nn.Linear) else None
-        if shape is None or name in records and shape != records[name]["shape"]:
-            expected = f" of shape {records[name]['shape']}" if name in records else ""
-            raise ValueError(f"{folder}: {name} is {shape or 'low-rank'}, expected a dense matrix{expected}")
 
 
 def parse():

@@ -11,7 +11,6 @@ the matrices of a dense folder, on the same batches, and adds them in at the end
 """
 import hashlib
 import json
-import os
 import time
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from attribution import backward
 from data.checkpoint import read_json
 from data.corpus import show
 from evaluate import Parser, command, open_checkpoint, peak_bytes, positive
+from extras import written_whole
 from grasp import matrices, seed
 from model import LowRankLinear, check_target, save_checkpoint, upcast
 
@@ -156,18 +156,6 @@ def finish(model, dtype):
     return model.requires_grad_(False)
 
 
-def save_state(file, **state):
-    """Whole or not at all, so that an interruption finds the last state or the one before."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        torch.save(state, partial)
-        partial.replace(file)
-    except RuntimeError as e:  # how torch.save reports a write that failed
-        raise OSError(f"{file}: could not be written: {e}") from e
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def load_state(file, settings, factors, optimizer):
     """(steps done, log so far): the factors and the optimizer as they were. ValueError for another run's state."""
     try:
@@ -217,8 +205,10 @@ def train(model, factors, examples, held_out, settings, state_file, save_every):
              "left", last=step + 1 == len(batches))
         if (step + 1) % save_every == 0 or step + 1 == len(batches):
             mark(step + 1)
-            save_state(state_file, step=step + 1, log=log, settings=s, optimizer=optimizer.state_dict(),
-                       factors={name: p.detach() for name, p in factors.items()})
+            state = {"step": step + 1, "log": log, "settings": s, "optimizer": optimizer.state_dict(),
+                     "factors": {name: p.detach() for name, p in factors.items()}}
+            with written_whole(state_file) as partial:
+                torch.save(state, partial)
     return log
 
 

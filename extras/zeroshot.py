@@ -26,6 +26,7 @@ from data import need
 from data.checkpoint import read_folder
 from data.corpus import batches, show
 from evaluate import TINY, Parser, batch_size, command, json_file, markdown, open_checkpoint, positive
+from extras import written_whole
 from extras.generate import generate
 from model import upcast
 
@@ -309,7 +310,8 @@ def main():
             del model
     print("\n" + table(rows, a.tasks))
     if a.json:
-        a.json.write_text(json.dumps(rows, indent=1) + "\n")
+        with written_whole(a.json) as partial:
+            partial.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def parse():

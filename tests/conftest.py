@@ -1,10 +1,14 @@
 """What the lessons share: small random models, and the real data where it is at hand."""
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import evaluate
+from data import corpus
 from model import ModelArgs, Transformer
 
 torch.set_num_threads(1)  # matrices this small are not worth sharing, least of all on a busy machine
@@ -43,3 +47,31 @@ def data_dir():
 def smollm2():
     """The folder that `python -m extras.smollm2` wrote."""
     return folder_in("GRASP_SMOLLM2", "needs a real model: python -m extras.smollm2 FOLDER, then GRASP_SMOLLM2=FOLDER")
+
+
+@pytest.fixture
+def nowhere(tmp_path, monkeypatch):
+    """A folder with nothing in it, and neither data nor a network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GRASP_DATA", raising=False)
+    monkeypatch.setattr(corpus, "CACHE", tmp_path / "no-cache")
+
+    def refuse(url):
+        raise OSError("no network")
+
+    monkeypatch.setattr(corpus, "fetch", refuse)
+    return tmp_path
+
+
+def run(script, *words, cwd):
+    return subprocess.run([sys.executable, str(ROOT / script), *map(str, words)], cwd=cwd, capture_output=True, text=True)
+
+
+def error_of(main, words, monkeypatch, capsys):
+    """The one line that a mistake prints."""
+    monkeypatch.setattr(sys, "argv", ["command", *words.split()])
+    with pytest.raises(SystemExit) as stop:
+        evaluate.command(main)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+    return err

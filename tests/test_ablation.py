@@ -10,11 +10,10 @@ import torch
 
 import evaluate
 import grasp
-from conftest import ROOT, random_model, random_tokens
+from conftest import ROOT, error_of, random_model, random_tokens
 from data.corpus import batches, random_windows
 from extras import ablation
 from extras.ablation import ablate, held, in_common, ratio_of_size, spread, studies
-from test_cli import error_of, nowhere  # noqa: F401, a fixture
 
 BASE = {"calibration": "a", "samples": 4, "seed": 42, "score": "taylor", "iterative": False, "ratio": 0.4,
         "threshold": None}
@@ -189,7 +188,7 @@ def test_a_table_for_each_study(words, names, tmp_path, monkeypatch, capsys):
     assert ("standard deviation" in out) == words.startswith("seeds")
 
 
-def test_a_row_is_the_row_of_the_command_grasp(nowhere, monkeypatch, capsys):  # noqa: F811
+def test_a_row_is_the_row_of_the_command_grasp(nowhere, monkeypatch, capsys):
     seeds = report(ablation.main, "seeds --seeds 5 6 --samples 6 --layers 2 --ratio 0.2 --json a.json", monkeypatch,
                    nowhere / "a.json")
     alone = report(grasp.main, "--seed 6 --samples 6 --layers 2 --ratio 0.2", monkeypatch,
@@ -211,8 +210,8 @@ def test_a_row_is_the_row_of_the_command_grasp(nowhere, monkeypatch, capsys):  #
     ("score --layer-ids 3 3", "expected each id once"),
     ("score --layers 2 --samples 4 8", "--samples [4, 8]: the samples study varies it, the score study takes 1"),
     ("score --layers 2 --thresholds 0.1", "--thresholds [0.1]: the budget study varies it, the score study takes none"),
-    ("score --layers 2 --json no/such/file", "--json no/such/file: not a file in a folder"),
-    ("score --layers 2 --json .", "--json .: not a file in a folder"),
+    ("score --layers 2 --json no/such/file", "--json: no/such/file: not a file in a folder"),
+    ("score --layers 2 --json .", "--json: .: not a file in a folder"),
     ("samples --layers 2 --samples 4", "--samples: the samples study takes at least 2, each once; got [4]"),
     ("samples --layers 2 --samples 4 4", "at least 2, each once; got [4, 4]"),
     ("seeds --layers 2 --seeds -1 2", "argument --seeds: '-1', expected 0 to 2^63 - 1"),
@@ -223,13 +222,13 @@ def test_a_row_is_the_row_of_the_command_grasp(nowhere, monkeypatch, capsys):  #
     ("calibration --layers 2 --calibration embedded short", "the calibration text has 3 tokens, too few"),
     ("score --layers 2 --eval short", "the evaluation text has 3 tokens, too few"),
 ])
-def test_mistakes_are_one_line_before_any_sweep(words, message, nowhere, monkeypatch, capsys):  # noqa: F811
+def test_mistakes_are_one_line_before_any_sweep(words, message, nowhere, monkeypatch, capsys):
     (nowhere / "short").write_text("if x")
     monkeypatch.setattr(ablation, "perplexities", None)
     assert message in error_of(ablation.main, words, monkeypatch, capsys)
 
 
-def test_texts_that_the_study_compares_are_never_replaced(nowhere, monkeypatch, capsys):  # noqa: F811
+def test_texts_that_the_study_compares_are_never_replaced(nowhere, monkeypatch, capsys):
     monkeypatch.setattr(ablation, "TINY", None)  # the embedded model is one like any other
     error = error_of(ablation.main, "calibration --layers 2", monkeypatch, capsys)
     assert "wikitext-2-raw/wiki.train.raw: not in --data-dir" in error

@@ -12,14 +12,10 @@ import torch
 
 import evaluate
 import grasp
-from conftest import ROOT
+from conftest import ROOT, error_of, run
 from data import corpus
 
 QUICK = ["--layers", "2", "--samples", "6", "--seq-len", "64", "--windows", "4"]
-
-
-def run(script, *words, cwd):
-    return subprocess.run([sys.executable, str(ROOT / script), *map(str, words)], cwd=cwd, capture_output=True, text=True)
 
 
 def test_the_whole_job_and_its_evaluation(tmp_path):
@@ -102,30 +98,6 @@ def test_help_shows_the_defaults():
 
 # ------------------------------------------------------------------------------------------------ mistakes
 
-@pytest.fixture
-def nowhere(tmp_path, monkeypatch):
-    """A folder with nothing in it, and neither data nor a network."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("GRASP_DATA", raising=False)
-    monkeypatch.setattr(corpus, "CACHE", tmp_path / "no-cache")
-
-    def refuse(url):
-        raise OSError("no network")
-
-    monkeypatch.setattr(corpus, "fetch", refuse)
-    return tmp_path
-
-
-def error_of(main, words, monkeypatch, capsys):
-    """The one line that a mistake prints."""
-    monkeypatch.setattr(sys, "argv", ["command", *words.split()])
-    with pytest.raises(SystemExit) as stop:
-        evaluate.command(main)
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
-    return err
-
-
 @pytest.mark.parametrize("words, message", [
     ("", "give one of --layers N and --layer-ids"),
     ("--layers 2 --layer-ids 1", "give one of --layers N and --layer-ids"),
@@ -181,7 +153,7 @@ def test_mistakes_are_one_line_and_write_nothing(words, message, nowhere, monkey
     ("--data", "--data: expected at least one argument"),
     ("--seq-len 999", "--seq-len 999: expected 2 to 256"),
     ("--windows 0", "--windows: '0', expected"),
-    ("--data embedded --json no/such/file", "--json no/such/file: not a file in a folder"),
+    ("--data embedded --json no/such/file", "--json: no/such/file: not a file in a folder"),
 ])
 def test_mistakes_of_evaluate(words, message, nowhere, monkeypatch, capsys):
     assert message in error_of(evaluate.main, words, monkeypatch, capsys)

@@ -11,12 +11,11 @@ import sys
 import pytest
 import torch
 
-from conftest import ROOT, random_model, random_tokens
+from conftest import ROOT, error_of, random_model, random_tokens
 from data.tokenizer import load_tokenizer
 from extras import export
 from grasp import compress
 from model import LowRankLinear, ModelArgs, load_checkpoint, pair_rows, save_checkpoint
-from test_cli import error_of
 from test_model import LLAMA31, transformers_model, write_meta
 
 transformers = pytest.importorskip("transformers", reason="the witness: pip install -r requirements-test.txt")

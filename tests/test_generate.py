@@ -12,14 +12,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
-from conftest import ROOT, random_model, random_tokens
+from conftest import ROOT, error_of, random_model, random_tokens
 from data.checkpoint import HF_TENSORS
 from data.tokenizer import load_tokenizer
 from extras import generate as command
 from extras.generate import (check_length, empty_cache, generate, multiply_adds, pieces, sample, step, throughput,
                              weight_bytes)
 from model import LowRankLinear, load_checkpoint, rotary_frequencies, save_checkpoint
-from test_cli import error_of
 from test_model import transformers_model
 
 

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-from conftest import ROOT, random_model, random_tokens
-from extras import plot, read_report
-from test_cli import error_of, run
+from conftest import ROOT, error_of, random_model, random_tokens, run
+from extras import check_dense, plot, read_report
 
 MATRIX = "layers.2.feed_forward.w2"  # of random_model: (16, 24), so its 16 components are a group of 10 and one of 6
 
@@ -215,12 +214,12 @@ def test_mistakes_are_one_line_and_draw_nothing(words, message, compressed, tmp_
 
 def test_another_models_weights_are_refused():
     model = random_model()
-    record = {"shape": [16, 24]}
-    plot.check_dense(model, "there", {MATRIX: record}, [], 4)
+    good = {"cosines": [0.5] * 4, "matrices": [{"name": MATRIX, "shape": [16, 24]}]}
+    check_dense(model, "there", good)
     with pytest.raises(ValueError, match="there: a model of 4 layers, but the report is of 5"):
-        plot.check_dense(model, "there", {MATRIX: record}, [], 5)
+        check_dense(model, "there", {**good, "cosines": [0.5] * 5})
     with pytest.raises(ValueError, match=r"w2 is \[16, 24\], expected a dense matrix of shape \[16, 32\]"):
-        plot.check_dense(model, "there", {MATRIX: {"shape": [16, 32]}}, [], 4)
+        check_dense(model, "there", {**good, "matrices": [{"name": MATRIX, "shape": [16, 32]}]})
 
 
 @pytest.mark.parametrize("field, value", [
