@@ -98,6 +98,9 @@ def main():
         table = config(field)
         (ready / "config.json").write_text(json.dumps(table, indent=1) + "\n")
         tokenizer(field).save(str(ready / "tokenizer.json"))
+        names = {f"{end}_token": field("tokenizer.ggml.tokens")[table[f"{end}_token_id"]] for end in ("bos", "eos")}
+        (ready / "tokenizer_config.json").write_text(  # for transformers: this project does not need it
+            json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}, indent=1) + "\n")
         weights = tensors(reader, table["hidden_size"] // table["num_attention_heads"])
         save_file(weights, ready / "model.safetensors", metadata={"format": "pt"})
         shutil.move(ready, target)
