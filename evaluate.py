@@ -176,7 +176,7 @@ def command(main):
         memory = isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
         if isinstance(e, RuntimeError) and not memory:
             raise  # not the user's mistake but ours
-        print("error:", *str(e).split(), *["out of memory; try a smaller --batch-size"] * memory, file=sys.stderr)
+        print("error:", *str(e).split(), *["out of memory; try smaller batches"] * memory, file=sys.stderr)
         sys.exit(2)
 
 

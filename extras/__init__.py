@@ -23,6 +23,12 @@ def written_whole(file):
         partial.unlink(missing_ok=True)
 
 
+def short_names(paths):
+    """The last part of each path, or the paths as they are where that would make two alike."""
+    names = [Path(path).name for path in paths]
+    return names if len(set(names)) == len(names) else [str(path) for path in paths]
+
+
 def read_report(folder):
     """report.json of a folder that grasp.py wrote: settings, cosines, redundant and matrices are there and sound.
 

@@ -17,7 +17,6 @@ import json
 from bisect import bisect_left
 from functools import partial
 from operator import itemgetter
-from pathlib import Path
 from statistics import mean, stdev
 
 from torch import nn
@@ -26,7 +25,7 @@ from attribution import SCORES, rank_for_ratio, weight_gradients
 from data.corpus import batches, random_windows, show, text_names, text_or_embedded
 from evaluate import (TINY, Parser, batch_size, command, json_file, load_windows, open_checkpoint, peak_bytes,
                       perplexities, positive, sequence_length, table, timed)
-from extras import written_whole
+from extras import short_names, written_whole
 from grasp import compress, find_redundant, matrices, replace, seed, share
 
 EQUAL = "equal"                                          # as a ratio: the one that keeps what the variant before kept
@@ -40,11 +39,9 @@ VALUES = {  # flag: (the study that varies it, its values there, its value in th
 
 def studies(calibration, samples, seeds, thresholds):
     """{study: [(name of a variant, what it changes)]}; the first is what the others are compared with."""
-    names = [Path(text).name for text in calibration]
-    names = names if len(set(names)) == len(names) else calibration
     pairs = [((f"threshold {t}", {"ratio": None, "threshold": t}), ("ratio", {"ratio": EQUAL})) for t in thresholds]
     return {
-        "calibration": [(name, {"calibration": text}) for name, text in zip(names, calibration)],
+        "calibration": [(name, {"calibration": text}) for name, text in zip(short_names(calibration), calibration)],
         "samples": [(f"{count} samples", {"samples": count}) for count in samples],
         "schedule": [("one-shot", {"iterative": False}), ("iterative", {"iterative": True})],
         "score": [(score, {"score": score}) for score in SCORES],

@@ -39,7 +39,7 @@ def randomize(model, seed):
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         if name.endswith((".A", ".B")):
-            noise = torch.randn(p.shape, generator=generator)
+            noise = torch.randn(p.shape, generator=generator).to(p.device)  # the same on every device
             p.data = (noise * (p.float().norm() / noise.norm())).to(p)
 
 
@@ -51,9 +51,13 @@ def main():
     p.add_argument("--overwrite", action="store_true", help="replace a folder that an earlier run wrote")
     p.add_argument("--seed", type=seed, default=42, help="of random's factors (default: 42)")
     a = p.parse_args()
+    if a.dense and a.kind == "random":
+        raise ValueError("--dense has no use with random, which draws in the place of the compressed folder's factors")
     report = read_report(a.ckpt)
     source = a.ckpt if a.kind == "random" else (a.dense or Path(report["settings"]["ckpt"])).resolve()
     out = a.out or Path(f"{a.ckpt.name}-{a.kind}")
+    if out.resolve() in (a.ckpt, source):
+        raise ValueError(f"--out {out}: is the input")
     check_target(out, a.overwrite)
     model, tokenizer = open_checkpoint(source, a.device, a.dtype)
     dense_params = model.n_params_dense

@@ -24,18 +24,23 @@ from torch import nn
 
 from data.corpus import show
 from evaluate import TINY, Parser, command, markdown, open_checkpoint, peak_bytes, positive, timed
+from extras import short_names
 from grasp import seed, share
 from model import LowRankLinear, apply_rotary, rotary_frequencies
 
 
-@torch.no_grad()
 def generate(model, prompt, max_new_tokens, temperature=0.0, top_k=None, top_p=None, seed=0):
-    """Yield the next token ids (B,) int64, max_new_tokens times; what ends a text is the caller's to see.
+    """An iterator over the next token ids (B,) int64, max_new_tokens times; what ends a text is the caller's to see.
 
     prompt (B, T) int64: B sequences of equal length. temperature 0 is greedy, the rest as in `sample`. ValueError if
     the prompt is empty or the new tokens do not fit into max_seq_len.
     """
-    check_length(model, prompt.shape[1], max_new_tokens)
+    check_length(model, prompt.shape[1], max_new_tokens)  # now, not when the first token is asked for
+    return new_tokens(model, prompt, max_new_tokens, temperature, top_k, top_p, seed)
+
+
+@torch.no_grad()
+def new_tokens(model, prompt, max_new_tokens, temperature, top_k, top_p, seed):
     max_len = prompt.shape[1] + max_new_tokens
     cache = empty_cache(model, len(prompt), max_len)
     cos, sin = rotary_frequencies(model.args, max_len, model.device)
@@ -122,10 +127,11 @@ def pieces(decode, prompt, ids):
 def write(model, tokenizer, text, max_new_tokens, *sampling):
     """Print text and what follows as it comes, up to an end token or max_new_tokens; then on stderr how fast it was."""
     prompt, start, count = tokenizer.stream(text), time.perf_counter(), 0
+    drawn = generate(model, prompt[None], max_new_tokens, *sampling)
 
     def ids():
         nonlocal count
-        for i in map(int, generate(model, prompt[None], max_new_tokens, *sampling)):
+        for i in map(int, drawn):
             count += 1
             if i in tokenizer.ends:
                 return
@@ -204,7 +210,7 @@ def main():
         with redirect_stdout(sys.stderr):  # standard output is for the text
             model, tokenizer = open_checkpoint(a.ckpt[0], a.device, a.dtype)
         return write(model, tokenizer, a.prompt, a.max_new_tokens, a.temperature, a.top_k, a.top_p, a.seed)
-    models = [(ckpt.name, open_checkpoint(ckpt, a.device, a.dtype)[0]) for ckpt in a.ckpt]
+    models = [(name, open_checkpoint(ckpt, a.device, a.dtype)[0]) for name, ckpt in zip(short_names(a.ckpt), a.ckpt)]
     print("\n" + throughput(models, a.batch_sizes, a.lengths, a.max_new_tokens, a.repeats, a.seed))
     whose = "the row's own" if models[0][1].device.type == "cuda" else "this process's so far, with all folders"
     print(f"\ngreedy, {a.max_new_tokens} new tokens after a prompt of random ones (seed {a.seed}); medians of "

@@ -21,7 +21,7 @@ from torch import nn
 from attribution import backward
 from data.checkpoint import read_json
 from data.corpus import show
-from evaluate import Parser, command, open_checkpoint, peak_bytes, positive
+from evaluate import Parser, command, open_checkpoint, peak_bytes, positive, sequence_length
 from extras import written_whole
 from grasp import matrices, seed
 from model import LowRankLinear, check_target, save_checkpoint, upcast
@@ -95,20 +95,24 @@ def mean_loss(model, examples, micro_batch):
 
 
 def update(model, factors, optimizer, examples, micro_batch):
-    """One step of AdamW on the mean loss per predicted token of the whole batch; that loss, in nats."""
+    """One step of AdamW on the mean loss per predicted token of the whole batch; that loss, in nats.
+
+    ValueError if the gradient is not finite: the factors are still as they were.
+    """
     total, count = 0.0, predicted(examples)
     for tokens, labels in micro_batches(examples, micro_batch, model.device):
         with mixed(model):  # once a micro-batch, for autocast keeps the cast weights while it lasts
             total += backward(model, tokens, labels, scale=1 / count)
-    nn.utils.clip_grad_norm_(factors.values(), 1.0)
+    if not nn.utils.clip_grad_norm_(factors.values(), 1.0).isfinite():
+        raise ValueError("the gradient is not finite; try a smaller --lr, or --dtype float32")
     optimizer.step()
     optimizer.zero_grad()
     return float(total) / count
 
 
-def learning_rate(step, steps, peak, warmup):
-    """Linear from 0 to `peak` in `warmup` steps, a tenth of all at most, and linear to 0 after the last."""
-    warmup = min(warmup, steps // 10)
+def learning_rate(step, steps, peak):
+    """Linear from 0 to `peak` in 100 steps, a tenth of all at most, and linear to 0 after the last."""
+    warmup = min(100, steps // 10)
     return peak * ((step + 1) / (warmup + 1) if step < warmup else (steps - step) / (steps - warmup))
 
 
@@ -117,7 +121,8 @@ class LoRALinear(LowRankLinear):
     def __init__(self, W, rank, generator):
         m, n = W.shape
         B = (torch.rand(rank, n, generator=generator) * 2 - 1) / n ** 0.5
-        super().__init__(torch.zeros(m, rank).to(W.device), B.to(W.device))
+        wide = torch.promote_types(W.dtype, torch.float32)
+        super().__init__(torch.zeros(m, rank).to(W.device, wide), B.to(W.device, wide))
         self.W = W
 
     def forward(self, x):
@@ -180,31 +185,32 @@ def train(model, factors, examples, held_out, settings, state_file, save_every):
                for batch in order([len(tokens) for tokens, _ in examples], s["batch_size"], generator)]
     optimizer = torch.optim.AdamW(factors.values(), lr=s["lr"], weight_decay=0.0)
     done, log = load_state(state_file, s, factors, optimizer) if state_file.exists() else (0, [])
-    start, tokens_seen, losses = time.monotonic(), 0, []
+    tokens_seen, losses = 0, []
 
-    def mark(step):
+    def mark(step, speed=""):
         loss, other = sum(losses) / len(losses) if losses else None, mean_loss(model, held_out, s["micro_batch"])
         log.append({"step": step, "loss": loss, "held_out": other})
         print(f"step {step:5}/{len(batches)}  loss {'-' if loss is None else format(loss, '.4f'):>6}  "
-              f"held out {other:.4f}  {tokens_seen / (time.monotonic() - start):5.0f} tokens/s")
+              f"held out {other:.4f}  {speed}".rstrip())
         losses.clear()
 
     if done:
         print(f"going on from {state_file}, {done} of {len(batches)} steps done")
     else:
         mark(0)
+    start = time.monotonic()
     for step in range(done, len(batches)):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, len(batches), s["lr"], s["warmup"])
+            group["lr"] = learning_rate(step, len(batches), s["lr"])
         batch = [examples[i] for i in batches[step]]
         losses.append(update(model, factors, optimizer, batch, s["micro_batch"]))
         tokens_seen += sum(len(tokens) for tokens, _ in batch)
         spent = time.monotonic() - start
-        left = spent * (len(batches) - step - 1) / (step + 1 - done)
-        show(f"step {step + 1}/{len(batches)}  loss {losses[-1]:.3f}  {tokens_seen / spent:.0f} tokens/s  {left:.0f} s "
-             "left", last=step + 1 == len(batches))
+        speed = (f"{tokens_seen / spent:.0f} tokens/s  "
+                 f"{spent * (len(batches) - step - 1) / (step + 1 - done):.0f} s left")
+        show(f"step {step + 1}/{len(batches)}  loss {losses[-1]:.3f}  {speed}", last=step + 1 == len(batches))
         if (step + 1) % save_every == 0 or step + 1 == len(batches):
-            mark(step + 1)
+            mark(step + 1, speed)
             state = {"step": step + 1, "log": log, "settings": s, "optimizer": optimizer.state_dict(),
                      "factors": {name: p.detach() for name, p in factors.items()}}
             with written_whole(state_file) as partial:
@@ -212,17 +218,25 @@ def train(model, factors, examples, held_out, settings, state_file, save_every):
     return log
 
 
+def weights_sha256(model):
+    """Of the blocks, bit for bit: a saved state goes on with the weights that it was begun with, and no others."""
+    digest = hashlib.sha256()
+    for p in model.layers.parameters():
+        digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def split(records, tokenizer, settings):
     """(training examples, held-out ones), each [(tokens, labels)], at random; records without a prediction left out."""
     s, mixed_up = settings, torch.randperm(len(records), generator=torch.Generator().manual_seed(settings["seed"]))
     if not s["held_out"] < len(records):
         raise ValueError(f"{len(records)} records, too few to hold out {s['held_out']}")
-    examples = [tokenize(records[i], tokenizer, s["length"], s["response_only"])
+    examples = [tokenize(records[i], tokenizer, s["seq_len"], s["response_only"])
                 for i in mixed_up[:s["held_out"] + (s["samples"] or len(records))]]
     parts = [[example for example in part if predicted([example])]
              for part in (examples[s["held_out"]:], examples[:s["held_out"]])]
     if not all(parts):
-        raise ValueError(f"nothing to predict within the first {s['length']} tokens of these records")
+        raise ValueError(f"nothing to predict within the first {s['seq_len']} tokens of these records")
     return parts
 
 
@@ -230,21 +244,20 @@ def main():
     a = parse()
     records, digest = read_records(a.data), hashlib.sha256(a.data.read_bytes()).hexdigest()
     model, tokenizer = open_checkpoint(a.ckpt, a.device, a.dtype)
-    dtype, before, state_file = model.dtype, model.n_params, a.out.with_name(f"{a.out.name}.state")
-    settings = {"ckpt": str(a.ckpt), "data_sha256": digest, "dtype": str(dtype), "batch_size": a.batch_size,
-                "micro_batch": a.micro_batch, "lr": a.lr, "epochs": a.epochs, "length": a.length, "warmup": a.warmup,
-                "samples": a.samples, "held_out": a.held_out, "seed": a.seed, "response_only": a.response_only,
-                "lora": a.lora}
-    if model.args.max_seq_len and a.length > model.args.max_seq_len:
-        raise ValueError(f"--length {a.length}: this model's positions end at {model.args.max_seq_len}")
+    dtype, state_file = model.dtype, a.out.with_name(f"{a.out.name}.state")
+    settings = {"weights_sha256": weights_sha256(model), "data_sha256": digest, "dtype": str(dtype),
+                "batch_size": a.batch_size, "micro_batch": a.micro_batch, "lr": a.lr, "epochs": a.epochs,
+                "seq_len": sequence_length(a.seq_len, 256, model), "samples": a.samples, "held_out": a.held_out,
+                "seed": a.seed, "response_only": a.response_only, "lora": a.lora}
     examples, held_out = split(records, tokenizer, settings)
     factors = prepare(model, a.lora, a.seed)
     steps = -(-len(examples) // a.batch_size) * a.epochs
     what, where = f"adapters of rank {a.lora}" if a.lora else "the factors", "responses" if a.response_only else "all"
-    print(f"data         {a.data.name}: {len(examples):,} records, {sum(len(t) for t, _ in examples):,} tokens, for "
-          f"training, {len(held_out):,} held out; loss on {where}\ntraining     {what}, "
-          f"{sum(p.numel() for p in factors.values()):,} parameters beside {before:,}; {steps} steps of {a.batch_size} "
-          f"records, AdamW, learning rate {a.lr}\nstate        {state_file}, every {a.save_every} steps\n")
+    print(f"data         {a.data.name}: {len(examples):,} records of at most {settings['seq_len']} tokens, "
+          f"{sum(len(t) for t, _ in examples):,} in all, and {len(held_out):,} held out; loss on {where}, "
+          f"seed {a.seed}\ntraining     {what}, {sum(p.numel() for p in factors.values()):,} parameters of {model.n_params:,}; AdamW, "
+          f"{steps} steps of {a.batch_size} records, {a.micro_batch} at a time, learning rate {a.lr}\n"
+          f"state        {state_file}, every {a.save_every} steps\n")
     log = train(model, factors, examples, held_out, settings, state_file, a.save_every)
     old = read_json(a.ckpt / "report.json") if (a.ckpt / "report.json").is_file() else {}
     report = {**old, "recovery": {"settings": settings, "log": log, "peak_bytes": peak_bytes(model.device)}}
@@ -264,11 +277,10 @@ def parse():
     add("--samples", type=positive, metavar="N", help="records to train on, at random (default: all)")
     add("--held-out", type=positive, metavar="N", default=128, help="records to measure on alone (default: 128)")
     add("--epochs", type=positive, metavar="N", default=1, help="(default: 1)")
-    add("--length", type=positive, metavar="T", default=256, help="tokens of a record at most (default: 256)")
+    add("--seq-len", type=positive, metavar="T", help="tokens of a record at most (default: 256, or all positions)")
     add("--batch-size", type=positive, metavar="N", default=32, help="records in a step (default: 32)")
     add("--micro-batch", type=positive, metavar="N", default=4, help="records at a time (default: 4)")
     add("--lr", type=float, default=3e-4, help="peak learning rate (default: 0.0003)")
-    add("--warmup", type=positive, metavar="N", default=100, help="steps, at most a tenth of all (default: 100)")
     add("--seed", type=seed, default=42, help="of the split, the order and adapters (default: 42)")
     add("--save-every", type=positive, metavar="N", default=20, help="steps between states (default: 20)")
     a = p.parse_args()

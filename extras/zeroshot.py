@@ -1,7 +1,8 @@
 """Accuracy of folders of weights on the paper's seven tasks and GSM8K: `python -m extras.zeroshot --ckpt DENSE SMALL`.
 
 What is asked and how answers are judged is EleutherAI's harness (lm-eval): its prompts, choices, metrics and standard
-errors. This file gives it the answers, computed by the core's model exactly as the harness's own `hf` backend would.
+errors. This file gives it the answers, computed by the core's model as the harness's own `hf` backend would; but the
+log-probabilities of half-precision logits are taken in fp32, as that one does with softmax_dtype="float32".
 
     context, continuation  token ids: what the model sees, and what it is asked the log-probability of
     acc, acc_norm          share of questions whose right choice has the largest log-probability (nats), as it is or
@@ -26,25 +27,25 @@ from data import need
 from data.checkpoint import read_folder
 from data.corpus import batches, show
 from evaluate import TINY, Parser, batch_size, command, json_file, markdown, open_checkpoint, positive
-from extras import written_whole
+from extras import short_names, written_whole
 from extras.generate import generate
 from model import upcast
 
-# What the harness reads of a record, in the hub's layout. A string means: a string that contains it; a tuple: one
-# of these values; a list: a list of such things.
-ARC = {"question": "", "choices": {"text": [""], "label": [""]}, "answerKey": ""}
+# What the harness reads of a record, in the hub's layout. `str` means: a string that is not blank; a string: one that
+# contains it; a tuple: one of these values; a list: a list of such things.
+ARC = {"question": "", "choices": {"text": [str], "label": [str]}, "answerKey": ""}
 TASKS = {
-    "openbookqa": {"question_stem": "", "choices": {"text": [""], "label": [""]}, "answerKey": ""},
+    "openbookqa": {"question_stem": str, "choices": {"text": [str], "label": [str]}, "answerKey": ""},
     "arc_easy": ARC,
-    "winogrande": {"sentence": "_", "option1": "", "option2": "", "answer": ("1", "2")},
-    "hellaswag": {"activity_label": "", "ctx_a": "", "ctx_b": "", "endings": [""], "label": ("0", "1", "2", "3")},
+    "winogrande": {"sentence": "_", "option1": str, "option2": str, "answer": ("1", "2")},
+    "hellaswag": {"activity_label": "", "ctx_a": "", "ctx_b": "", "endings": [str], "label": ("0", "1", "2", "3")},
     "arc_challenge": ARC,
-    "piqa": {"goal": "", "sol1": "", "sol2": "", "label": (0, 1)},
+    "piqa": {"goal": "", "sol1": str, "sol2": str, "label": (0, 1)},
     "mathqa": {"Problem": "", "options": " ) ", "correct": ("a", "b", "c", "d", "e")},
     "gsm8k": {"question": "", "answer": "####"},
 }
 SEVEN = [name for name in TASKS if name != "gsm8k"]
-AI2 = {"question": {"stem": "", "choices": [{"text": "", "label": ""}]}, "answerKey": ""}  # ARC, OpenBookQA by AI2
+AI2 = {"question": {"stem": "", "choices": [{"text": str, "label": str}]}, "answerKey": ""}  # ARC, OpenBookQA by AI2
 
 
 # ----------------------------------------------------------------------------------------------------------- answers
@@ -135,7 +136,10 @@ def adapter(model, tokenizer, sequences=None, label="requests"):
         @property
         def prefix_token_id(self):
             """What stands before a continuation without a context."""
-            return self.eot_token_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
+            prefix = self.eot_token_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
+            if prefix is None:
+                raise ValueError(f"{self.tokenizer.file}: neither BOS nor end, and an empty context needs one")
+            return prefix
 
         def tok_encode(self, string, add_special_tokens=None, **_):
             """Ids, the BOS before them where the tokenizer has one and the text does not start with it."""
@@ -216,7 +220,7 @@ def read_records(name, file):
 def hub_record(name, record):
     """A record in the hub's layout, with the fields that the harness reads; ValueError where it does not have them.
 
-    ARC and OpenBookQA may also come as AI2 publishes them; labels are A, B ... or 1, 2 ..., of 3 to 5 choices.
+    ARC and OpenBookQA may also come as AI2 publishes them.
     """
     fields = TASKS[name]
     if "choices" in fields and fits(record, AI2):
@@ -229,13 +233,29 @@ def hub_record(name, record):
     for field, wanted in fields.items():
         if not fits(record.get(field), wanted):
             raise ValueError(f"{field} is {record.get(field)!r}, which is no {field} of the task {name}")
-    if "choices" in fields and record["answerKey"] not in record["choices"]["label"]:
-        raise ValueError(f"answerKey {record['answerKey']!r} is not one of the labels {record['choices']['label']}")
+    right, choices = answer(name, record)
+    if right not in choices:
+        raise ValueError(f"the answer is {right!r}, which is not one of the choices {choices}")
     return {field: record[field] for field in fields}
+
+
+def answer(name, record):
+    """(what a record says the right answer is, what it could say); nothing where choices and labels are not as many."""
+    if "choices" in TASKS[name]:
+        labels, texts = record["choices"]["label"], record["choices"]["text"]
+        return record["answerKey"], labels if len(labels) == len(texts) else []
+    if name == "hellaswag":
+        return record["label"], [str(i) for i in range(len(record["endings"]))]
+    if name == "mathqa":  # one string, "a ) 3 , b ) 4 , ... e ) none": the harness takes it apart by the five letters
+        whole = all(f"{letter} ) " in record["options"] for letter in "abcde")
+        return record["correct"], list("abcde") if whole else []
+    return None, [None]
 
 
 def fits(value, wanted):
     """Whether a JSON value is what TASKS wants there."""
+    if wanted is str:
+        return isinstance(value, str) and bool(value.strip())
     if isinstance(wanted, dict):
         return isinstance(value, dict) and all(fits(value.get(name), w) for name, w in wanted.items())
     if isinstance(wanted, list):
@@ -303,10 +323,10 @@ def main():
         version = start_harness(scratch if a.local else None)
         print(f"harness      lm-eval {version}, records from {a.local or 'the hub'}")
         tasks = load_tasks(a.tasks, a.local, Path(scratch))
-        for ckpt in a.ckpt:
+        for name, ckpt in zip(short_names(a.ckpt), a.ckpt):
             model, tokenizer = open_checkpoint(ckpt, a.device, a.dtype)
-            rows.append({"model": ckpt.name, "parameters": model.n_params, "tasks": measure(
-                adapter(model, tokenizer, a.batch_size, ckpt.name), tasks, a.metric, a.limit)})
+            rows.append({"model": name, "parameters": model.n_params, "tasks": measure(
+                adapter(model, tokenizer, a.batch_size, name), tasks, a.metric, a.limit)})
             del model
     print("\n" + table(rows, a.tasks))
     if a.json:

@@ -67,10 +67,12 @@ def test_random_factors_have_the_norms_and_not_the_directions(run):
 
 
 @pytest.mark.parametrize("words, change, message", [
-    ("dropped --out small", {}, "small: exists"),
+    ("dropped --out small/params.json", {}, "params.json: exists"),
     ("dropped --dense nowhere", {}, "nowhere: no such folder"),
     ("dropped", {"settings": {"ckpt": "gone", "score": "taylor"}}, "gone: no such folder"),
     ("dropped", {"redundant": [9]}, "redundant is missing or not as grasp.py writes it"),
+    ("random --out small --overwrite", {}, "--out small: is the input"),
+    ("random --dense small", {}, "--dense has no use with random"),
     ("svd --dense small", {}, "layers.2.attention.wq is low-rank, expected a dense matrix"),
     ("random --seed -1", {}, "argument --seed"),
     ("nothing", {}, "invalid choice: 'nothing'")])

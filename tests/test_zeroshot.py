@@ -109,6 +109,20 @@ def test_every_task_is_answered_as_the_hf_backend_does(folder, local, tmp_path, 
     compare(ours(folder, sequences), HFLM(str(folder), device="cpu"), tasks)
 
 
+def test_half_precision_is_scored_in_fp32(folder):
+    lm = zeroshot.adapter(load_checkpoint(folder, torch.bfloat16), load_tokenizer(folder))
+    reference = HFLM(str(folder), device="cpu", dtype="bfloat16", softmax_dtype="float32")
+    (a,), (b,) = (ask(model, "loglikelihood", ("the fox", " ran over the hill")) for model in (lm, reference))
+    assert a[0] == pytest.approx(b[0], rel=5e-3)  # their products are bf16's
+    assert torch.tensor(a[0], dtype=torch.bfloat16).item() != a[0]  # more digits than bf16 has
+
+
+def test_a_tokenizer_without_bos_and_end_cannot_begin(folder):
+    lm = zeroshot.adapter(load_checkpoint(folder), replace(load_tokenizer(folder), bos_id=None, ends=()))
+    with pytest.raises(ValueError, match="neither BOS nor end"):
+        ask(lm, "loglikelihood", ("", " the fox"))
+
+
 def test_the_edges_of_a_request(folder, capsys):
     """No context at all, spaces at its end, a text that brings its own BOS, and one that the positions cut."""
     lm, reference = ours(folder), HFLM(str(folder), device="cpu")
@@ -182,8 +196,15 @@ def test_ai2s_layout_becomes_the_hubs():
     ("piqa", '{"goal": "x", "sol1": "y", "label": 0}', "sol2 is None"), ("gsm8k", b"\xff", "line 2: 'utf-8'"),
     ("winogrande", '{"sentence": "no gap", "option1": "a", "option2": "b", "answer": "1"}', "sentence is 'no gap'"),
     ("hellaswag", '{"activity_label": "", "ctx_a": "", "ctx_b": "", "endings": [], "label": "0"}', r"endings is \[\]"),
-    ("arc_easy", json.dumps(ai2("Grass is", COLOURS, "ABCDE", "1")), "answerKey '1' is not one of"),
+    ("arc_easy", json.dumps(ai2("Grass is", COLOURS, "ABCDE", "1")), "the answer is '1', which is not one of"),
     ("arc_easy", json.dumps(ai2("Grass is", COLOURS, [1, 2, 3, 4, 5], "1")), "question is {"),
+    ("arc_easy", json.dumps(ai2("Grass is", ["green", " ", "blue"], "ABC", "A")), "question is {"),
+    ("openbookqa", '{"question_stem": "x", "choices": {"text": ["a", "b"], "label": ["A"]}, "answerKey": "A"}',
+     "the answer is 'A', which is not one of the choices"),
+    ("hellaswag", '{"activity_label": "", "ctx_a": "", "ctx_b": "", "endings": ["a", "b"], "label": "2"}',
+     "the answer is '2', which is not one of"),
+    ("mathqa", '{"Problem": "x", "options": "a ) 1 , b ) 2", "correct": "b"}', "the answer is 'b', which is not one"),
+    ("piqa", '{"goal": "x", "sol1": "", "sol2": "z", "label": 1}', "sol1 is ''"),
 ])
 def test_a_bad_record_is_named_by_file_and_line(tmp_path, name, line, message):
     file = tmp_path / f"{name}.jsonl"
