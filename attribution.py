@@ -90,7 +90,7 @@ def weight_gradients(model, names, batches):
 
 
 def backward(model, tokens, labels, scale=1.0):
-    """Add d(scale * L)/dp to p.grad of every p that asks for it; L, the SUMMED likelihood (nats), is returned: ().
+    """Add d(scale * L)/dp to p.grad of every p that asks for it; returns L, the SUMMED negative log-likelihood (nats).
 
     tokens, labels (B, T): where they differ, labels hold -100, and what stands there is not predicted.
     """

@@ -1,7 +1,7 @@
 """Perplexity of a folder of weights, dense or compressed: `python evaluate.py --ckpt FOLDER --data wikitext2 ptb`.
 
 text -> one stream of tokens -> windows that do not overlap -> mean NLL (nats) of each window's predicted tokens -> exp.
-The second half is what the project's two commands share: their table, their settings and their way to fail.
+The second half is what all commands share: their table, their settings and their way to fail.
 """
 import argparse
 import json
@@ -100,7 +100,7 @@ def timed(seconds, phase, device=None):
 
 
 class Parser(argparse.ArgumentParser):
-    """The flags of every command, `ckpt` its --ckpt's own keywords; a wrong flag is an error like any other."""
+    """The flags that every command has; `ckpt`: keywords to change --ckpt by. A wrong flag is a ValueError."""
     def __init__(self, description, **ckpt):
         super().__init__(description=description, allow_abbrev=False)
         add = self.add_argument

@@ -109,10 +109,7 @@ def main():
     with timed(seconds, "load"):
         model, tokenizer = open_checkpoint(a.ckpt, a.device, a.dtype)
     a.device, a.dtype, before, dense_params = model.device, model.dtype, model.n_params, model.n_params_dense
-    count = model.args.n_layers
-    if (a.layers or 1) > count or not all(0 <= layer < count for layer in a.layer_ids or []):
-        raise ValueError(f"--layers, --layer-ids: this model has {count} layers, 0 to {count - 1}; asked for "
-                         f"{a.layers or a.layer_ids}")
+    check_layers(model.args.n_layers, a.layers, a.layer_ids)
     windows, calibration = calibration_windows(a, model, tokenizer)
     eval_len = sequence_length(None, 2048, model)
     texts = {} if a.eval == ["none"] else load_windows(a.eval, tokenizer, eval_len, a.ckpt, a.windows, a.data_dir)
@@ -152,6 +149,12 @@ def main():
               "seconds": seconds, "peak_bytes": peak_bytes(a.device)}
     save_checkpoint(model, a.out, report, tokenizer.file, a.overwrite)
     print(f"written to {a.out}")
+
+
+def check_layers(count, layers, layer_ids):
+    if (layers or 1) > count or not all(0 <= layer < count for layer in layer_ids or []):
+        raise ValueError(f"--layers, --layer-ids: this model has {count} layers, 0 to {count - 1}; asked for "
+                         f"{layers or layer_ids}")
 
 
 def calibration_windows(a, model, tokenizer):

@@ -283,7 +283,7 @@ def check_target(path, overwrite=False):
     path = Path(path)
     if path.exists() or path.is_symlink():
         if not overwrite:
-            raise FileExistsError(f"{path}: exists; choose another --out or pass --overwrite")
+            raise FileExistsError(f"{path}: exists; choose another, or pass --overwrite where the command has it")
         ours = {"params.json", "consolidated.00.pth", "report.json"}
         found = {entry.name for entry in path.iterdir()} if path.is_dir() and not path.is_symlink() else set()
         if not ours <= found or not all(name in ours or name.startswith("tokenizer.") for name in found):

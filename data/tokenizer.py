@@ -28,7 +28,7 @@ class Tokenizer:
     bos_id: int | None                    # None: this tokenizer starts no stream with a token of its own
     ends: tuple[int, ...]                 # the tokens that end a text, the plain one first
     encode: Callable[[str], list[int]]    # without BOS
-    decode: Callable[[list[int]], str]    # what the tokens above stand for is left out
+    decode: Callable[[list[int]], str]    # of BOS and ends, nothing
 
     def stream(self, text):
         """text -> one stream of tokens (N,) int64, with the BOS (if there is one) once at its start."""

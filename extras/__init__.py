@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from data.checkpoint import read_json
+from evaluate import open_checkpoint
 from grasp import matrices
 
 
@@ -44,8 +45,9 @@ def read_report(folder):
         if not good:
             raise ValueError(f"{file}: {field} is missing or not as grasp.py writes it")
 
-    check(isinstance(settings, dict) and all(isinstance(settings.get(name), str) for name in ("ckpt", "score")),
-          "settings, with ckpt and score,")
+    check(isinstance(settings, dict) and all(isinstance(settings.get(name), str)
+                                               for name in ("ckpt", "score", "dtype")),
+          "settings, with ckpt, score and dtype,")
     check(isinstance(cosines, list) and cosines and all(type(c) in (int, float) and math.isfinite(c) for c in cosines),
           "cosines")
     check(indices(redundant, len(cosines)), "redundant")
@@ -68,15 +70,25 @@ def indices(found, end):
             and found == sorted(set(found)))
 
 
-def check_dense(model, folder, report, names=()):
-    """ValueError if the report is not of the dense `model` in `folder`, or one of names not a dense matrix of it."""
-    shapes = {record["name"]: record["shape"] for record in report["matrices"]}
+def open_dense(report, dense, device, dtype, names=()):
+    """(folder, model, tokenizer) of the dense weights that the folder of a report was made from.
+
+    dense: where they are, None for where the report says. dtype: as --dtype gives it, "auto" for the report's. ValueError if the report is not
+    of those weights, or if one of `names` is not a dense matrix of theirs.
+    """
+    folder = (dense or Path(report["settings"]["ckpt"])).resolve()
+    if dense is None and not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder, but the report was made from it; pass --dense FOLDER")
+    made_in = report["settings"]["dtype"].removeprefix("torch.")
+    model, tokenizer = open_checkpoint(folder, device, made_in if dtype == "auto" else dtype)
     if model.args.n_layers != len(report["cosines"]):
         raise ValueError(f"{folder}: a model of {model.args.n_layers} layers, but the report is of "
                          f"{len(report['cosines'])}")
+    shapes = {record["name"]: record["shape"] for record in report["matrices"]}
     for name in [*shapes, *names]:
         matrix = model.get_submodule(name)
         shape = list(matrix.weight.shape) if isinstance(matrix, nn.Linear) else None
         if shape is None or name in shapes and shape != shapes[name]:
             expected = f" of shape {shapes[name]}" if name in shapes else ""
             raise ValueError(f"{folder}: {name} is {shape or 'low-rank'}, expected a dense matrix{expected}")
+    return folder, model, tokenizer

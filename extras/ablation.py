@@ -12,6 +12,7 @@
 
 Every variant starts from the same model: its matrices are put back after each. Variants on the same windows share the
 sweep that finds the layers and the sweep that takes the gradients; both count in the seconds of each that uses them.
+Peak GiB is the process's so far, so that it says nothing of the later variants.
 """
 import json
 from bisect import bisect_left
@@ -26,7 +27,7 @@ from data.corpus import batches, random_windows, show, text_names, text_or_embed
 from evaluate import (TINY, Parser, batch_size, command, json_file, load_windows, open_checkpoint, peak_bytes,
                       perplexities, positive, sequence_length, table, timed)
 from extras import short_names, written_whole
-from grasp import compress, find_redundant, matrices, replace, seed, share
+from grasp import check_layers, compress, find_redundant, matrices, replace, seed, share
 
 EQUAL = "equal"                                          # as a ratio: the one that keeps what the variant before kept
 DRAWN_BY = itemgetter("calibration", "samples", "seed")  # the settings that say which windows are drawn
@@ -122,6 +123,7 @@ def ratio_of_size(shapes, size):
     """The ratio, of five decimals, by which matrices of these shapes hold as near to `size` parameters as they can.
 
     A larger ratio never holds less, so it is found by bisection; ranks are whole, so the size is met but for a step.
+    (Where all stays dense, no ratio reaches it: at ratio 1 the factors of a matrix that is not square are smaller.)
     """
     ratios = [i / 10 ** 5 for i in range(1, 10 ** 5 + 1)]
     i = bisect_left(ratios, size, key=partial(held, shapes))  # the first that holds `size` or more, if one does
@@ -151,10 +153,8 @@ def spread(rows, texts):
 def main():
     a = parse()
     model, tokenizer = open_checkpoint(a.ckpt, a.device, a.dtype)
-    count, before = model.args.n_layers, model.n_params
-    if (a.layers or 1) > count or not all(0 <= layer < count for layer in a.layer_ids or []):
-        raise ValueError(f"--layers, --layer-ids: this model has {count} layers, 0 to {count - 1}; asked for "
-                         f"{a.layers or a.layer_ids}")
+    before = model.n_params
+    check_layers(model.args.n_layers, a.layers, a.layer_ids)
     seq_len, eval_len = sequence_length(a.seq_len, 512, model), sequence_length(None, 2048, model)
     sizes = batch_size(a.batch_size, seq_len), batch_size(a.batch_size, eval_len)
     base = {"calibration": a.calibration[0], "samples": a.samples[0], "seed": a.seeds[0], "score": "taylor",
@@ -182,8 +182,8 @@ def main():
         protocol = {label: protocol for label, (_, protocol) in texts.items()}
         content = {"study": a.study, "ckpt": str(a.ckpt), "dtype": str(model.dtype), "seq_len": seq_len,
                    "calibration": calibration, "protocol": protocol, "results": rows}
-        with written_whole(a.json) as partial:
-            partial.write_text(json.dumps(content, indent=1) + "\n")
+        with written_whole(a.json) as file:
+            file.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def read_calibration(names, tokenizer, data_dir, asked):

@@ -14,7 +14,7 @@ from torch import nn
 
 from attribution import svd
 from evaluate import Parser, command, open_checkpoint
-from extras import check_dense, read_report
+from extras import open_dense, read_report
 from grasp import keep, seed
 from model import LowRankLinear, check_target, save_checkpoint
 
@@ -54,15 +54,15 @@ def main():
     if a.dense and a.kind == "random":
         raise ValueError("--dense has no use with random, which draws in the place of the compressed folder's factors")
     report = read_report(a.ckpt)
-    source = a.ckpt if a.kind == "random" else (a.dense or Path(report["settings"]["ckpt"])).resolve()
     out = a.out or Path(f"{a.ckpt.name}-{a.kind}")
-    if out.resolve() in (a.ckpt, source):
+    if out.resolve() in (a.ckpt, a.dense and a.dense.resolve()):
         raise ValueError(f"--out {out}: is the input")
     check_target(out, a.overwrite)
-    model, tokenizer = open_checkpoint(source, a.device, a.dtype)
+    if a.kind == "random":
+        model, tokenizer = open_checkpoint(a.ckpt, a.device, a.dtype)
+    else:
+        _, model, tokenizer = open_dense(report, a.dense, a.device, a.dtype)
     dense_params = model.n_params_dense
-    if a.kind != "random":
-        check_dense(model, source, report)
     if a.kind == "dropped":
         drop_layers(model, report["redundant"])
     elif a.kind == "svd":

@@ -3,9 +3,10 @@
 Every product A B is put back where W (m, n) stood, in any folder that the commands read; a dense one is only converted.
 
     --format hf     config.json, model*.safetensors, tokenizer.json: what transformers and the tools around it read
-    --format meta   params.json, consolidated.00.pth, tokenizer.model: what Meta's own code for Llama 2 and 3 reads
+    --format meta   params.json, consolidated.00.pth, tokenizer.model: what Meta's own code reads of its Llama 2 and 3
 
-Needs the packages safetensors and tokenizers (for hf).
+Needs the packages safetensors, huggingface_hub and tokenizers (for hf). A sliding window is not exported: the model's
+positions then end where the window does, and up to there full attention gives the same logits.
 """
 import base64
 import json
@@ -20,9 +21,11 @@ from data import need
 from data.checkpoint import HF_FIELDS, HF_TENSORS, read_args
 from data.corpus import embedded_text
 from evaluate import Parser, command, open_checkpoint
+from extras import written_whole
 from model import LowRankLinear, Transformer, check_target, upcast, whole_storage
 
 # Llama 3's special tokens by their places after the ranks; the other 251 are numbered. Its file does not hold them.
+# (3.1 named three of the numbered ones; the ids are the same.)
 LLAMA3_SPECIAL = {0: "<|begin_of_text|>", 1: "<|end_of_text|>", 6: "<|start_header_id|>", 7: "<|end_header_id|>",
                   9: "<|eot_id|>"}
 
@@ -74,16 +77,15 @@ def write_json(file, table):
 
 def write_hf(model, tokenizer, folder, shard):
     """config.json, the weights in files of at most `shard` (one after the other in memory), the tokenizer."""
-    need("safetensors", "--format hf")
-    hub = need("huggingface_hub", "--format hf")
+    from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     config, shapes = hf_config(model, tokenizer), dense_shapes(model)
     write_json(folder / "config.json", config)
     write_tokenizer(tokenizer, folder, config["max_position_embeddings"])
     names = {their_name(name): name for name in shapes}
-    plan = hub.split_torch_state_dict_into_shards({name: shapes[ours] for name, ours in names.items()},
-                                                  max_shard_size=shard)
+    plan = split_torch_state_dict_into_shards({name: shapes[ours] for name, ours in names.items()},
+                                              max_shard_size=shard)
     for file, inside in plan.filename_to_tensors.items():
         try:
             save_file({name: hf_weight(model, names[name]) for name in inside}, folder / file, {"format": "pt"})
@@ -136,15 +138,21 @@ def hf_config(model, tokenizer):
 
 
 def write_tokenizer(tokenizer, folder, positions):
-    """tokenizer.json (converted where need be; a SentencePiece model stands beside it) and tokenizer_config.json."""
-    package, content = need("tokenizers", "--format hf"), tokenizer.file.read_bytes()
+    """tokenizer.json (converted where need be; a SentencePiece model stands beside it) and tokenizer_config.json.
+
+    A chat template is not exported: the commands, and what they write, know none.
+    """
+    from tokenizers import Tokenizer
+    content = tokenizer.file.read_bytes()
     if is_json(content):
-        made = package.Tokenizer.from_buffer(content)
+        made = Tokenizer.from_buffer(content)
         (folder / "tokenizer.json").write_bytes(content)
     else:
         sentencepiece = content[:1] == b"\n"  # a protocol buffer that starts with its first piece
         made = from_sentencepiece(tokenizer) if sentencepiece else from_tiktoken(content)
-        same = all(made.encode(text).ids == tokenizer.stream(text).tolist() for text in (PROBE, embedded_text("test")))
+        words = " ".join(tokenizer.decode([i]) for i in range(tokenizer.vocab_size))  # some may be split off first
+        same = all(made.encode(text).ids == tokenizer.stream(text).tolist()
+                   for text in (PROBE, words, embedded_text("test")))
         if sentencepiece or not same:  # Llama 3's file under this name would be taken for a SentencePiece model
             (folder / "tokenizer.model").write_bytes(content)
         if not same:
@@ -229,10 +237,8 @@ def write_meta(model, tokenizer, folder):
     """params.json, consolidated.00.pth and the tokenizer's file. A tied head is named too: Meta's code asks for it."""
     write_json(folder / "params.json", meta_params(model.args))
     tensors = {name: whole_storage(dense_weight(model, name).detach().cpu()) for name in dense_shapes(model)}
-    try:
-        torch.save({"output.weight": tensors["tok_embeddings.weight"], **tensors}, folder / "consolidated.00.pth")
-    except RuntimeError as e:  # how torch.save reports a write that failed
-        raise OSError(f"consolidated.00.pth: could not be written: {e}") from e
+    with written_whole(folder / "consolidated.00.pth") as file:
+        torch.save({"output.weight": tensors["tok_embeddings.weight"], **tensors}, file)
     content = tokenizer.file.read_bytes()
     if is_json(content):
         print("tokenizer    a tokenizer.json, copied as it is: Meta's own code reads only a tokenizer.model")
@@ -267,14 +273,12 @@ def main():
     p.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="to write, a new one")
     p.add_argument("--format", choices=("hf", "meta"), default="hf", help="Hugging Face's or Meta's (default: hf)")
     a = p.parse_args()
-    if a.out.exists():
-        raise FileExistsError(f"--out {a.out}: exists, and is not overwritten")
     check_target(a.out)
     for package in ("safetensors", "huggingface_hub", "tokenizers") if a.format == "hf" else ():
         need(package, "--format hf")  # before the long work
     model, tokenizer = open_checkpoint(a.ckpt, a.device, a.dtype)
     export(model, tokenizer, a.out, a.format)
-    before, after = (f"{n:,} parameters, {n * model.dtype.itemsize / 2 ** 30:.2f} GiB"
+    before, after = (f"{n:,} parameters, {n * model.dtype.itemsize / 2 ** 30:.3g} GiB"
                      for n in (model.n_params, model.n_params_dense))
     if before == after:
         print(f"exported     {after}: dense before and after, only converted")

@@ -6,11 +6,11 @@
     groups-MATRIX.json   the numbers of that experiment, as `zero_groups` gives them
 
 The cosines and the kept components are report.json's; the spectra and the experiment are of the dense weights that
-FOLDER was made from (made with a --dtype of its own, pass the same here: components are numbered by it). Every plot_
-function takes numbers and returns a matplotlib Figure.
+FOLDER was made from. Every plot_ function takes numbers and returns a matplotlib Figure.
 """
 import io
 import json
+import math
 import os
 from pathlib import Path
 
@@ -22,18 +22,17 @@ from data import need
 from data.corpus import batches, text_names
 from evaluate import (TINY, Parser, batch_size, command, load_windows, open_checkpoint, perplexity, positive,
                       sequence_length, timed)
-from extras import check_dense, read_report, written_whole
+from extras import open_dense, read_report, written_whole
 from grasp import matrices
 from model import upcast
 
 GROUP = 10  # singular values set to zero together, as in the paper's figure
 DARK, LIGHT, GREY = "#00437a", "#f5a623", "#8c8c8c"  # blue, orange: apart for colour-blind eyes and in grey print
-TICKS = (-0.9, -0.5, 0, 0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999)
+TICKS = (-0.9, -0.5, 0, 0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999)
 
 
 def new_figure(width, height, title):
     """A matplotlib Figure of width x height inches under a title; nothing of pyplot, so no display and no state."""
-    need("matplotlib", "drawing")
     from matplotlib.figure import Figure
     figure = Figure((width, height), dpi=120, layout="constrained")
     figure.suptitle(title, fontsize=11)
@@ -60,7 +59,8 @@ def plot_cosines(cosines, redundant, model_name):
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.margins(y=0.1)
     low, high = axes.get_ylim()
-    axes.set_yticks([tick for tick in TICKS if low <= tick <= high])
+    ticks = [tick for tick in TICKS if low <= tick <= high]
+    axes.set_yticks(ticks if len(ticks) > 1 else sorted({round(min(cosines), 4), round(max(cosines), 4)}))
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.legend(loc="lower right")
     return figure
@@ -105,7 +105,7 @@ def zero_groups(model, name, windows, size):
         score        sum of |sigma dL/dsigma|, which is what GRASP ranks by, nats
         sigma        sum of sigma, which is what plain SVD ranks by
 
-    The model is left as it was: W itself is put back.
+    The model is left as it was: W itself is put back. Half precision rounds most of the smallest groups' removal away.
     """
     linear = model.get_submodule(name)
     W, seconds = linear.weight, {}
@@ -118,7 +118,7 @@ def zero_groups(model, name, windows, size):
     sigma_grad, change = sigma_gradients(U, G, Vh), []
     try:
         for i, g in enumerate(groups):
-            without = upcast(W) - (U[:, g] * S[g]) @ Vh[g]
+            without = W - (U[:, g] * S[g]) @ Vh[g]
             linear.weight = nn.Parameter(without.to(W.dtype), requires_grad=False)
             change.append(perplexity(model, batches(windows, size, f"{name}  group {i + 1}/{len(groups)}")) - dense)
     finally:
@@ -130,22 +130,34 @@ def zero_groups(model, name, windows, size):
 
 
 def rank_correlation(x, y):
-    """Spearman's: the correlation of the ranks of two lists of numbers, -1 to 1."""
-    ranks = torch.tensor([x, y], dtype=torch.float64).argsort().argsort()
-    return torch.corrcoef(ranks.double())[0, 1].item()
+    """Spearman's, of two lists of numbers: the correlation of their ranks, equal ones sharing theirs; -1 to 1.
+
+    None where there is no order to compare: of one number, or where all of a list are equal.
+    """
+    t = torch.tensor([x, y], dtype=torch.float64)
+    ranks = (t[:, :, None] > t[:, None]).double().sum(-1) + (t[:, :, None] == t[:, None]).double().sum(-1) / 2
+    found = torch.corrcoef(ranks)[0, 1].item() if len(x) > 1 else math.nan
+    return None if math.isnan(found) else found
+
+
+def shown(correlation):
+    return "-" if correlation is None else f"{correlation:.2f}"
 
 
 def plot_groups(result, model_name, text):
     """Figure of what zero_groups gave: measured change of perplexity as bars, the first-order prediction as marks."""
-    figure = new_figure(8, 4.2, f"{model_name}, {result['matrix']}: {GROUP} singular values at a time set to zero\n"
-                                f"perplexity {result['perplexity']:.2f} with all of them, on {text}")
+    count = len(result["groups"])
+    title = (f"{model_name}, {result['matrix']}: {GROUP} singular values at a time set to zero\n"
+             f"perplexity {result['perplexity']:.2f} with all of them, on {text}")
+    figure = new_figure(max(8, count / 30), 4.2, title)
     axes, agreement = figure.subplots(), rank_correlation(result["predicted"], result["change"])
     centres = [(first + last) / 2 for first, last in result["groups"]]
     widths = [0.75 * (last - first + 1) for first, last in result["groups"]]
     axes.bar(centres, result["change"], widths, color=DARK, label="measured")
-    axes.plot(centres, result["predicted"], "D", color=LIGHT, markeredgecolor="black", markersize=5,
+    axes.plot(centres, result["predicted"], "D", color=LIGHT, markeredgecolor="black",
+              markersize=5 if count < 100 else 2, markeredgewidth=1 if count < 100 else 0.3,
               label=r"predicted to first order: $-$perplexity $\cdot \sum \sigma_k\ \partial L/\partial\sigma_k$"
-                    f"\nrank correlation with the measured: {agreement:.2f}")
+                    f"\nrank correlation with the measured: {shown(agreement)}")
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set(xlabel="index of the singular values set to zero (0 = largest)", ylabel="change of perplexity")
     handles, labels = axes.get_legend_handles_labels()
@@ -171,22 +183,18 @@ def write(file, content):
 def main():
     a = parse()
     report = read_report(a.ckpt)
-    dense = (a.dense or Path(report["settings"]["ckpt"])).resolve()
     records = {record["name"]: record for record in report["matrices"]}
     layers = {layer: [records[name] for name in matrices(layer) if name in records] for layer in report["redundant"]}
     compressed = [layer for layer in layers if layers[layer]]  # others came to grasp.py as low-rank ones
     check_flags(a, compressed, len(report["cosines"]))
-    if not dense.is_dir():
-        raise FileNotFoundError(f"{dense}: no such folder, but {a.ckpt} was made from it; pass --dense DENSE")
-    cosines = plot_cosines(report["cosines"], report["redundant"], dense.name)  # ends here where matplotlib is missing
-    model, tokenizer = open_checkpoint(dense, a.device, a.dtype)
-    check_dense(model, dense, report, a.matrix)
+    need("matplotlib", "extras.plot")
+    dense, model, tokenizer = open_dense(report, a.dense, a.device, a.dtype, a.matrix)
     if a.matrix:
         seq_len = sequence_length(a.seq_len, 2048, model)
         name = a.data or ("embedded" if dense == TINY else "wikitext2")
         (label, (windows, protocol)), = load_windows([name], tokenizer, seq_len, dense, a.windows, a.data_dir).items()
     a.out.mkdir(exist_ok=True)
-    write(a.out / "cosines.png", cosines)
+    write(a.out / "cosines.png", plot_cosines(report["cosines"], report["redundant"], dense.name))
     for layer in a.layer_ids or compressed:
         spectra = {r["name"]: singular_values(model, r["name"]) for r in layers[layer]}
         write(a.out / f"spectra-{layer}.png",
@@ -196,7 +204,7 @@ def main():
         result["rank_correlation"] = {by: rank_correlation(result[by], result["change"])
                                       for by in ("predicted", "score", "sigma")}
         print(f"{name}  rank correlation with the change of perplexity: "
-              + ", ".join(f"{by} {value:.2f}" for by, value in result["rank_correlation"].items()))
+              + ", ".join(f"{by} {shown(value)}" for by, value in result["rank_correlation"].items()))
         text = f"{label}, {protocol['windows']} windows of {seq_len:,} tokens"
         write(a.out / f"groups-{name}.png", plot_groups(result, dense.name, text))
         write(a.out / f"groups-{name}.json", {"model": str(dense), "protocol": protocol, **result})
@@ -229,7 +237,7 @@ def parse():
     p.add_argument("--dense", type=Path, metavar="DENSE", help="it was made from (default: as its report says)")
     p.add_argument("--layer-ids", type=int, nargs="+", metavar="ID", help="draw spectra of these only (default: all)")
     p.add_argument("--matrix", nargs="+", metavar="NAME", default=[], help="experiment on these, minutes for each, "
-                   "such as layers.5.feed_forward.w2 (default: none)")
+                   "such as layers.5.feed_forward.w2; half precision takes --dtype float32 (default: none)")
     p.add_argument("--data", metavar="TEXT", help=f"of the experiment: one of {text_names('test')} or a file (default: "
                    "wikitext2; with the embedded model, embedded)")
     p.add_argument("--seq-len", type=positive, metavar="T", help="tokens in a window (default: 2048, or all positions)")

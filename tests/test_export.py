@@ -76,6 +76,7 @@ def test_transformers_gives_the_compressed_models_logits(kind, tmp_path):
     back = load_checkpoint(tmp_path / "out")
     assert back.n_params == model.n_params_dense > model.n_params
     assert {**vars(back.args), "max_seq_len": 0} == {**vars(model.args), "max_seq_len": 0}
+    assert back.args.max_seq_len == model.args.max_seq_len or model.args.max_seq_len is None  # a window ends it, too
     for name, W in exact(model).items():
         assert torch.allclose(back.get_parameter(name), W, rtol=0, atol=1e-14), name
     assert {p.name for p in tmp_path.iterdir()} == {"in", "out"}
@@ -194,12 +195,18 @@ def test_llama3s_special_tokens_have_their_names(tmp_path):
     assert not (tmp_path / "out/tokenizer.model").exists()  # that name would promise a SentencePiece model
 
 
-def test_a_tokenizer_without_a_like_is_copied_and_told(tmp_path, capsys):
-    """This one strips and merges spaces before it looks for pieces."""
+LIKE_LLAMA = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "byte_fallback": True,
+              "allow_whitespace_only_pieces": True}
+
+
+@pytest.mark.parametrize("settings", [
+    {"byte_fallback": True},                                    # strips and merges spaces before it looks for pieces
+    {**LIKE_LLAMA, "user_defined_symbols": ["<fim>", "[X]"]}])  # splits these off before it merges
+def test_a_tokenizer_without_a_like_is_copied_and_told(settings, tmp_path, capsys):
     import sentencepiece
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXT.split("\n")), model_prefix=str(tmp_path / "tokenizer"), model_type="bpe",
-        vocab_size=320, byte_fallback=True, minloglevel=2)
+        vocab_size=330, minloglevel=2, **settings)
     export.export(random_model(), load_tokenizer(tmp_path), tmp_path / "out")
     assert "loads the model but not the tokenizer" in capsys.readouterr().out
     assert {f.name for f in (tmp_path / "out").glob("tok*")} == {"tokenizer.model"}
@@ -272,7 +279,8 @@ def test_the_command_says_what_it_did(small, tmp_path):
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     before, after = small
-    assert f"compressed   {after:,} parameters, 0.00 GiB\nexported     {before:,} parameters" in done.stdout
+    assert f"compressed   {after:,} parameters, 0.00315 GiB\n" in done.stdout
+    assert f"exported     {before:,} parameters, 0.0033 GiB\n" in done.stdout
     assert "dense again" in done.stdout and f"written to {tmp_path / 'out'}" in done.stdout
     ours, tokens = load_checkpoint(tmp_path / "small"), torch.arange(50)[None]
     assert torch.allclose(their_logits(tmp_path / "out", tokens), ours(tokens), rtol=0, atol=1e-4)
@@ -298,7 +306,7 @@ def test_dtype_is_what_is_written(small, monkeypatch, capsys):
     ("--out out", "the following arguments are required: --ckpt"),
     ("--ckpt small", "the following arguments are required: --out"),
     ("--ckpt nowhere --out out", "nowhere: no such folder"),
-    ("--ckpt small --out small", "--out small: exists"),
+    ("--ckpt small --out small", "small: exists"),
     ("--ckpt small --out no/such/parent", "no/such is not a folder or read-only"),
     ("--ckpt small --out out --format gguf", "--format: invalid choice: 'gguf'"),
     ("--ckpt small --out out --overwrite", "unrecognized arguments: --overwrite"),
@@ -327,5 +335,5 @@ def test_a_full_disk_leaves_nothing(tmp_path):
             "    except OSError as e: print(layout, 'refused:', e)")
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "out"], cwd=ROOT, capture_output=True, text=True)
     assert "hf refused: model.safetensors: could not be written" in done.stdout, done.stderr
-    assert "meta refused: consolidated.00.pth: could not be written" in done.stdout, done.stderr
+    assert "consolidated.00.pth: could not be written" in done.stdout, done.stderr
     assert list(tmp_path.iterdir()) == []

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 
 import evaluate
 from conftest import ROOT, error_of, random_model, random_tokens, run
-from extras import check_dense, plot, read_report
+from evaluate import TINY
+from extras import open_dense, plot, read_report
 
+SETTINGS = {"ckpt": "there", "score": "taylor", "dtype": "torch.float32"}
 MATRIX = "layers.2.feed_forward.w2"  # of random_model: (16, 24), so its 16 components are a group of 10 and one of 6
 
 
@@ -122,6 +124,9 @@ def test_rank_correlation_is_spearmans():
     x, y = [0.1, 5.0, 2.0, 3.0, -9.0], [1.0, 40.0, 3.0, 2.0, 0.0]  # ranks 1 4 2 3 0 and 1 4 3 2 0
     assert plot.rank_correlation(x, y) == pytest.approx(1 - 6 * (1 + 1) / (5 * (25 - 1)))  # 1 - 6 sum d^2 / n (n^2 - 1)
     assert plot.rank_correlation(x, [-v for v in x]) == pytest.approx(-1)
+    assert plot.rank_correlation([1, 2, 2, 3], [1, 2, 2, 3]) == pytest.approx(1)
+    assert plot.rank_correlation([1, 2, 3, 4], [1, 1, 2, 2]) == pytest.approx(2 / 5 ** 0.5)  # ranks 1.5 1.5 3.5 3.5
+    assert plot.rank_correlation([3, 2, 1], [0, 0, 0]) is plot.rank_correlation([1], [2]) is None
 
 
 def test_a_bar_for_each_group_and_a_mark_for_its_prediction():
@@ -181,7 +186,7 @@ def test_layers_and_dense_weights_by_hand(compressed, tmp_path, monkeypatch, cap
     report["settings"]["ckpt"] = "/no/such/folder"
     (folder / "report.json").write_text(json.dumps(report))
     monkeypatch.chdir(tmp_path)
-    assert "/no/such/folder: no such folder, but small was made from it; pass --dense DENSE" in error_of(
+    assert "/no/such/folder: no such folder, but the report was made from it; pass --dense FOLDER" in error_of(
         plot.main, "small", monkeypatch, capsys)
     layer = report["redundant"][1]
     monkeypatch.setattr(sys, "argv", ["plot", "small", "--layer-ids", str(layer), "--dense", str(ROOT / "data/tiny"),
@@ -213,17 +218,19 @@ def test_mistakes_are_one_line_and_draw_nothing(words, message, compressed, tmp_
 
 
 def test_another_models_weights_are_refused():
-    model = random_model()
-    good = {"cosines": [0.5] * 4, "matrices": [{"name": MATRIX, "shape": [16, 24]}]}
-    check_dense(model, "there", good)
-    with pytest.raises(ValueError, match="there: a model of 4 layers, but the report is of 5"):
-        check_dense(model, "there", {**good, "cosines": [0.5] * 5})
-    with pytest.raises(ValueError, match=r"w2 is \[16, 24\], expected a dense matrix of shape \[16, 32\]"):
-        check_dense(model, "there", {**good, "matrices": [{"name": MATRIX, "shape": [16, 32]}]})
+    good = {"settings": {"ckpt": str(TINY), "dtype": "torch.bfloat16"}, "cosines": [0.5] * 8,
+            "matrices": [{"name": MATRIX, "shape": [96, 256]}]}
+    folder, model, _ = open_dense(good, None, "cpu", "auto")
+    assert folder == TINY and model.dtype == torch.bfloat16  # that the compressed folder was made in
+    assert open_dense(good, None, "cpu", "float32")[1].dtype == torch.float32
+    with pytest.raises(ValueError, match="tiny: a model of 8 layers, but the report is of 5"):
+        open_dense({**good, "cosines": [0.5] * 5}, TINY, "cpu", "auto")
+    with pytest.raises(ValueError, match=r"w2 is \[96, 256\], expected a dense matrix of shape \[16, 32\]"):
+        open_dense({**good, "matrices": [{"name": MATRIX, "shape": [16, 32]}]}, None, "cpu", "auto")
 
 
 @pytest.mark.parametrize("field, value", [
-    *(("settings", value) for value in (None, {}, {"ckpt": 3, "score": "taylor"}, {"ckpt": "there"})),
+    *(("settings", value) for value in (None, {}, {**SETTINGS, "ckpt": 3}, {**SETTINGS, "dtype": None})),
     *(("cosines", value) for value in (1, [], ["0.9"], [math.nan])),
     *(("redundant", value) for value in ([], [8], [-1], [True], [5, 3])),
     *(("matrices", value) for value in ({}, [{}], [None])),
@@ -232,7 +239,7 @@ def test_another_models_weights_are_refused():
                     {"rank": None}, {"kept": None}, {"kept": [0, 6]}, {"kept": [5, 0]}, {"kept": [0.0, 5]})),
 ])
 def test_a_report_that_grasp_did_not_write_is_refused(field, value, tmp_path):
-    sound = {"settings": {"ckpt": "there", "score": "taylor"}, "cosines": [0.5] * 8, "redundant": [3], "matrices": [
+    sound = {"settings": SETTINGS, "cosines": [0.5] * 8, "redundant": [3], "matrices": [
         {"name": "layers.3.attention.wq", "shape": [9, 6], "rank": 2, "kept": [0, 5]},
         {"name": "layers.3.attention.wk", "shape": [9, 6], "rank": None, "kept": None}]}
     file = tmp_path / "report.json"
