@@ -287,6 +287,8 @@ def parse():
     a = p.parse_args()
     if not 0 < a.lr < 1:
         raise ValueError(f"--lr {a.lr}: expected more than 0 and less than 1")
+    if not a.data.is_file():
+        raise FileNotFoundError(f"--data {a.data}: no such file")
     a.out = a.out or Path(f"{a.ckpt.name}-recovered")
     if a.out.resolve() == a.ckpt:
         raise ValueError(f"--out {a.out}: is the input")

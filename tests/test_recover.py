@@ -75,9 +75,9 @@ def test_an_epoch_takes_every_record_once_and_like_lengths_together():
 
 # ------------------------------------------------------------------------------------------------ one step
 
-def small_problem():
-    """A random model with factors in its block 2, in float64, and five sequences of unlike length."""
-    model = random_model(n_layers=4)
+def small_problem(dtype=torch.float64):
+    """A random model with factors in its block 2, and five sequences of unlike length."""
+    model = random_model(dtype, n_layers=4)
     batch = torch.randint(50, (3, 12), generator=torch.Generator().manual_seed(0))
     grasp.compress(model, [2], lambda label: iter([batch]), ratio=0.5, log=lambda line: None)
     model.output.weight.mul_(5)  # for a gradient that is long enough to be clipped
@@ -112,6 +112,19 @@ def test_a_step_follows_the_gradient_of_the_mean_loss_per_token(micro_batch):
     for (name, p), g in zip(factors.items(), wanted):
         torch.testing.assert_close(before[name] - p.detach(), g / norm, rtol=1e-5, atol=1e-12)
         assert p.grad is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_cuda_products_are_bf16_and_factors_fp32(dtype):
+    model, _, examples = small_problem(dtype)
+    expected = recover.mean_loss(model.float(), examples, 2)
+    factors = recover.prepare(model.to("cuda", dtype))
+    before = {name: p.detach().clone() for name, p in factors.items()}
+    optimizer = torch.optim.AdamW(factors.values(), lr=1e-3)
+    assert recover.update(model, factors, optimizer, examples, 2) == pytest.approx(expected, rel=0.05)
+    assert {p.dtype for p in factors.values()} == {torch.float32}
+    assert all(p.isfinite().all() and not torch.equal(before[name], p) for name, p in factors.items())
 
 
 def test_the_learning_rate_rises_in_a_line_and_falls_in_a_line():
@@ -235,7 +248,7 @@ def test_half_precision_weights_have_fp32_factors_while_they_learn(run, tmp_path
     ("--lr 0", None, "--lr 0.0"),
     ("--lr nan", None, "--lr nan"),
     ("--seed -1", None, "argument --seed"),
-    ("--data nowhere.json", None, "nowhere.json"),
+    ("--data nowhere.json", None, "--data nowhere.json: no such file"),
     ("--out records.json", None, "records.json: exists")])
 def test_mistakes_are_one_line(words, content, message, run, tmp_path, monkeypatch, capsys):
     if content:
