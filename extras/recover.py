@@ -60,8 +60,8 @@ def tokenize(record, tokenizer, length, response_only=False):
 
 def order(lengths, batch, generator):
     """The batches of one epoch, as lists of indices: records of like length together, the batches in random order."""
-    mixed = torch.randperm(len(lengths), generator=generator)
-    alike = mixed[torch.tensor(lengths)[mixed].argsort(stable=True)].split(batch)
+    shuffled = torch.randperm(len(lengths), generator=generator)
+    alike = shuffled[torch.tensor(lengths)[shuffled].argsort(stable=True)].split(batch)
     return [alike[i].tolist() for i in torch.randperm(len(alike), generator=generator)]
 
 
@@ -228,11 +228,11 @@ def weights_sha256(model):
 
 def split(records, tokenizer, settings):
     """(training examples, held-out ones), each [(tokens, labels)], at random; records without a prediction left out."""
-    s, mixed_up = settings, torch.randperm(len(records), generator=torch.Generator().manual_seed(settings["seed"]))
+    s, shuffled = settings, torch.randperm(len(records), generator=torch.Generator().manual_seed(settings["seed"]))
     if not s["held_out"] < len(records):
         raise ValueError(f"{len(records)} records, too few to hold out {s['held_out']}")
     examples = [tokenize(records[i], tokenizer, s["seq_len"], s["response_only"])
-                for i in mixed_up[:s["held_out"] + (s["samples"] or len(records))]]
+                for i in shuffled[:s["held_out"] + (s["samples"] or len(records))]]
     parts = [[example for example in part if predicted([example])]
              for part in (examples[s["held_out"]:], examples[:s["held_out"]])]
     if not all(parts):
