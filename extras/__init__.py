@@ -1,4 +1,5 @@
 """What goes further, one file each, run as `python -m extras.NAME`; it stands on the core, which knows none of it."""
+import json
 import math
 import os
 from contextlib import contextmanager
@@ -24,6 +25,12 @@ def written_whole(file):
         partial.unlink(missing_ok=True)
 
 
+def write_json(file, content):
+    """A table or list as a JSON file, whole or not at all."""
+    with written_whole(file) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
 def short_names(paths):
     """The last part of each path, or the paths as they are where that would make two alike."""
     names = [Path(path).name for path in paths]
@@ -45,8 +52,7 @@ def read_report(folder):
         if not good:
             raise ValueError(f"{file}: {field} is missing or not as grasp.py writes it")
 
-    check(isinstance(settings, dict) and all(isinstance(settings.get(name), str)
-                                               for name in ("ckpt", "score", "dtype")),
+    check(isinstance(settings, dict) and all(isinstance(settings.get(n), str) for n in ("ckpt", "score", "dtype")),
           "settings, with ckpt, score and dtype,")
     check(isinstance(cosines, list) and cosines and all(type(c) in (int, float) and math.isfinite(c) for c in cosines),
           "cosines")
@@ -73,8 +79,8 @@ def indices(found, end):
 def open_dense(report, dense, device, dtype, names=()):
     """(folder, model, tokenizer) of the dense weights that the folder of a report was made from.
 
-    dense: where they are, None for where the report says. dtype: as --dtype gives it, "auto" for the report's. ValueError if the report is not
-    of those weights, or if one of `names` is not a dense matrix of theirs.
+    dense: where they are, None for where the report says. dtype: as --dtype gives it, "auto" for the report's.
+    ValueError if the report is not of those weights, or if one of `names` is not a dense matrix of theirs.
     """
     folder = (dense or Path(report["settings"]["ckpt"])).resolve()
     if dense is None and not folder.is_dir():

@@ -14,7 +14,6 @@ Every variant starts from the same model: its matrices are put back after each. 
 sweep that finds the layers and the sweep that takes the gradients; both count in the seconds of each that uses them.
 Peak GiB is the process's so far, so that it says nothing of the later variants.
 """
-import json
 from bisect import bisect_left
 from functools import partial
 from operator import itemgetter
@@ -26,7 +25,7 @@ from attribution import SCORES, rank_for_ratio, weight_gradients
 from data.corpus import batches, random_windows, show, text_names, text_or_embedded
 from evaluate import (TINY, Parser, batch_size, command, json_file, load_windows, open_checkpoint, peak_bytes,
                       perplexities, positive, sequence_length, table, timed)
-from extras import short_names, written_whole
+from extras import short_names, write_json
 from grasp import check_layers, compress, find_redundant, matrices, replace, seed, share
 
 EQUAL = "equal"                                          # as a ratio: the one that keeps what the variant before kept
@@ -180,10 +179,8 @@ def main():
         print(spread(rows[1:], texts))
     if a.json:
         protocol = {label: protocol for label, (_, protocol) in texts.items()}
-        content = {"study": a.study, "ckpt": str(a.ckpt), "dtype": str(model.dtype), "seq_len": seq_len,
-                   "calibration": calibration, "protocol": protocol, "results": rows}
-        with written_whole(a.json) as file:
-            file.write_text(json.dumps(content, indent=1) + "\n")
+        write_json(a.json, {"study": a.study, "ckpt": str(a.ckpt), "dtype": str(model.dtype), "seq_len": seq_len,
+                            "calibration": calibration, "protocol": protocol, "results": rows})
 
 
 def read_calibration(names, tokenizer, data_dir, asked):

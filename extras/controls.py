@@ -16,7 +16,7 @@ from attribution import svd
 from evaluate import Parser, command, open_checkpoint
 from extras import open_dense, read_report
 from grasp import keep, seed
-from model import LowRankLinear, check_target, save_checkpoint
+from model import check_target, save_checkpoint
 
 
 def drop_layers(model, layer_ids):

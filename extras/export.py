@@ -9,7 +9,6 @@ Needs the packages safetensors, huggingface_hub and tokenizers (for hf). A slidi
 positions then end where the window does, and up to there full attention gives the same logits.
 """
 import base64
-import json
 import shutil
 import tempfile
 from dataclasses import asdict
@@ -21,7 +20,7 @@ from data import need
 from data.checkpoint import HF_FIELDS, HF_TENSORS, read_args
 from data.corpus import embedded_text
 from evaluate import Parser, command, open_checkpoint
-from extras import written_whole
+from extras import write_json, written_whole
 from model import LowRankLinear, Transformer, check_target, upcast, whole_storage
 
 # Llama 3's special tokens by their places after the ranks; the other 251 are numbered. Its file does not hold them.
@@ -67,10 +66,6 @@ def export(model, tokenizer, out, layout="hf", shard="5GB"):
         else:
             write_meta(model, tokenizer, folder)
         folder.rename(out)
-
-
-def write_json(file, table):
-    file.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------ Hugging Face

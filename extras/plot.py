@@ -9,7 +9,6 @@ The cosines and the kept components are report.json's; the spectra and the exper
 FOLDER was made from. Every plot_ function takes numbers and returns a matplotlib Figure.
 """
 import io
-import json
 import math
 import os
 from pathlib import Path
@@ -20,9 +19,9 @@ from torch import nn
 from attribution import importance, sigma_gradients, svd, weight_gradients
 from data import need
 from data.corpus import batches, text_names
-from evaluate import (TINY, Parser, batch_size, command, load_windows, open_checkpoint, perplexity, positive,
-                      sequence_length, timed)
-from extras import open_dense, read_report, written_whole
+from evaluate import (TINY, Parser, batch_size, command, load_windows, perplexity, positive, sequence_length,
+                      timed)
+from extras import open_dense, read_report, write_json, written_whole
 from grasp import matrices
 from model import upcast
 
@@ -168,15 +167,13 @@ def plot_groups(result, model_name, text):
 def write(file, content):
     """Put a Figure (as PNG) or a dict (as JSON) into a file, whole or not at all."""
     if isinstance(content, dict):
-        content = (json.dumps(content, indent=1) + "\n").encode()
+        write_json(file, content)
     else:
         from PIL import Image  # matplotlib brings it
-        png, small = io.BytesIO(), io.BytesIO()
+        png = io.BytesIO()
         content.savefig(png, format="png")
-        Image.open(png).convert("RGB").quantize(64).save(small, format="png", optimize=True)  # a quarter
-        content = small.getvalue()
-    with written_whole(file) as partial:
-        partial.write_bytes(content)
+        with written_whole(file) as partial:
+            Image.open(png).convert("RGB").quantize(64).save(partial, format="png", optimize=True)  # a quarter
     print(f"written: {file}")
 
 

@@ -34,9 +34,10 @@ WITH_INPUT = ("Below is an instruction that describes a task, paired with an inp
 
 
 def read_records(file):
-    """[{instruction, input, output}] of Alpaca's JSON file. ValueError: what is not so."""
+    """([{instruction, input, output}], SHA-256) of Alpaca's JSON file. ValueError: what is not so."""
+    content = file.read_bytes()
     try:
-        records = json.loads(Path(file).read_text(encoding="utf-8"))
+        records = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{file}: not JSON ({e})") from None
     for i, record in enumerate(records if isinstance(records, list) and records else [None]):
@@ -44,7 +45,7 @@ def read_records(file):
         if not all(isinstance(fields.get(name), str) for name in ("instruction", "input", "output")):
             raise ValueError(f"{file}: record {i}: expected a list of records with the strings instruction, output "
                              "and, where there is one, input")
-    return records
+    return records, hashlib.sha256(content).hexdigest()
 
 
 def tokenize(record, tokenizer, length, response_only=False):
@@ -242,7 +243,7 @@ def split(records, tokenizer, settings):
 
 def main():
     a = parse()
-    records, digest = read_records(a.data), hashlib.sha256(a.data.read_bytes()).hexdigest()
+    records, digest = read_records(a.data)
     model, tokenizer = open_checkpoint(a.ckpt, a.device, a.dtype)
     dtype, state_file = model.dtype, a.out.with_name(f"{a.out.name}.state")
     settings = {"weights_sha256": weights_sha256(model), "data_sha256": digest, "dtype": str(dtype),

