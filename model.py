@@ -12,14 +12,14 @@ import math
 import os
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data.checkpoint import read_folder
+from data.checkpoint import pair_rows, read_folder
 
 # the seven weight matrices of a block; with "layers.22." before it, a name means one of the model's
 MATRICES = ("attention.wq", "attention.wk", "attention.wv", "attention.wo",
@@ -187,8 +187,8 @@ class Transformer(nn.Module):
     @property
     def n_params_dense(self):
         """The parameters of the dense model that a compressed one stands for."""
-        return self.n_params + sum(m.A.shape[0] * m.B.shape[1] - m.A.numel() - m.B.numel()
-                                   for m in self.modules() if isinstance(m, LowRankLinear))
+        with torch.device("meta"):
+            return Transformer(self.args, self.output.weight is self.tok_embeddings.weight).n_params
 
     @property
     def device(self):
@@ -214,7 +214,7 @@ def load_checkpoint(path, dtype=None, device="cpu"):
     found = sum(name.endswith(".attention_norm.weight") for name in shards[0])
     if found != args.n_layers:  # seen before a model of any size is built
         raise ValueError(f"{folder}: weights of {found} layers, expected {args.n_layers}")
-    wrong = set(ranks) - {f"layers.{layer}.{matrix}" for layer in range(args.n_layers) for matrix in MATRICES}
+    wrong = set(ranks) - {f"layers.{i}.{part}" for i in range(args.n_layers) for part in (*MATRICES, "feed_forward")}
     if wrong:
         raise ValueError(f"{folder}: ranks names {min(wrong)}, which this model does not have")
     embedding, heads = shards[0]["tok_embeddings.weight"], [shard.get("output.weight") for shard in shards]
@@ -222,9 +222,12 @@ def load_checkpoint(path, dtype=None, device="cpu"):
     try:
         with torch.device("meta"):
             model = Transformer(args, tied)
-            for name, k in ranks.items():
-                m, n = model.get_submodule(name).weight.shape
-                model.replace_matrix(name, LowRankLinear(torch.empty(m, k), torch.empty(k, n)))
+            for name, k in sorted(ranks.items()):  # a feed-forward, whose rank is its channels, before its matrices
+                if name.endswith("feed_forward"):
+                    model.replace_matrix(name, FeedForward(replace(args, hidden_dim=k)))
+                else:
+                    m, n = model.get_submodule(name).weight.shape
+                    model.replace_matrix(name, LowRankLinear(torch.empty(m, k), torch.empty(k, n)))
     except (RuntimeError, TypeError):  # sizes whose product no tensor can have
         raise ValueError(f"{folder}: no model can be of these sizes: {args}") from None
     return fill(model, shards, folder, halves, dtype or embedding.dtype, device)
@@ -273,11 +276,6 @@ def gather(parts, name, shape, folder):
     raise ValueError(f"{folder}: tensor {name} is {found}, expected {tuple(shape)}")
 
 
-def pair_rows(W, head_dim):
-    """Rows of wq or wk: each head's x0 x1 .. y0 y1 .. (Hugging Face turns its halves) as x0 y0 x1 y1 .. (Meta)."""
-    return W.view(-1, 2, head_dim // 2, W.shape[1]).transpose(1, 2).reshape(W.shape)
-
-
 def check_target(path, overwrite=False):
     """FileExistsError or PermissionError if a checkpoint cannot be written to `path`; called before any long work."""
     path = Path(path)
@@ -302,6 +300,8 @@ def save_checkpoint(model, path, report=None, tokenizer=None, overwrite=False):
     path = Path(path)
     check_target(path, overwrite)
     ranks = {name: m.A.shape[1] for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    mlps = {name: [*m.w2.parameters()][-1] for name, m in model.named_modules() if isinstance(m, FeedForward)}
+    ranks.update({name: w.shape[1] for name, w in mlps.items() if w.shape[1] < model.args.hidden_dim})  # w2 or its B
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name[:99]}.tmp-", dir=path.absolute().parent))
     temporary, old = scratch / "new", scratch / "old"
     try:

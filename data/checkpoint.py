@@ -27,8 +27,8 @@ HF_TENSORS = (("model.", ""), ("embed_tokens", "tok_embeddings"), ("lm_head", "o
 def read_folder(folder):
     """(fields of ModelArgs, ranks, shards, halves) of any folder of weights.
 
-    ranks: {matrix name: rank} of a compressed folder. shards: [{name: tensor}], one for each model-parallel part.
-    halves: whether the rows of wq and wk are in Hugging Face's order. Raises FileNotFoundError and ValueError.
+    ranks: {matrix: rank} and {feed-forward: its channels} of a compressed folder. shards: [{name: tensor}], one for each
+    model-parallel part. halves: whether the rows of wq and wk are in Hugging Face's order. Raises FileNotFoundError and ValueError.
     """
     raw = [sorted(f for f in folder.glob(f"consolidated*{kind}") if f.is_file()) for kind in (".pth", ".safetensors")]
     raw = raw[0] or raw[1]
@@ -68,6 +68,11 @@ def our_name(name):
     for theirs, ours in HF_TENSORS:
         name = name.replace(theirs, ours, 1)
     return name
+
+
+def pair_rows(W, head_dim):
+    """Rows of wq or wk: each head's x0 x1 .. y0 y1 .. (Hugging Face turns its halves) as x0 y0 x1 y1 .. (Meta)."""
+    return W.view(-1, 2, head_dim // 2, W.shape[1]).transpose(1, 2).reshape(W.shape)
 
 
 def check_config(config, file):

@@ -1,6 +1,7 @@
 """A folder for other tools, its matrices dense again: `python -m extras.export --ckpt COMPRESSED --out FOLDER`.
 
-Every product A B is put back where W (m, n) stood, in any folder that the commands read; a dense one is only converted.
+Every product A B is put back where W (m, n) stood, and every lost channel as zeros, in any folder that the commands
+read; a dense one is only converted.
 
     --format hf     config.json, model*.safetensors, tokenizer.json: what transformers and the tools around it read
     --format meta   params.json, consolidated.00.pth, tokenizer.model: what Meta's own code reads of its Llama 2 and 3
@@ -15,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from data import need
 from data.checkpoint import HF_FIELDS, HF_TENSORS, read_args
@@ -33,11 +35,16 @@ PROBE = "  Two  spaces,\ttabs\r\nand\n\n\nlines; 1234567 3.14; naïve été e\u0
 
 
 def dense_weight(model, name):
-    """W (m, n) of "layers.22.attention.wq.weight" in the model's dtype; A B is multiplied in fp32 at least."""
-    module = model.get_submodule(name.removesuffix(".weight"))
-    if isinstance(module, LowRankLinear):
-        return (upcast(module.A) @ upcast(module.B)).to(module.A.dtype)
-    return module.weight
+    """W (m, n) of "layers.22.attention.wq.weight" in the model's dtype; A B is multiplied in fp32 at least.
+
+    Channels that an MLP has lost are zeros again: silu(0) * 0 = 0.
+    """
+    module, hidden_dim = model.get_submodule(name.removesuffix(".weight")), model.args.hidden_dim
+    low_rank = isinstance(module, LowRankLinear)
+    W = (upcast(module.A) @ upcast(module.B)).to(module.A.dtype) if low_rank else module.weight
+    if "feed_forward" in name and (lost := hidden_dim - W.shape[name.endswith("w2.weight")]):
+        W = F.pad(W, (0, lost) if name.endswith("w2.weight") else (0, 0, 0, lost))
+    return W
 
 
 def dense_shapes(model):

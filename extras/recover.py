@@ -137,9 +137,9 @@ class LoRALinear(LowRankLinear):
 
 def prepare(model, lora=None, seed=0):
     """{name: parameter}, fp32 at least: the factors to train, or new adapters of rank `lora` beside every matrix."""
-    compressed = model.n_params < model.n_params_dense
-    if compressed == bool(lora):
-        raise ValueError("--lora is for a dense folder, this one is compressed" if lora else
+    low_rank = any(isinstance(module, LowRankLinear) for module in model.modules())
+    if low_rank == bool(lora):
+        raise ValueError("--lora is for dense matrices, this folder has low-rank ones" if lora else
                          "no low-rank matrices to train in this folder: compress it first, or pass --lora RANK")
     generator = torch.Generator().manual_seed(seed)
     for name in (name for layer in range(model.args.n_layers) for name in matrices(layer)):

@@ -242,7 +242,7 @@ def test_half_precision_weights_have_fp32_factors_while_they_learn(run, tmp_path
     ("", "{}", "record 0: expected a list of records"),
     ("", '[{"instruction": "a", "output": "b"}, {"instruction": "a"}]', "record 1: expected a list of records"),
     ("", '[{"instruction": "a", "output": "b"}]', "1 records, too few to hold out 8"),
-    ("--lora 2", None, "--lora is for a dense folder"),
+    ("--lora 2", None, "--lora is for dense matrices"),
     ("--seq-len 300", None, "--seq-len 300: expected 2 to 256"),
     ("--seq-len 2 --response-only", None, "nothing to predict within the first 2 tokens"),
     ("--lr 0", None, "--lr 0.0"),
