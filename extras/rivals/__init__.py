@@ -1,0 +1,98 @@
+"""Other ways to make a LLaMA smaller, a file a family; `python -m extras.compare` holds them against GRASP.
+
+Every method is one function (model, sweep, budget) -> model. `model` is dense and may be changed in place;
+`sweep(label)` is a fresh iterator over the calibration set's batches (B, T) int64; `budget` is the number of parameters
+to remove, met to 0.5 %. What a method adds (a patch, a rotation) counts as parameters of the model it returns, so
+n_params is honest.
+"""
+from contextlib import contextmanager
+
+from torch import nn
+
+from attribution import rank_for_ratio
+from extras.controls import truncate
+from grasp import matrices
+
+SAME_INPUT = {"wk": "wq", "wv": "wq", "w3": "w1"}
+
+
+def block_params(model):
+    """The parameters of one dense block."""
+    return sum(p.numel() for p in model.layers[0].parameters())
+
+
+def whole_blocks(model, budget, least, most, added=0):
+    """(n, rest): blocks to take out, and what another is to lose, where `added` parameters come in.
+
+    ValueError if n is not one of least .. most.
+    """
+    size = block_params(model)
+    n, rest = divmod(budget + added, size)
+    if rest <= 0.005 * budget:  # within the tolerance: no block is slimmed for so little, because even the highest
+        rest = 0  # rank that is smaller than dense costs it half its singular values
+    elif size - rest <= 0.005 * budget:
+        n, rest = n + 1, 0
+    if not least <= n <= most:
+        raise ValueError(f"cannot remove {budget:,} parameters where {added:,} come in: expected {least} to {most} "
+                         f"blocks of {size:,} to go, got {n}")
+    return n, rest
+
+
+def uniform_ranks(model, names, budget):
+    """{name: k}: low-rank factors of one ratio for all named matrices that remove at least `budget` parameters.
+
+    The largest such ratio, ranks as rank_for_ratio gives them, and one more for the first ones while the budget is
+    still met. ValueError if even rank 1 everywhere removes less.
+    """
+    shapes = {name: model.get_submodule(name).weight.shape for name in names}
+
+    def ranks(ratio):
+        return {name: rank_for_ratio(m, n, ratio) for name, (m, n) in shapes.items()}
+
+    def removed(ratio):
+        return sum(m * n - k * (m + n) for k, (m, n) in zip(ranks(ratio).values(), shapes.values()))
+
+    if removed(0) < budget:
+        raise ValueError(f"cannot remove {budget:,} parameters: low-rank factors of these {len(names)} matrices remove "
+                         f"{removed(0):,} at most")
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if removed(middle) >= budget else (low, middle)
+    k, over = ranks(low), removed(low) - budget
+    for name, (m, n) in shapes.items():  # one rank more of everything was too much, but some can still have it
+        if m + n <= over and (k[name] + 1) * (m + n) < m * n:
+            k[name], over = k[name] + 1, over - m - n
+    return k
+
+
+def slim(model, layer, budget):
+    """Plain SVD of one block's seven matrices, so that it loses `budget` parameters: how methods that take whole
+    blocks out meet a budget that is no whole number of blocks (our liberty, the same for all of them)."""
+    if budget > 0:
+        truncate(model, uniform_ranks(model, matrices(layer), budget))
+
+
+def input_of(name):
+    """The matrix whose input stands for this one's: wq's for wk and wv, w1's for w3."""
+    parent, _, leaf = name.rpartition(".")
+    return f"{parent}.{SAME_INPUT.get(leaf, leaf)}"
+
+
+def linear(W):
+    """A linear layer that holds W (m, n) and asks for no gradient."""
+    layer = nn.Linear(*W.shape[::-1], bias=False, device="meta")
+    layer.weight = nn.Parameter(W.detach(), requires_grad=False)
+    return layer
+
+
+@contextmanager
+def watch_inputs(model, names, visit):
+    """While open, every forward pass calls visit(name, x) with the named linear layers' inputs x (B * T, n)."""
+    hooks = [model.get_submodule(name).register_forward_pre_hook(
+        lambda module, inputs, name=name: visit(name, inputs[0].detach().flatten(0, -2))) for name in names]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
