@@ -1,0 +1,206 @@
+"""GRASP and its rivals on one model, one calibration set and one budget: every row removes as many parameters.
+
+    python -m extras.compare --ckpt FOLDER --layers 7 --ratio 0.1 --methods shortgpt svd grasp
+
+The budget is what GRASP removes from the N redundant layers at that ratio, or --budget SHARE of all blocks' parameters.
+svd, fwsvd, asvd, svd-llm, kfac and grasp work on the N redundant layers, which each finds for itself, in its own
+seconds; with -all behind them on every layer. What a method is, its file in extras/rivals/ says. kfac (low-rank, one
+ratio), kfac-all (low-rank, one ranking) and fisher (channels of the MLPs too) are extras/fisher.py's.
+
+Every method starts from a freshly loaded dense model and a freshly seeded generator, so that no row depends on the rows
+before it. Its seconds and its peak memory are the method's own: loading comes before them, evaluation after.
+"""
+import ctypes
+import gc
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from data.corpus import batches, text_names
+from evaluate import (Parser, batch_size, command, json_file, load_windows, markdown, open_checkpoint, peak_bytes,
+                      perplexities, positive, sequence_length, table, timed)
+from extras import fisher, write_json
+from extras.ablation import held, ratio_of_size
+from extras.rivals import block_params
+from extras.rivals.decomposition import asvd, fwsvd, plain_svd, svd_llm
+from extras.rivals.lorap import lorap
+from extras.rivals.patch import linearpatch, replaceme
+from extras.rivals.pruner import llm_pruner
+from extras.rivals.removal import laco, shortgpt, sleb
+from extras.rivals.slicegpt import slicegpt
+from extras.rivals.streamline import streamline
+from grasp import calibration_windows, check_layers, compress, find_redundant, matrices, seed, share
+from model import load_checkpoint
+
+
+def methods(n):
+    """{name: function (model, sweep, budget) -> model}; what is `here` works on the n redundant layers alone."""
+    def here(method):
+        return partial(on_redundant, method, n)
+
+    return {"shortgpt": shortgpt, "sleb": sleb, "laco": laco,
+            "linearpatch": linearpatch, "replaceme": replaceme, "streamline": streamline,
+            "svd": here(plain_svd), "fwsvd": here(fwsvd), "asvd": here(asvd), "svd-llm": here(svd_llm),
+            "svd-all": plain_svd, "fwsvd-all": fwsvd, "asvd-all": asvd, "svd-llm-all": svd_llm,
+            "lorap": lorap, "slicegpt": slicegpt, "llm-pruner": llm_pruner,
+            "grasp": here(grasp),
+            "kfac": here(partial(second_order, allocate="ratio", channels=False)),
+            "kfac-all": partial(second_order, channels=False), "fisher": second_order}
+
+
+def on_redundant(method, n, model, sweep, budget):
+    """A method that can be kept to some layers, on the n redundant ones [GRASP §2.1]."""
+    return method(model, sweep, budget, layers=find_redundant(model, sweep, n)[1])
+
+
+def grasp(model, sweep, budget, layers):
+    """The paper's method with its defaults, at the one ratio by which these layers lose `budget` parameters."""
+    shapes = matrix_shapes(model, layers)
+    most = held(shapes) - held(shapes, 0)  # of rank 1
+    if budget > most:
+        raise ValueError(f"cannot remove {budget:,} parameters: GRASP of {len(layers)} layers removes {most:,} at most")
+    compress(model, layers, sweep, ratio_of_size(shapes, held(shapes) - budget), log=lambda line: None)
+    return model
+
+
+def second_order(model, sweep, budget, layers=None, **settings):
+    """fisher.compress as a method."""
+    fisher.compress(model, sweep, budget, layers, **settings)
+    return model
+
+
+def matrix_shapes(model, layers):
+    """[(m, n)] of all matrices of these layers."""
+    return [model.get_submodule(name).weight.shape for layer in layers for name in matrices(layer)]
+
+
+def budget_of(model, n, ratio, part=None):
+    """How many parameters to remove: as GRASP does from n layers at `ratio`; or the share `part` of all blocks' own."""
+    if part:
+        return round(part * model.args.n_layers * block_params(model))
+    shapes = matrix_shapes(model, range(n))  # all layers are alike
+    return held(shapes) - held(shapes, ratio)
+
+
+def measure(name, method, model, sweep, budget, texts, size):
+    """The row of one method, run on this dense model and then evaluated in micro-batches of `size` sequences.
+
+    {method, removed (parameters), off (relative distance from the budget), perplexity, seconds, peak_bytes}; of a
+    method that cannot do it, which raises ValueError or LinAlgError, {method, error}.
+    """
+    before, seconds = model.n_params, {}
+    reset_peak(model.device)
+    try:
+        with timed(seconds, name, model.device):
+            model = method(model, sweep, budget)
+    except (ValueError, torch.linalg.LinAlgError) as e:
+        return {"method": name, "error": " ".join(str(e).split())}
+    peak, removed = peak_bytes(model.device), before - model.n_params
+    return {"method": name, "removed": removed, "off": removed / budget - 1,
+            "perplexity": perplexities(model, texts, size, name), "seconds": seconds[name], "peak_bytes": peak}
+
+
+def reset_peak(device):
+    """Have evaluate.peak_bytes start again from what is in use now; whether that can be done (CUDA, Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what methods before have freed goes back to the system ...
+        Path("/proc/self/clear_refs").write_text("5")  # ... and the peak becomes what is resident now: proc(5)
+    except (OSError, AttributeError, TypeError):  # not Linux, or not glibc
+        return False
+    return True
+
+
+def columns(row, texts):
+    """{head of a column: what the row has there}, as strings; "-" for what it does not have."""
+    def cell(field, show):
+        return show(row[field]) if field in row else "-"
+
+    return {"method": row["method"], "removed": cell("removed", "{:,}".format),
+            "off budget": cell("off", lambda off: f"{100 * off:+.2f} %"),
+            **{f"{text} ppl": cell("perplexity", lambda results: f"{results[text]:.2f}") for text in texts},
+            "seconds": cell("seconds", "{:.1f}".format),
+            "peak GiB": cell("peak_bytes", lambda peak: f"{peak / 2 ** 30:.2f}")}
+
+
+def compared(rows, texts, notes):
+    """The Markdown table; under it which methods failed or missed the budget, the notes and the texts' protocols."""
+    shown = [columns(row, texts) for row in rows]
+    off = [row["method"] for row in rows if abs(row.get("off", 0)) > 0.005]
+    return "\n".join([markdown([*shown[0]], [[*row.values()] for row in shown]), "",
+                      *(f"{row['method']}: {row['error']}" for row in rows if "error" in row),
+                      *[f"not comparable, as more than 0.5 % off the budget: {', '.join(off)}"] * bool(off), *notes,
+                      table([], texts, 1).partition("\n\n")[2]])  # the protocols, which it puts under every table
+
+
+def main():
+    a = parse()
+    model, tokenizer = open_checkpoint(a.ckpt, a.device, a.dtype)
+    check_layers(model.args.n_layers, a.layers, None)
+    if model.n_params < model.n_params_dense:
+        raise ValueError(f"{a.ckpt}: is compressed already, expected a dense folder")
+    windows, calibration = calibration_windows(a, model, tokenizer)
+    eval_len = sequence_length(None, 2048, model)
+    texts = load_windows(a.eval, tokenizer, eval_len, a.ckpt, a.windows, a.data_dir)
+    size, eval_size = batch_size(a.batch_size, a.seq_len), batch_size(a.batch_size, eval_len)
+    budget = budget_of(model, a.layers, a.ratio, a.budget)
+    if not budget:
+        raise ValueError("--ratio, --budget: leave nothing to remove")
+    of = f"{100 * a.budget:g} % of its blocks" if a.budget else f"as GRASP of {a.layers} layers at ratio {a.ratio}"
+    notes = [f"calibration  {calibration['text']}; {calibration['tokens']:,} tokens, {a.samples} random windows of "
+             f"{a.seq_len}, seed {a.seed}, batches of {size}",
+             f"budget       {budget:,} parameters, {100 * budget / model.n_params:.1f} % of the model, {of}",
+             "measured     seconds of the method alone, peak GiB "
+             f"{'too' if reset_peak(model.device) else 'of the process so far'}"]
+    print("\n".join(notes) + "\n")
+    rows, report = [], {
+        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(a).items()},
+        "dtype": str(model.dtype), "parameters": model.n_params, "budget": budget, "calibration": calibration,
+        "notes": notes, "protocol": {label: protocol for label, (_, protocol) in texts.items()}}
+
+    def add(row):
+        rows.append(row)
+        _, *values = columns(row, texts).items()
+        print(f"{row['method']:<12} " + (row.get("error") or "  ".join(map(" ".join, values))))
+        if a.json:
+            write_json(a.json, {**report, "results": rows})
+
+    add({"method": "dense", "removed": 0, "perplexity": perplexities(model, texts, eval_size, "dense")})
+    load, sweep = partial(load_checkpoint, a.ckpt, model.dtype, model.device), partial(batches, windows, size)
+    del model
+    for name in a.methods:
+        torch.manual_seed(a.seed)
+        gc.collect()  # the model before goes even where a cycle of objects holds it
+        add(measure(name, methods(a.layers)[name], load(), sweep, budget, texts, eval_size))
+    print("\n" + compared(rows, texts, notes))
+
+
+def parse():
+    p, embedded = Parser(__doc__.splitlines()[0]), "with the embedded model, embedded"
+    p.add_texts()
+    known = list(methods(1))
+    p.add_argument("--methods", nargs="+", choices=known, default=known, metavar="NAME",
+                   help=f"in this order (default: {' '.join(known)})")
+    p.add_argument("--layers", type=positive, metavar="N", required=True, help="how many layers are redundant")
+    p.add_argument("--ratio", type=share, help="share of their matrices that GRASP would keep (default: 0.1)")
+    p.add_argument("--budget", type=share, metavar="SHARE", help="instead: share of all blocks' parameters to remove")
+    p.add_argument("--calibration", metavar="TEXT", help=f"{text_names('train')} or a file (default: wikitext2; "
+                   f"{embedded})")
+    p.add_argument("--samples", type=positive, metavar="N", default=32, help="calibration sequences (default: 32)")
+    p.add_argument("--seq-len", type=positive, metavar="T", help="tokens in each (default: 512, or all positions)")
+    p.add_argument("--seed", type=seed, default=42, help="of the windows' random offsets (default: 42)")
+    p.add_argument("--eval", nargs="+", metavar="TEXT", help=f"any of {text_names('test')} and files (default: "
+                   f"wikitext2 ptb; {embedded})")
+    p.add_argument("--json", type=json_file, metavar="FILE", help="write everything there too, after every row")
+    a = p.parse_args()
+    if a.ratio and a.budget:
+        raise ValueError("give one of --ratio and --budget")
+    a.ratio = a.ratio or (None if a.budget else 0.1)
+    return a
+
+
+if __name__ == "__main__":
+    command(main)
