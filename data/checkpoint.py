@@ -27,8 +27,9 @@ HF_TENSORS = (("model.", ""), ("embed_tokens", "tok_embeddings"), ("lm_head", "o
 def read_folder(folder):
     """(fields of ModelArgs, ranks, shards, halves) of any folder of weights.
 
-    ranks: {matrix: rank} and {feed-forward: its channels} of a compressed folder. shards: [{name: tensor}], one for each
-    model-parallel part. halves: whether the rows of wq and wk are in Hugging Face's order. Raises FileNotFoundError and ValueError.
+    ranks: {matrix: rank} and {feed-forward: its channels} of a compressed folder. shards: [{name: tensor}], one for
+    each model-parallel part. halves: whether the rows of wq and wk are in Hugging Face's order. Raises
+    FileNotFoundError and ValueError.
     """
     raw = [sorted(f for f in folder.glob(f"consolidated*{kind}") if f.is_file()) for kind in (".pth", ".safetensors")]
     raw = raw[0] or raw[1]

@@ -10,8 +10,9 @@ grows is the second-order term. Two moments per matrix y = W x estimate it [K-FA
     cost of dW   tr(H dW C dW^T)         estimates twice the second-order change of the loss (nats per token)
 
 x and d are taken as independent, tokens as uncorrelated, and the text's own next tokens stand for draws from the model,
-which K-FAC would make (the empirical Fisher information). It is one unit for all matrices, so ONE ranking of cost per parameter shares out the budget over the whole model. A
-component is a singular one of a matrix or, in an MLP, a channel: row c of w1 and w3, column c of w2.
+which K-FAC would make (the empirical Fisher information). It is one unit for all matrices, so ONE ranking of cost per
+parameter shares out the budget over the whole model. A component is a singular one of a matrix or, in an MLP, a
+channel: row c of w1 and w3, column c of w2.
 """
 import math
 from functools import partial
@@ -35,9 +36,9 @@ def compress(model, sweep, budget, layers=None, basis="kfac", allocate="global",
     """Remove `budget` parameters from the blocks `layers` (None: all), in place: {name: kept (k,)} of what was changed.
 
     basis: see `components`. score: as in grasp.py; with `magnitude`, sigma^2 is what a component costs in that basis.
-    allocate: `global`, one ranking, or `ratio`, the same share of every matrix. channels: MLPs ("layers.3.feed_forward")
-    lose channels, else their three matrices become low-rank too. Holds the fp32 moments of all these blocks: 1 GB for
-    each of LLaMA-2-7B's, 2 GB without channels. ValueError if there is less to remove.
+    allocate: `global`, one ranking, or `ratio`, the same share of every matrix. channels: an MLP, under the name
+    "layers.3.feed_forward", loses channels, else its three matrices become low-rank too. Holds the fp32 moments of all
+    these blocks: 1 GB for each of LLaMA-2-7B's, 2 GB without channels. ValueError if there is less to remove.
     """
     if channels and (basis, allocate, score) != ("kfac", "global", "magnitude"):
         raise ValueError("MLPs by channels need basis kfac, allocation global and score magnitude; got "
@@ -119,8 +120,8 @@ def components(W, C=None, H=None):
     whitened  C = L L^T: W L = U S V^T, Vh = V^T L^-1; they sum up to E|y - A B x|^2 [SVD-LLM, arXiv 2403.07378, §3.1]
     kfac      H = M M^T too: M^T W L = U' S V^T, U = M^-T U'; they sum up to the cost tr(H dW C dW^T)
 
-    C and H are damped here. U and Vh are not orthonormal then, but what attribution.py does with them holds: A B = sum of sigma u v^T over the
-    kept, and dL/d sigma_k = u_k^T G v_k.
+    C and H are damped here. U and Vh are not orthonormal then, but what attribution.py does with them holds: A B = sum
+    of sigma u v^T over the kept, and dL/d sigma_k = u_k^T G v_k.
     """
     W = upcast(W.detach())
     L, M = (None if moment is None else torch.linalg.cholesky(damped(moment)).to(W.dtype) for moment in (C, H))
@@ -142,8 +143,8 @@ def channel_costs(W, C, H, rounds=16):
 
     Optimal brain surgeon [Hassibi and Stork 1993], a sixteenth of the channels at a time. Of those left, channels R
     cost tr(H W_R P^-1 W_R^T), P = (C^-1)_RR, if the rest of W is chosen anew by least squares; one alone costs
-    w_c^T H w_c / P_cc, by which each round takes the cheapest. A later one is given no less than an earlier one, so that
-    costs do not fall from round to round.
+    w_c^T H w_c / P_cc, by which each round takes the cheapest. A later one is given no less than an earlier one, so
+    that costs do not fall from round to round.
     """
     W, inverse, H = W.double(), torch.linalg.inv(damped(C)), damped(H)
     m, n = W.shape

@@ -92,13 +92,29 @@ def test_grasp_meets_any_budget_by_one_ratio():
 
 
 def test_what_is_kept_to_the_redundant_layers_finds_them_itself():
-    for name, everywhere in [("svd", False), ("fwsvd", False), ("asvd", False), ("svd-llm", False), ("grasp", False), ("kfac", False),
+    for name, everywhere in [("svd", False), ("fwsvd", False), ("asvd", False), ("svd-llm", False),
+                             ("grasp", False), ("kfac", False),
                              ("svd-all", True), ("fwsvd-all", True), ("asvd-all", True), ("svd-llm-all", True)]:
         model = random_model(dim=32, head_dim=8, hidden_dim=56)
         windows, before = random_tokens(model, 4, 12), model.n_params
         expected = set(range(4)) if everywhere else set(most_redundant(layer_cosines(model, [windows]), 2))
         model = compare.methods(2)[name](model, lambda label: [windows], 10_000)
         assert low_rank(model) == expected and before - model.n_params > 9_000
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA device"))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", compare.methods(1))
+def test_every_method_stays_where_the_model_is(name, dtype, device):
+    """Device and dtype of what comes back are the model's, its size what was asked, its losses numbers."""
+    model = random_model(dtype, dim=32, head_dim=8, hidden_dim=72, n_layers=8).to(device)
+    tokens, before = random_tokens(model, 6, 24), model.n_params
+    budget = round(1.9 * sum(p.numel() for p in model.layers[0].parameters()))
+    small = compare.methods(3)[name](model, lambda label: tokens.split(2), budget)
+    assert {(p.device.type, p.dtype) for p in small.parameters()} == {(device, dtype)}
+    assert before - small.n_params == pytest.approx(budget, rel=0.02)
+    assert evaluate.perplexity(small, [tokens]) < float("inf")
 
 
 # ------------------------------------------------------------------------------------------------ rows
