@@ -47,7 +47,8 @@ def drop(count, model, sweep=None, budget=None):
 
 
 def models_here():
-    """How many models this process holds."""
+    """How many models this process holds, without those that only cycles of objects hold."""
+    gc.collect()
     return sum(type(thing) is Transformer for thing in gc.get_objects())
 
 
