@@ -65,7 +65,8 @@ def weight_gradients(model, names, batches):
     gradients of half-precision weights do not underflow, and small ones are not lost. ValueError if one overflows.
     """
     weights = {name: model.get_submodule(name).weight.requires_grad_(True) for name in names}
-    sums = {name: torch.zeros_like(upcast(w.detach())) for name, w in weights.items()}
+    sums = {name: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32), requires_grad=False)
+            for name, w in weights.items()}
 
     def add_into(total, w):
         total.add_(w.grad)
@@ -104,8 +105,20 @@ def backward(model, tokens, labels, scale=1.0):
 
 
 def svd(W):
-    """U (m, r), S (r,) descending, Vh (r, n), in fp32 at least (there is no SVD in half precision)."""
-    return torch.linalg.svd(upcast(W.detach()), full_matrices=False)
+    """U (m, r), S (r,) descending, Vh (r, n), in fp32 at least (there is no SVD in half precision).
+
+    In fp32 by the eigenvectors of the smaller Gram matrix in fp64, W^T W = V S^2 V^T and U = W V / S: faster, and no
+    less exact as long as no singular value is below a millionth of the largest; then, and in fp64, LAPACK's own SVD.
+    """
+    W = upcast(W.detach())
+    tall = W if W.shape[0] >= W.shape[1] else W.mT
+    if W.dtype == torch.float32:
+        squares, V = torch.linalg.eigh(tall.double().mT @ tall.double())
+        S, V = squares.flip(0).clamp(min=0).sqrt().float(), V.flip(1).float()
+        if S[-1] > 1e-6 * S[0]:
+            U = tall @ V / S
+            return (U, S, V.mT) if tall is W else (V, S, U.mT)
+    return torch.linalg.svd(W, full_matrices=False)
 
 
 def sigma_gradients(U, G, Vh):

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data.checkpoint import pair_rows, read_folder
+from data.checkpoint import gather, pair_rows, read_folder
 
 # the seven weight matrices of a block; with "layers.22." before it, a name means one of the model's
 MATRICES = ("attention.wq", "attention.wk", "attention.wv", "attention.wo",
@@ -45,6 +45,26 @@ class ModelArgs:
 def upcast(x):
     """x in fp32 at least: half precisions are widened, fp32 and fp64 stay."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class CrossEntropy(torch.autograd.Function):
+    """Summed negative log-likelihood (nats) of targets (N,) under logits (N, vocab); a target of -100 does not count.
+
+    Its gradient softmax(logits) - onehot(target) overwrites what the forward pass kept: one wide (N, vocab), not three.
+    """
+    @staticmethod
+    def forward(ctx, logits, targets):
+        log_p = upcast(logits).log_softmax(-1)
+        ctx.save_for_backward(log_p, targets)
+        ctx.dtype = logits.dtype
+        return F.nll_loss(log_p, targets, reduction="sum", ignore_index=-100)
+
+    @staticmethod
+    def backward(ctx, grad):
+        log_p, targets = ctx.saved_tensors
+        p, counts, ours = log_p.exp_(), grad * (targets != -100), targets.clamp(min=0)[:, None]
+        p.scatter_add_(1, ours, p.new_full(ours.shape, -1))
+        return p.mul_(counts[:, None]).to(ctx.dtype), None
 
 
 class RMSNorm(nn.Module):
@@ -164,14 +184,16 @@ class Transformer(nn.Module):
         """tokens (B, T) int64 -> logits (B, T, vocab_size)."""
         return self.output(self.norm(self.final_state(tokens)))
 
-    def losses(self, h, tokens, chunk=1024):
+    def losses(self, h, tokens, chunk=None):
         """Yield the SUMMED negative log-likelihood (nats) of the next tokens, `chunk` positions at a time.
 
         h (B, T, dim) is the final state of tokens (B, T), of which those that read -100 here are not predicted.
+        The (B, T, vocab) logits never exist at once: on the CPU a chunk's stay in the cache (24 MiB in fp32).
         """
+        chunk = chunk or max(1, (64 if h.is_cuda else 6) * 2 ** 20 // self.args.vocab_size)
         h, targets = h[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()  # the one shift: position t predicts t + 1
-        for h_part, target in zip(h.split(chunk), targets.split(chunk)):  # the (B, T, vocab) logits never exist at once
-            yield F.cross_entropy(upcast(self.output(self.norm(h_part))), target, reduction="sum")
+        for h_part, target in zip(h.split(chunk), targets.split(chunk)):
+            yield CrossEntropy.apply(self.output(self.norm(h_part)), target)
 
     def replace_matrix(self, name, module):
         """Put `module` where the linear layer `name` ("layers.22.attention.wq") stands; return the old one."""
@@ -254,26 +276,6 @@ def fill(model, shards, folder, halves, dtype, device):
     if tied:
         model.output.weight = model.tok_embeddings.weight
     return model
-
-
-def gather(parts, name, shape, folder):
-    """One tensor from its model-parallel shards: vectors are repeated, matrices split over rows (wo, w2: columns).
-
-    The embeddings were split over columns (Llama 1, 2) or rows (Llama 3): seen from where the sizes add up.
-    """
-    if any(part is None for part in parts):
-        raise ValueError(f"{folder}: tensor {name} is missing")
-    if parts[0].shape == shape and (len(parts) == 1 or len(shape) == 1):
-        if all(torch.equal(parts[0], part) for part in parts[1:]):
-            return parts[0]
-        raise ValueError(f"{folder}: tensor {name} differs between the shards")
-    sides = (0, 1) if "tok_embeddings" in name else (1,) if name.endswith(("wo.weight", "w2.weight")) else (0,)
-    for dim in sides if all(part.ndim == len(shape) == 2 for part in parts) else ():
-        sizes = {part.shape[:dim] + part.shape[dim + 1:] for part in parts}
-        if sizes == {shape[:dim] + shape[dim + 1:]} and sum(part.shape[dim] for part in parts) == shape[dim]:
-            return torch.cat(parts, dim)
-    found = " and ".join(str(tuple(part.shape)) for part in parts)
-    raise ValueError(f"{folder}: tensor {name} is {found}, expected {tuple(shape)}")
 
 
 def check_target(path, overwrite=False):

@@ -76,6 +76,26 @@ def pair_rows(W, head_dim):
     return W.view(-1, 2, head_dim // 2, W.shape[1]).transpose(1, 2).reshape(W.shape)
 
 
+def gather(parts, name, shape, folder):
+    """One tensor from its model-parallel shards: vectors are repeated, matrices split over rows (wo, w2: columns).
+
+    The embeddings were split over columns (Llama 1, 2) or rows (Llama 3): seen from where the sizes add up.
+    """
+    if any(part is None for part in parts):
+        raise ValueError(f"{folder}: tensor {name} is missing")
+    if parts[0].shape == shape and (len(parts) == 1 or len(shape) == 1):
+        if all(torch.equal(parts[0], part) for part in parts[1:]):
+            return parts[0]
+        raise ValueError(f"{folder}: tensor {name} differs between the shards")
+    sides = (0, 1) if "tok_embeddings" in name else (1,) if name.endswith(("wo.weight", "w2.weight")) else (0,)
+    for dim in sides if all(part.ndim == len(shape) == 2 for part in parts) else ():
+        sizes = {part.shape[:dim] + part.shape[dim + 1:] for part in parts}
+        if sizes == {shape[:dim] + shape[dim + 1:]} and sum(part.shape[dim] for part in parts) == shape[dim]:
+            return torch.cat(parts, dim)
+    found = " and ".join(str(tuple(part.shape)) for part in parts)
+    raise ValueError(f"{folder}: tensor {name} is {found}, expected {tuple(shape)}")
+
+
 def check_config(config, file):
     """config.json's table with rope_theta and rope_scaling in one place (transformers 5 and 4 write them differently).
 

@@ -145,6 +145,32 @@ def test_cuda_gives_the_same_gradients():
         assert torch.allclose(here[name], there[name].cpu(), rtol=1e-3, atol=1e-6), name
 
 
+# ------------------------------------------------------------------------------------------------ the SVD
+
+@pytest.mark.parametrize("m, n", [(40, 40), (60, 20), (20, 60)])
+def test_the_svd_by_the_gram_matrix_is_an_svd(m, n, monkeypatch):
+    """Held against LAPACK in fp64; its own fp32 SVD must not be what answers."""
+    monkeypatch.setattr(torch.linalg, "svd", None)
+    torch.manual_seed(3)
+    W = torch.randn(m, n) * torch.logspace(0, -4, n)  # from the largest to the smallest column, four decades
+    U, S, Vh = svd(W)
+    monkeypatch.undo()
+    r, exact = min(m, n), torch.linalg.svdvals(W.double())
+    assert U.shape == (m, r) and Vh.shape == (r, n) and S.dtype == torch.float32
+    assert (S - exact).abs().max() < 1e-6 * exact[0] and (S.diff() <= 0).all()
+    assert torch.allclose(U @ S.diag() @ Vh, W, rtol=0, atol=1e-5 * exact[0])
+    assert torch.allclose(Vh @ Vh.T, torch.eye(r), atol=1e-5) and torch.allclose(U.T @ U, torch.eye(r), atol=1e-2)
+
+
+@pytest.mark.parametrize("W", [torch.zeros(5, 3), torch.ones(4, 6), torch.eye(6)[:, :4] * 1e-20,
+                               torch.diag(torch.tensor([1.0, 1e-3, 1e-9]))])
+def test_the_svd_of_what_lacks_rank_is_still_an_svd(W):
+    U, S, Vh = svd(W)
+    assert torch.allclose(U @ S.diag() @ Vh, W, rtol=1e-5, atol=1e-12)
+    for Q in (U.T, Vh):
+        assert torch.allclose(Q @ Q.T, torch.eye(min(W.shape)), atol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------ which to keep
 
 def test_importance_is_not_magnitude():

@@ -3,12 +3,13 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from conftest import random_model, random_tokens
 from data.corpus import consecutive_windows
 from evaluate import (TINY, batch_size, load_windows, open_checkpoint, peak_bytes, perplexity, sequence_length, table,
                       timed)
-from model import load_checkpoint
+from model import CrossEntropy, load_checkpoint
 
 
 def test_uniform_logits_give_the_vocabulary_size():
@@ -43,6 +44,21 @@ def test_half_precision_logits_are_summed_wide():
     loss = next(model.losses(model.final_state(tokens), tokens))
     log_p = torch.log_softmax(model(tokens)[:, :-1].double(), -1).gather(2, tokens[:, 1:, None])
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(-log_p.sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.bfloat16, 1e-2)])
+def test_the_cross_entropy_and_its_gradient_are_torchs(dtype, tolerance):
+    """Where a target is -100 nothing is counted, and its logits get no gradient."""
+    torch.manual_seed(0)
+    logits = torch.randn(9, 30).to(dtype).requires_grad_()
+    targets = torch.randint(30, (9,))
+    targets[[2, 5]] = -100
+    theirs = F.cross_entropy(logits.double(), targets, reduction="sum")
+    expected, = torch.autograd.grad(3 * theirs, logits)
+    ours = CrossEntropy.apply(logits, targets)
+    found, = torch.autograd.grad(3 * ours, logits)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6) and found.dtype == dtype
+    assert torch.allclose(found, expected, rtol=0, atol=3 * tolerance) and found[2].abs().max() == 0
 
 
 def test_windows_do_not_overlap_and_the_tail_is_dropped():

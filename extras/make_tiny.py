@@ -1,4 +1,4 @@
-"""How the embedded model in data/tiny was made: `python -m data.make_tiny FOLDER`, a few minutes on 2 CPU cores.
+"""How the embedded model in data/tiny was made: `python -m extras.make_tiny FOLDER`, a few minutes on 2 CPU cores.
 
 A LLaMA of 8 blocks with grouped-query attention and its own SentencePiece vocabulary, trained on the language
 reference that every Python carries; the last tenth of that text is held out.
@@ -59,7 +59,7 @@ def train(model, tokens, held_out):
 
 def main():
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        raise ValueError("usage: python -m data.make_tiny FOLDER")
+        raise ValueError("usage: python -m extras.make_tiny FOLDER")
     folder = Path(sys.argv[1])
     check_target(folder)
     torch.manual_seed(42)
