@@ -18,6 +18,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from data import processes
 from model import upcast
 
 SCORES = ("taylor", "gradient", "magnitude")
@@ -37,7 +38,7 @@ def layer_cosines(model, batches):
                 cosines.append(F.cosine_similarity(upcast(h), upcast(h_next), dim=-1).double().sum())
             h = h_next
         total, count = total + torch.stack(cosines), count + tokens.numel()
-    return (total / count).cpu()
+    return processes.mean(total, count)
 
 
 @torch.no_grad()
@@ -48,7 +49,7 @@ def angular_distances(model, batches, n):
         last = torch.stack([upcast(h[:, -1]) for h in model.residual_stream(tokens.to(model.device))])
         cosine = F.cosine_similarity(last[:-n], last[n:], dim=-1).clamp(-1, 1)
         total, count = total + (cosine.double().arccos() / math.pi).sum(1), count + len(tokens)
-    return (total / count).cpu()
+    return processes.mean(total, count)
 
 
 def most_redundant(cosines, n):
@@ -63,6 +64,7 @@ def weight_gradients(model, names, batches):
     Only these matrices ask for gradients, so autograd stops at the lowest block that holds one. Each micro-batch's
     gradient of the SUMMED likelihood is added into a wide sum and freed at once, and the sum is divided at the end:
     gradients of half-precision weights do not underflow, and small ones are not lost. ValueError if one overflows.
+    Of several processes each returns what its own batches add to G; processes.summed brings that together.
     """
     weights = {name: model.get_submodule(name).weight.requires_grad_(True) for name in names}
     sums = {name: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32), requires_grad=False)
@@ -84,8 +86,11 @@ def weight_gradients(model, names, batches):
             hook.remove()
             w.requires_grad_(False)
             w.grad = None
+    count = processes.add_up(torch.tensor(count)).item()
     for name, total in sums.items():
-        if not total.div_(count).isfinite().all():
+        if processes.sharded(total):
+            total *= processes.count()  # FSDP2 takes the mean over the processes
+        if not processes.own(total.div_(count)).isfinite().all():
             raise ValueError(f"the gradient of {name} is not finite; try --dtype bfloat16 or float32")
     return sums
 

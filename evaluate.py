@@ -5,6 +5,8 @@ The second half is what all commands share: their table, their settings and thei
 """
 import argparse
 import json
+import os
+import signal
 import sys
 import time
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from data import processes
 from data.corpus import TEXTS, batches, consecutive_windows, text_names, text_or_embedded
 from data.tokenizer import load_tokenizer
 from model import load_checkpoint
@@ -31,7 +34,7 @@ def perplexity(model, token_batches):
         tokens = tokens.to(model.device)
         total += sum(nll.double() for nll in model.losses(model.final_state(tokens), tokens))
         count += tokens[:, 1:].numel()
-    return (total / count).exp().item()
+    return processes.mean(total, count).exp().item()
 
 
 def load_windows(asked, tokenizer, seq_len, ckpt, limit=None, data_dir=None):
@@ -109,8 +112,10 @@ class Parser(argparse.ArgumentParser):
         add("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: CUDA where there is one)")
         add("--dtype", default="auto", choices=["auto", *DTYPES], help="to compute in and write (default: the ckpt's)")
 
-    def add_texts(self):
+    def add_texts(self, shard=False):
         add = self.add_argument
+        if shard:
+            add("--shard", action="store_true", help="under torchrun, a process holds only its part of the matrices")
         add("--batch-size", type=positive, metavar="N", help="sequences in a micro-batch (default: of 1,024 tokens)")
         add("--data-dir", metavar="DIR", help="with wikitext-2-raw/ and ptb/ (default: $GRASP_DATA, cache, download)")
         add("--windows", type=positive, metavar="N", help="evaluate only N windows of each text (default: all)")
@@ -131,23 +136,30 @@ def json_file(name):
     return Path(name)
 
 
-def open_checkpoint(ckpt, device, dtype):
+def open_checkpoint(ckpt, device, dtype, shard=False):
     """Load model and tokenizer, and say in two lines what they are and where they run: (model, tokenizer)."""
     device, why = ((device, "as asked") if device != "auto" else
                    ("cuda", "auto: CUDA is here") if torch.cuda.is_available() else ("cpu", "auto: no CUDA here"))
+    if device == "cuda" and processes.count() > 1:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"  # one of this machine's for each of its processes
     try:
         known = torch.device(device).type in ("cpu", "cuda") and torch.empty(0, device=device) is not None
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"--device {device}: {str(e).splitlines()[0]}") from None
     if not known:
         raise ValueError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
-    model = load_checkpoint(ckpt, DTYPES.get(dtype), device)
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(device)  # collectives and new streams take the current one
+    model = load_checkpoint(ckpt, DTYPES.get(dtype), device, shard)
     if model.n_params < 10 ** 7:  # matrices this small are not worth sharing, least of all on a busy machine
         torch.set_num_threads(1)
     a, whose = model.args, "the folder's own" if dtype == "auto" else "as asked"
     print(f"model        {ckpt}  {a.n_layers} layers, dim {a.dim}, {a.n_heads} heads over {a.n_kv_heads}, "
           f"{model.n_params:,} parameters\ndevice       {model.device} ({why}), "
           f"dtype {str(model.dtype).removeprefix('torch.')} ({whose})")
+    if processes.count() > 1:
+        held = sum(p.nbytes for p in map(processes.own, model.parameters())) / 2 ** 30
+        print(f"processes    {processes.count()}; this one holds {held:.3f} GiB of the weights")
     return model, load_tokenizer(ckpt, a.vocab_size)
 
 
@@ -164,32 +176,40 @@ def batch_size(asked, seq_len):
     return asked or max(1, 1024 // seq_len)
 
 
-def command(main):
-    """Run a command: a user's mistake is one line on stderr and exit code 2, Ctrl-C one line and 130."""
+def command(main, parallel=False):
+    """Run a command: a user's mistake is one line on stderr and exit code 2, Ctrl-C one line and 130.
+
+    parallel: torchrun may start it many times over; whichever process fails first tells why, and torchrun ends all.
+    """
     sys.stdout.reconfigure(line_buffering=True)  # a log file shows where the work is
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an orderly end, which takes back what is half written
     try:
-        main()
+        with processes.joined():
+            if processes.count() > 1 and not parallel:
+                raise ValueError("this command is the work of one process: start it with python, not with torchrun")
+            return main()
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
+        message, code = "\ninterrupted", 130
     except (ValueError, OSError, ModuleNotFoundError, MemoryError, RuntimeError) as e:
         memory = isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
-        if isinstance(e, RuntimeError) and not memory:
+        if isinstance(e, RuntimeError) and not memory and not processes.lost(e):
             raise  # not the user's mistake but ours
-        print("error:", *str(e).split(), *["out of memory; try smaller batches"] * memory, file=sys.stderr)
-        sys.exit(2)
+        message, code = " ".join(["error:", *str(e).split(), *["out of memory; try smaller batches"] * memory]), 2
+    if processes.fails_first():
+        print(message, file=sys.stderr)
+    sys.exit(code)
 
 
 def main():
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_texts()
+    parser.add_texts(shard=True)
     add = parser.add_argument
     add("--data", nargs="+", metavar="TEXT", help=f"any of {text_names('test')} and files (default: wikitext2 ptb; "
         "with the embedded model, embedded)")
     add("--seq-len", type=positive, metavar="T", help="tokens in a window (default: 2048, or all positions if fewer)")
     add("--json", type=json_file, metavar="FILE", help="write the results there too")
     a = parser.parse_args()
-    model, tokenizer = open_checkpoint(a.ckpt, a.device, a.dtype)
+    model, tokenizer = open_checkpoint(a.ckpt, a.device, a.dtype, a.shard)
     seq_len, seconds = sequence_length(a.seq_len, 2048, model), {}
     texts = load_windows(a.data, tokenizer, seq_len, a.ckpt, a.windows, a.data_dir)
     with timed(seconds, "evaluation"):
@@ -203,4 +223,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, parallel=True)

@@ -19,6 +19,7 @@ from torch import nn
 
 from attribution import (SCORES, angular_distances, importance, layer_cosines, low_rank_factors, most_redundant,
                          rank_for_ratio, rank_for_threshold, sigma_gradients, svd, top_k, weight_gradients)
+from data import processes
 from data.corpus import batches, random_windows, text_names, text_or_embedded
 from evaluate import (TINY, Parser, batch_size, command, load_windows, open_checkpoint, peak_bytes, perplexities,
                       positive, sequence_length, table, timed)
@@ -54,19 +55,29 @@ def compress(model, layer_ids, sweep, ratio=None, threshold=None, score="taylor"
     records = []
     for group in groups:
         dense = [name for name in group if isinstance(model.get_submodule(name), nn.Linear)]
+        for name in group:
+            if name not in dense:
+                log(f"{name:<26} is low-rank already: left as it is")
         G = {}
         if dense and score != "magnitude":
             with timed(seconds, "attribution", model.device):
                 G = weight_gradients(model, dense, sweep("attribution"))
-        for name in group:
-            if name not in dense:
-                log(f"{name:<26} is low-rank already: left as it is")
-                continue
+        for names in turns(model, dense):
             before = seconds.get("SVD", 0.0)
             with timed(seconds, "SVD", model.device):  # pop: no gradient outlives its matrix's turn
-                records.append(replace(model, name, G.pop(name, None), ratio, threshold, score))
-            log(f"{describe(records[-1])}  {seconds['SVD'] - before:.2f} s")
+                done = replace(model, names, [G.pop(name, None) for name in names], ratio, threshold, score)
+            for record in done:
+                log(f"{describe(record)}  {(seconds['SVD'] - before) / len(done):.2f} s")
+            records += done
     return records
+
+
+def turns(model, names):
+    """The matrices, as many at a time as there are processes to decompose one each; then the like with the like."""
+    size = processes.count()
+    if size > 1:
+        names = sorted(names, key=lambda name: -model.get_submodule(name).weight.numel())
+    return [names[i:i + size] for i in range(0, len(names), size)]
 
 
 def matrices(layer):
@@ -74,21 +85,39 @@ def matrices(layer):
     return [f"layers.{layer}.{matrix}" for matrix in MATRICES]
 
 
-def replace(model, name, G, ratio, threshold, score):
-    """One matrix W (m, n) with its gradient G (m, n): SVD, scores, top-k, factors in its place [GRASP §2.2-2.3].
+def replace(model, names, G, ratio, threshold, score):
+    """Put factors where matrices W (m, n) of gradients G (m, n) stand: {name, shape, rank, kept} for each of them.
 
-    Returns {name, shape, rank, kept}. A matrix whose factors would not be smaller stays dense: rank and kept None.
+    Each of several processes decomposes one and sends it to all. A matrix whose factors would not be smaller stays
+    dense: rank and kept None.
     """
-    W = model.get_submodule(name).weight
+    mine, found, records = None, [], []
+    for owner, (name, g) in enumerate(zip(names, G)):  # first what they need of each other, so that all work at once
+        W = processes.whole(model.get_submodule(name).weight)
+        g = None if g is None else processes.summed(g, owner)
+        mine = (W, g) if owner == processes.rank() else mine
+    if mine:
+        found = decompose(*mine, ratio, threshold, score)
+    for owner, name in enumerate(names):
+        shape = list(model.get_submodule(name).weight.shape)
+        kept, *factors = processes.broadcast(found, owner, model.device) or [None]
+        if factors:
+            model.replace_matrix(name, LowRankLinear(*factors))
+        records.append({"name": name, "shape": shape, "rank": None if kept is None else len(kept),
+                        "kept": None if kept is None else kept.tolist()})
+    return records
+
+
+def decompose(W, G, ratio, threshold, score):
+    """[kept (k,), A (m, k), B (k, n)] of W (m, n): SVD, scores, top-k [GRASP §2.2-2.3]; [] where it is to stay dense."""
     m, n = W.shape
     U, S, Vh = svd(W)
     scores = importance(S, None if G is None else sigma_gradients(U, G, Vh), score)
     k = rank_for_threshold(scores, threshold) if threshold else rank_for_ratio(m, n, ratio)
     if k * (m + n) >= m * n:
-        return {"name": name, "shape": [m, n], "rank": None, "kept": None}
+        return []
     kept = top_k(scores, k)
-    keep(model, name, (U, S, Vh), kept)
-    return {"name": name, "shape": [m, n], "rank": k, "kept": kept.tolist()}
+    return [kept, *(factor.to(W.dtype) for factor in low_rank_factors(U, S, Vh, kept))]
 
 
 def keep(model, name, usv, kept):
@@ -107,7 +136,7 @@ def main():
     a = parse()
     seconds = {}
     with timed(seconds, "load"):
-        model, tokenizer = open_checkpoint(a.ckpt, a.device, a.dtype)
+        model, tokenizer = open_checkpoint(a.ckpt, a.device, a.dtype, a.shard)
     a.device, a.dtype, before, dense_params = model.device, model.dtype, model.n_params, model.n_params_dense
     check_layers(model.args.n_layers, a.layers, a.layer_ids)
     windows, calibration = calibration_windows(a, model, tokenizer)
@@ -176,7 +205,8 @@ def add_comparisons(model, dense, records, redundant, add_row, seconds):
     ours = {}
     with timed(seconds, "plain SVD", model.device):
         for name, k in ((record["name"], record["rank"]) for record in records if record["rank"]):
-            ours[name] = keep(model, name, svd(dense[name].weight), torch.arange(k, device=model.device))  # k largest
+            usv = svd(processes.whole(dense[name].weight))
+            ours[name] = keep(model, name, usv, torch.arange(k, device=model.device))  # the k largest
     add_row("plain SVD", ["redundancy", "plain SVD"])
     for name, module in ours.items():
         model.replace_matrix(name, module)
@@ -184,7 +214,7 @@ def add_comparisons(model, dense, records, redundant, add_row, seconds):
 
 def parse():
     p, embedded = Parser(__doc__.splitlines()[0]), "with the embedded model, embedded"
-    p.add_texts()
+    p.add_texts(shard=True)
     p.add_argument("--layers", type=positive, metavar="N", help="how many redundant layers to compress")
     p.add_argument("--layer-ids", type=int, nargs="+", metavar="ID", help="compress these layers instead")
     p.add_argument("--contiguous", action="store_true", help="take neighbouring layers, by angular distance")
@@ -230,4 +260,4 @@ def seed(text):
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, parallel=True)

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from data import processes
 from data.checkpoint import gather, pair_rows, read_folder
 
 # the seven weight matrices of a block; with "layers.22." before it, a name means one of the model's
@@ -221,12 +222,13 @@ class Transformer(nn.Module):
         return self.tok_embeddings.weight.dtype
 
 
-def load_checkpoint(path, dtype=None, device="cpu"):
+def load_checkpoint(path, dtype=None, device="cpu", shard=False):
     """Read a folder of weights into a Transformer whose parameters ask for no gradient.
 
     path: Meta's or Mistral's raw folder (params.json + consolidated.*), a Hugging Face one (config.json +
     *.safetensors), or a compressed one. dtype None keeps the folder's own; on the CPU the weights then stay
-    memory-mapped. FileNotFoundError, ValueError: the file or tensor, what was found and what was expected.
+    memory-mapped. shard: of each block's matrices only this process's rows are read and held (torchrun).
+    FileNotFoundError, ValueError: the file or tensor, what was found and what was expected.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -252,26 +254,29 @@ def load_checkpoint(path, dtype=None, device="cpu"):
                     model.replace_matrix(name, LowRankLinear(torch.empty(m, k), torch.empty(k, n)))
     except (RuntimeError, TypeError):  # sizes whose product no tensor can have
         raise ValueError(f"{folder}: no model can be of these sizes: {args}") from None
+    if shard:
+        processes.shard([linear for linear in model.layers.modules() if isinstance(linear, nn.Linear)], device)
     return fill(model, shards, folder, halves, dtype or embedding.dtype, device)
 
 
 def fill(model, shards, folder, halves, dtype, device):
     """Give every parameter of the meta model its tensor, one after the other; tied embeddings are one."""
     tied = model.output.weight is model.tok_embeddings.weight
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    known = {*shapes, "rope.freqs", *(["output.weight"] if tied else [])}
+    places = dict(model.named_parameters())
+    known = {*places, "rope.freqs", *(["output.weight"] if tied else [])}
     extra = sorted(name for shard in shards for name in shard if name not in known and "rotary_emb.inv" not in name)
     if extra:
         raise ValueError(f"{folder}: tensor {extra[0]} is not one of this model's ({len(extra)} such)")
-    for name, shape in shapes.items():
-        tensor = gather([shard.get(name) for shard in shards], name, shape, folder)
+    for name, place in places.items():
+        tensor = gather([shard.get(name) for shard in shards], name, place.shape, folder)
         if halves and name.endswith(("wq.weight", "wk.weight")):
             tensor = pair_rows(tensor, model.args.head_dim)
-        tensor = tensor.to(device, dtype)
-        low, high = tensor.aminmax()
+        tensor = processes.own_rows(tensor, place).to(device, dtype)
+        low, high = tensor.aminmax() if len(tensor) else (tensor.sum(),) * 2
         if not (low.isfinite() and high.isfinite()):
             raise ValueError(f"{folder}: tensor {name} holds NaN or infinite values in {dtype}")
         parent, _, leaf = name.rpartition(".")
+        tensor = processes.as_sharded(tensor, place)
         setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
     if tied:
         model.output.weight = model.tok_embeddings.weight
@@ -304,12 +309,14 @@ def save_checkpoint(model, path, report=None, tokenizer=None, overwrite=False):
     ranks = {name: m.A.shape[1] for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
     mlps = {name: [*m.w2.parameters()][-1] for name, m in model.named_modules() if isinstance(m, FeedForward)}
     ranks.update({name: w.shape[1] for name, w in mlps.items() if w.shape[1] < model.args.hidden_dim})  # w2 or its B
+    weights = {name: whole_storage(p) for name, p in model.named_parameters()}
+    if processes.rank():
+        return
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name[:99]}.tmp-", dir=path.absolute().parent))
     temporary, old = scratch / "new", scratch / "old"
     try:
         temporary.mkdir()
-        torch.save({name: whole_storage(p.detach().cpu()) for name, p in model.named_parameters()},
-                   temporary / "consolidated.00.pth")
+        torch.save(weights, temporary / "consolidated.00.pth")
         (temporary / "params.json").write_text(json.dumps({**asdict(model.args), "ranks": ranks}, indent=1) + "\n")
         if report:
             (temporary / "report.json").write_text(json.dumps(report, indent=1, default=str) + "\n")
@@ -326,7 +333,13 @@ def save_checkpoint(model, path, report=None, tokenizer=None, overwrite=False):
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def whole_storage(t):
-    """t alone in its storage, without a copy: torch.save writes whole storages, and a mapped file is a single one."""
-    t = t.contiguous()
+def whole_storage(p):
+    """p alone in its storage, without a copy: torch.save writes whole storages, and a mapped file is a single one.
+
+    None on all processes but the one that writes.
+    """
+    t = processes.whole(p.detach())
+    if processes.rank():
+        return None
+    t = t.cpu().contiguous()
     return torch.from_numpy(t.view(torch.uint8).numpy()).view(t.dtype)

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from data import processes
+
 CACHE = Path(os.path.expanduser("~/.cache/grasp"))
 WIKITEXT = "https://wikitext.smerity.com/wikitext-2-raw-v1.zip"
 HELD_OUT = "typesfunctions"  # topics from here on, in alphabetical order, are the last tenth of the embedded text
@@ -182,20 +184,21 @@ def consecutive_windows(tokens, seq_len, limit=None):
 
 
 def batches(windows, size, label):
-    """Yield micro-batches (size, seq_len) of windows, telling on stderr where the work is."""
+    """Yield this process's micro-batches (size, seq_len) of windows, process 0 telling on stderr where the work is."""
     start, told, done = time.monotonic(), time.monotonic(), 0
-    for batch in windows.split(size):
+    parts = processes.share(windows, size)
+    for i, batch in enumerate(parts, 1):
         yield batch
         done += len(batch)
-        left = (time.monotonic() - start) * (len(windows) - done) / done
+        left = (time.monotonic() - start) * (len(parts) - i) / i
         line = f"{label}  {done}/{len(windows)} sequences  {left:.0f} s left"
-        show(line, last=done == len(windows))
-        if not sys.stderr.isatty() and time.monotonic() - told > 60:  # in a log, a line a minute
+        show(line, last=i == len(parts))
+        if not (sys.stderr.isatty() or processes.rank()) and time.monotonic() - told > 60:  # in a log, a line a minute
             told = time.monotonic()
             print(line, file=sys.stderr, flush=True)
 
 
 def show(line, last):
     """Rewrite one progress line on a terminal, and take it away at the end."""
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and not processes.rank():
         print(f"\r{line:<79}", end="\r" + " " * 79 + "\r" if last else "", file=sys.stderr, flush=True)

@@ -126,6 +126,7 @@ def test_help_shows_the_defaults():
     ("--layers 2 --ckpt bare", "bare: no tokenizer; looked for tokenizer.model and tokenizer.json"),
     ("--layers 2 --device cuda:99", "--device cuda:99"),
     ("--layers 2 --device meta", "--device meta: expected auto, cpu, cuda or cuda:N"),
+    ("--layers 2 --shard", "--shard divides the weights among processes: start them with torchrun"),
     ("--layers 2 --dtype int8", "--dtype: invalid choice: 'int8'"),
     ("--layers 2 --calibration nowhere", "no text 'nowhere': expected wikitext2, ptb, embedded, or the path of a file"),
     ("--layers 2 --calibration wikitext2", "put the file there as DIR/wikitext-2-raw/wiki.train.raw and pass --data-dir"),
