@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from data import processes
-from model import upcast
+from model import finite, upcast
 
 SCORES = ("taylor", "gradient", "magnitude")
 
@@ -70,8 +70,9 @@ def weight_gradients(model, names, batches):
     sums = {name: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32), requires_grad=False)
             for name, w in weights.items()}
 
-    def add_into(total, w):
-        total.add_(w.grad)
+    def add_into(total, w):  # in parts: on the CPU half precision is widened in a copy first
+        for rows, grad in zip(*(processes.own(t).split(1024) for t in (total, w.grad))):
+            rows.add_(grad)
         w.grad = None
 
     hooks = [w.register_post_accumulate_grad_hook(partial(add_into, sums[name])) for name, w in weights.items()]
@@ -90,7 +91,7 @@ def weight_gradients(model, names, batches):
     for name, total in sums.items():
         if processes.sharded(total):
             total *= processes.count()  # FSDP2 takes the mean over the processes
-        if not processes.own(total.div_(count)).isfinite().all():
+        if not finite(processes.own(total.div_(count))):
             raise ValueError(f"the gradient of {name} is not finite; try --dtype bfloat16 or float32")
     return sums
 
@@ -107,6 +108,28 @@ def backward(model, tokens, labels, scale=1.0):
         total += nll.detach()
     h.backward(leaf.grad)                   # ... then the blocks', down to the lowest one asked for
     return total
+
+
+def sweep_bytes(model, layer_ids, B, T):
+    """{"weights", "gradients", "activations"}: bytes; their sum is the peak of weight_gradients over these layers.
+
+    B sequences of T tokens a micro-batch; a model on the meta device counts as one on a GPU. No T x T probabilities are
+    counted, for torch's fused attention keeps none; torch 2.5 lacks it for grouped queries on the CPU and in fp32.
+    """
+    a, s, wide, top = model.args, model.dtype.itemsize, max(4, model.dtype.itemsize), model.args.n_layers - 1
+    matrices = [p.numel() for layer in layer_ids for p in model.layers[layer].parameters() if p.ndim == 2]
+    q, kv, norm = a.n_heads * a.head_dim, a.n_kv_heads * a.head_dim, wide * (a.dim + 1)
+    # What autograd keeps of a token, from the lowest layer up, whose first norm it does not see: both norms' widened
+    # inputs and scales; q, the attention's output, k, v; w1 x, silu(w1 x), w3 x; the attention's log-sum-exps.
+    block = 2 * norm + s * (2 * q + 2 * kv + 3 * a.hidden_dim) + wide * a.n_heads
+    inputs = s * (2 * a.dim + a.hidden_dim)  # of a redundant layer's wq, wk, wv; w1, w3; w2 (wo's is there already)
+    kept = B * T * (block * (top - min(layer_ids) + 1) - norm + inputs * len(layer_ids))
+    # What comes on top of it at the moments that can be the peak, with the final state h and its gradient in each:
+    h, hidden = B * T * s * a.dim, B * T * s * a.hidden_dim
+    moments = (3 * h + min(model.head_chunk, B * T) * 2 * wide * a.vocab_size,  # a chunk's logits and log p
+               2 * h + hidden * (2 if top in layer_ids else 3),  # the last SwiGLU's gradients; w2's input may be gone
+               2 * h + hidden + s * max(matrices) - B * T * block * (top - max(layer_ids)))  # the first of a matrix
+    return {"weights": s * model.n_params, "gradients": wide * sum(matrices), "activations": kept + max(moments)}
 
 
 def svd(W):

@@ -48,16 +48,20 @@ def upcast(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def finite(t):
+    """Whether no entry of t is NaN or infinite; no second tensor of its size is made."""
+    return not t.numel() or all(end.isfinite() for end in t.aminmax())  # NaN is both its ends
+
+
 class CrossEntropy(torch.autograd.Function):
     """Summed negative log-likelihood (nats) of targets (N,) under logits (N, vocab); a target of -100 does not count.
 
-    Its gradient softmax(logits) - onehot(target) overwrites what the forward pass kept: one wide (N, vocab), not three.
+    Its gradient softmax(logits) - onehot(target) overwrites what the forward pass kept: one (N, vocab), not three.
     """
     @staticmethod
     def forward(ctx, logits, targets):
-        log_p = upcast(logits).log_softmax(-1)
+        log_p = logits.log_softmax(-1)
         ctx.save_for_backward(log_p, targets)
-        ctx.dtype = logits.dtype
         return F.nll_loss(log_p, targets, reduction="sum", ignore_index=-100)
 
     @staticmethod
@@ -65,7 +69,7 @@ class CrossEntropy(torch.autograd.Function):
         log_p, targets = ctx.saved_tensors
         p, counts, ours = log_p.exp_(), grad * (targets != -100), targets.clamp(min=0)[:, None]
         p.scatter_add_(1, ours, p.new_full(ours.shape, -1))
-        return p.mul_(counts[:, None]).to(ctx.dtype), None
+        return p.mul_(counts[:, None]), None
 
 
 class RMSNorm(nn.Module):
@@ -185,16 +189,15 @@ class Transformer(nn.Module):
         """tokens (B, T) int64 -> logits (B, T, vocab_size)."""
         return self.output(self.norm(self.final_state(tokens)))
 
-    def losses(self, h, tokens, chunk=None):
-        """Yield the SUMMED negative log-likelihood (nats) of the next tokens, `chunk` positions at a time.
+    def losses(self, h, tokens):
+        """Yield the SUMMED negative log-likelihood (nats) of the next tokens, head_chunk positions at a time.
 
         h (B, T, dim) is the final state of tokens (B, T), of which those that read -100 here are not predicted.
-        The (B, T, vocab) logits never exist at once: on the CPU a chunk's stay in the cache (24 MiB in fp32).
+        The (B, T, vocab) logits never exist at once; half-precision ones are widened, and gone before their logarithms.
         """
-        chunk = chunk or max(1, (64 if h.is_cuda else 6) * 2 ** 20 // self.args.vocab_size)
         h, targets = h[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()  # the one shift: position t predicts t + 1
-        for h_part, target in zip(h.split(chunk), targets.split(chunk)):
-            yield CrossEntropy.apply(self.output(self.norm(h_part)), target)
+        for h_part, target in zip(h.split(self.head_chunk), targets.split(self.head_chunk)):
+            yield CrossEntropy.apply(upcast(self.output(self.norm(h_part))), target)
 
     def replace_matrix(self, name, module):
         """Put `module` where the linear layer `name` ("layers.22.attention.wq") stands; return the old one."""
@@ -202,6 +205,11 @@ class Transformer(nn.Module):
         old = self.get_submodule(name)
         setattr(self.get_submodule(parent), leaf, module)
         return old
+
+    @property
+    def head_chunk(self):
+        """How many positions' logits exist at once: on the CPU they stay in the cache (24 MiB in fp32)."""
+        return max(1, (6 if self.device.type == "cpu" else 64) * 2 ** 20 // self.args.vocab_size)
 
     @property
     def n_params(self):
@@ -272,8 +280,7 @@ def fill(model, shards, folder, halves, dtype, device):
         if halves and name.endswith(("wq.weight", "wk.weight")):
             tensor = pair_rows(tensor, model.args.head_dim)
         tensor = processes.own_rows(tensor, place).to(device, dtype)
-        low, high = tensor.aminmax() if len(tensor) else (tensor.sum(),) * 2
-        if not (low.isfinite() and high.isfinite()):
+        if not finite(tensor):
             raise ValueError(f"{folder}: tensor {name} holds NaN or infinite values in {dtype}")
         parent, _, leaf = name.rpartition(".")
         tensor = processes.as_sharded(tensor, place)
