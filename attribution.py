@@ -114,7 +114,7 @@ def sweep_bytes(model, layer_ids, B, T):
     """{"weights", "gradients", "activations"}: bytes; their sum is the peak of weight_gradients over these layers.
 
     B sequences of T tokens a micro-batch; a model on the meta device counts as one on a GPU. No T x T probabilities are
-    counted, for torch's fused attention keeps none; torch 2.5 lacks it for grouped queries on the CPU and in fp32.
+    counted: fused attention keeps none. Torch 2.5 lacks it for grouped queries on the CPU.
     """
     a, s, wide, top = model.args, model.dtype.itemsize, max(4, model.dtype.itemsize), model.args.n_layers - 1
     matrices = [p.numel() for layer in layer_ids for p in model.layers[layer].parameters() if p.ndim == 2]
