@@ -114,10 +114,11 @@ def sweep_bytes(model, layer_ids, B, T):
     """{"weights", "gradients", "activations"}: bytes; their sum is the peak of weight_gradients over these layers.
 
     B sequences of T tokens a micro-batch; a model on the meta device counts as one on a GPU. No T x T probabilities are
-    counted: fused attention keeps none. Torch 2.5 lacks it for grouped queries on the CPU.
+    counted: fused attention keeps none. Torch 2.5 lacks it for grouped queries on the CPU. Of sharded weights only this
+    process's rows count.
     """
     a, s, wide, top = model.args, model.dtype.itemsize, max(4, model.dtype.itemsize), model.args.n_layers - 1
-    matrices = [p.numel() for layer in layer_ids for p in model.layers[layer].parameters() if p.ndim == 2]
+    matrices = [p for layer in layer_ids for p in model.layers[layer].parameters() if p.ndim == 2]
     q, kv, norm = a.n_heads * a.head_dim, a.n_kv_heads * a.head_dim, wide * (a.dim + 1)
     # What autograd keeps of a token, from the lowest layer up, whose first norm it does not see: both norms' widened
     # inputs and scales; q, the attention's output, k, v; w1 x, silu(w1 x), w3 x; the attention's log-sum-exps.
@@ -128,8 +129,11 @@ def sweep_bytes(model, layer_ids, B, T):
     h, hidden = B * T * s * a.dim, B * T * s * a.hidden_dim
     moments = (3 * h + min(model.head_chunk, B * T) * 2 * wide * a.vocab_size,  # a chunk's logits and log p
                2 * h + hidden * (2 if top in layer_ids else 3),  # the last SwiGLU's gradients; w2's input may be gone
-               2 * h + hidden + s * max(matrices) - B * T * block * (top - max(layer_ids)))  # the first of a matrix
-    return {"weights": s * model.n_params, "gradients": wide * sum(matrices), "activations": kept + max(moments)}
+               2 * h + hidden + s * max(p.numel() for p in matrices)  # the first of a matrix
+               - B * T * block * (top - max(layer_ids)))
+    weights, gradients = (sum(processes.own(p).numel() for p in parameters)
+                          for parameters in (model.parameters(), matrices))
+    return {"weights": s * weights, "gradients": wide * gradients, "activations": kept + max(moments)}
 
 
 def svd(W):
@@ -185,3 +189,15 @@ def low_rank_factors(U, S, Vh, kept):
     """A = U_K diag(sqrt S_K) (m, k) and B = diag(sqrt S_K) Vh_K (k, n), so that A B = sum over K of sigma u v^T."""
     root = S[kept].sqrt()
     return U[:, kept] * root, root[:, None] * Vh[kept]
+
+
+def decompose(W, G, ratio, threshold, score):
+    """[kept (k,), A (m, k), B (k, n)] of W (m, n): SVD, scores, top-k [GRASP §2.2-2.3]; [] where it is to stay dense."""
+    m, n = W.shape
+    U, S, Vh = svd(W)
+    scores = importance(S, None if G is None else sigma_gradients(U, G, Vh), score)
+    k = rank_for_threshold(scores, threshold) if threshold else rank_for_ratio(m, n, ratio)
+    if k * (m + n) >= m * n:
+        return []
+    kept = top_k(scores, k)
+    return [kept, *(factor.to(W.dtype) for factor in low_rank_factors(U, S, Vh, kept))]

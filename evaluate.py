@@ -194,7 +194,8 @@ def command(main, parallel=False):
         memory = isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
         if isinstance(e, RuntimeError) and not memory and not processes.lost(e):
             raise  # not the user's mistake but ours
-        message, code = " ".join(["error:", *str(e).split(), *["out of memory; try smaller batches"] * memory]), 2
+        hint = ["out of memory; lower --batch-size or --dtype, or use torchrun"] * memory
+        message, code = " ".join(["error:", *str(e).split(), *hint]), 2
     if processes.fails_first():
         print(message, file=sys.stderr)
     sys.exit(code)

@@ -17,13 +17,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from attribution import (SCORES, angular_distances, importance, layer_cosines, low_rank_factors, most_redundant,
-                         rank_for_ratio, rank_for_threshold, sigma_gradients, svd, top_k, weight_gradients)
+from attribution import (SCORES, angular_distances, decompose, layer_cosines, low_rank_factors, most_redundant, svd,
+                         sweep_bytes, weight_gradients)
 from data import processes
+from data.checkpoint import check_target
 from data.corpus import batches, random_windows, text_names, text_or_embedded
 from evaluate import (TINY, Parser, batch_size, command, load_windows, open_checkpoint, peak_bytes, perplexities,
                       positive, sequence_length, table, timed)
-from model import MATRICES, LowRankLinear, check_target, save_checkpoint
+from model import MATRICES, LowRankLinear, save_checkpoint
 
 
 def find_redundant(model, sweep, n, contiguous=False):
@@ -108,18 +109,6 @@ def replace(model, names, G, ratio, threshold, score):
     return records
 
 
-def decompose(W, G, ratio, threshold, score):
-    """[kept (k,), A (m, k), B (k, n)] of W (m, n): SVD, scores, top-k [GRASP §2.2-2.3]; [] where it is to stay dense."""
-    m, n = W.shape
-    U, S, Vh = svd(W)
-    scores = importance(S, None if G is None else sigma_gradients(U, G, Vh), score)
-    k = rank_for_threshold(scores, threshold) if threshold else rank_for_ratio(m, n, ratio)
-    if k * (m + n) >= m * n:
-        return []
-    kept = top_k(scores, k)
-    return [kept, *(factor.to(W.dtype) for factor in low_rank_factors(U, S, Vh, kept))]
-
-
 def keep(model, name, usv, kept):
     """Put the factors of the kept components, in the model's dtype, where `name` stands; return what stood there."""
     A, B = low_rank_factors(*usv, kept)
@@ -140,6 +129,7 @@ def main():
     a.device, a.dtype, before, dense_params = model.device, model.dtype, model.n_params, model.n_params_dense
     check_layers(model.args.n_layers, a.layers, a.layer_ids)
     windows, calibration = calibration_windows(a, model, tokenizer)
+    windows = windows.to(a.device)  # now, so that no sweep waits for the CPU
     eval_len = sequence_length(None, 2048, model)
     texts = {} if a.eval == ["none"] else load_windows(a.eval, tokenizer, eval_len, a.ckpt, a.windows, a.data_dir)
     asked = f"threshold {a.threshold}" if a.threshold else f"ratio {a.ratio}"
@@ -153,7 +143,10 @@ def main():
     redundant = sorted(a.layer_ids) if a.layer_ids else redundant
     for layer, cosine in enumerate(cosines):
         print(f"layer {layer:3}  cosine {cosine:.4f}{'  redundant' * (layer in redundant)}")
-    print()
+    computed = sweep_bytes(model, redundant, batch_size(a.batch_size, a.seq_len), a.seq_len)
+    need = (f"computed peak {sum(computed.values()) / 2 ** 30:.2f} GiB: "
+            + ", ".join(f"{part} {need / 2 ** 30:.2f}" for part, need in computed.items()))
+    print(f"\nattribution  {need}\n")
     rows = []
 
     def add_row(name, phases):
@@ -165,8 +158,11 @@ def main():
 
     add_row("dense" if before == dense_params else "input", [])
     dense = {name: model.get_submodule(name) for layer in redundant for name in matrices(layer)} if a.compare else {}
-    with timed(seconds, "compression", a.device):
-        records = compress(model, redundant, sweep, a.ratio, a.threshold, a.score, a.iterative, seconds=seconds)
+    try:
+        with timed(seconds, "compression", a.device):
+            records = compress(model, redundant, sweep, a.ratio, a.threshold, a.score, a.iterative, seconds=seconds)
+    except torch.OutOfMemoryError as e:  # which says what was free
+        raise MemoryError(f"{need}. {e}") from None
     if a.compare:
         add_comparisons(model, dense, records, redundant, add_row, seconds)
     add_row("GRASP" if a.score == "taylor" else f"GRASP, {a.score}", ["redundancy", "compression"])

@@ -9,7 +9,6 @@ Nothing here knows the method. The names are Meta's, every linear layer is y = W
 """
 import json
 import math
-import os
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import processes
-from data.checkpoint import gather, pair_rows, read_folder
+from data.checkpoint import check_target, gather, pair_rows, read_folder, whole_storage
 
 # the seven weight matrices of a block; with "layers.22." before it, a name means one of the model's
 MATRICES = ("attention.wq", "attention.wk", "attention.wv", "attention.wo",
@@ -290,21 +289,6 @@ def fill(model, shards, folder, halves, dtype, device):
     return model
 
 
-def check_target(path, overwrite=False):
-    """FileExistsError or PermissionError if a checkpoint cannot be written to `path`; called before any long work."""
-    path = Path(path)
-    if path.exists() or path.is_symlink():
-        if not overwrite:
-            raise FileExistsError(f"{path}: exists; choose another, or pass --overwrite where the command has it")
-        ours = {"params.json", "consolidated.00.pth", "report.json"}
-        found = {entry.name for entry in path.iterdir()} if path.is_dir() and not path.is_symlink() else set()
-        if not ours <= found or not all(name in ours or name.startswith("tokenizer.") for name in found):
-            raise FileExistsError(f"{path}: --overwrite replaces only a folder written by this project (report.json)")
-    parent = path.absolute().parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"{path}: cannot be written, {parent} is not a folder or read-only")
-
-
 def save_checkpoint(model, path, report=None, tokenizer=None, overwrite=False):
     """Write `model` as Meta's layout: params.json (with the ranks), consolidated.00.pth, tokenizer, report.json.
 
@@ -338,15 +322,3 @@ def save_checkpoint(model, path, report=None, tokenizer=None, overwrite=False):
         if old.exists() and not path.exists():
             old.rename(path)
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def whole_storage(p):
-    """p alone in its storage, without a copy: torch.save writes whole storages, and a mapped file is a single one.
-
-    None on all processes but the one that writes.
-    """
-    t = processes.whole(p.detach())
-    if processes.rank():
-        return None
-    t = t.cpu().contiguous()
-    return torch.from_numpy(t.view(torch.uint8).numpy()).view(t.dtype)

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from attribution import svd
+from data.checkpoint import check_target
 from evaluate import Parser, command, open_checkpoint
 from extras import open_dense, read_report
 from grasp import keep, seed
-from model import check_target, save_checkpoint
+from model import save_checkpoint
 
 
 def drop_layers(model, layer_ids):

@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 
 from data import need
-from data.checkpoint import HF_FIELDS, HF_TENSORS, read_args
+from data.checkpoint import HF_FIELDS, HF_TENSORS, check_target, read_args, whole_storage
 from data.corpus import embedded_text
 from evaluate import Parser, command, open_checkpoint
 from extras import write_json, written_whole
-from model import LowRankLinear, Transformer, check_target, upcast, whole_storage
+from model import LowRankLinear, Transformer, upcast
 
 # Llama 3's special tokens by their places after the ranks; the other 251 are numbered. Its file does not hold them.
 # (3.1 named three of the numbered ones; the ids are the same.)

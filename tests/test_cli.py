@@ -164,7 +164,7 @@ def test_out_of_memory_is_one_line(nowhere, monkeypatch, capsys):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 PB")
 
     monkeypatch.setattr(grasp, "random_windows", fail)
-    assert "out of memory; try smaller batches" in error_of(grasp.main, "--layers 2", monkeypatch, capsys)
+    assert "out of memory; lower --batch-size or --dtype, or use torchrun" in error_of(grasp.main, "--layers 2", monkeypatch, capsys)
 
 
 def test_flags_reach_the_method(nowhere, monkeypatch, capsys):
