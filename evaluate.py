@@ -138,10 +138,20 @@ def json_file(name):
 
 def open_checkpoint(ckpt, device, dtype, shard=False):
     """Load model and tokenizer, and say in two lines what they are and where they run: (model, tokenizer)."""
+    device, why = pick_device(device)
+    model = load_checkpoint(ckpt, DTYPES.get(dtype), device, shard)
+    if model.n_params < 10 ** 7:  # matrices this small are not worth sharing, least of all on a busy machine
+        torch.set_num_threads(1)
+    introduce(ckpt, model, why, "the folder's own" if dtype == "auto" else "as asked")
+    return model, load_tokenizer(ckpt, model.args.vocab_size)
+
+
+def pick_device(device):
+    """(the device that --device names, why that one); under torchrun each process has a GPU of its own."""
     device, why = ((device, "as asked") if device != "auto" else
                    ("cuda", "auto: CUDA is here") if torch.cuda.is_available() else ("cpu", "auto: no CUDA here"))
     if device == "cuda" and processes.count() > 1:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"  # one of this machine's for each of its processes
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         known = torch.device(device).type in ("cpu", "cuda") and torch.empty(0, device=device) is not None
     except (RuntimeError, AssertionError) as e:
@@ -150,17 +160,17 @@ def open_checkpoint(ckpt, device, dtype, shard=False):
         raise ValueError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
     if torch.device(device).type == "cuda":
         torch.cuda.set_device(device)  # collectives and new streams take the current one
-    model = load_checkpoint(ckpt, DTYPES.get(dtype), device, shard)
-    if model.n_params < 10 ** 7:  # matrices this small are not worth sharing, least of all on a busy machine
-        torch.set_num_threads(1)
-    a, whose = model.args, "the folder's own" if dtype == "auto" else "as asked"
-    print(f"model        {ckpt}  {a.n_layers} layers, dim {a.dim}, {a.n_heads} heads over {a.n_kv_heads}, "
+    return device, why
+
+
+def introduce(name, model, why, whose):
+    a = model.args
+    print(f"model        {name}  {a.n_layers} layers, dim {a.dim}, {a.n_heads} heads over {a.n_kv_heads}, "
           f"{model.n_params:,} parameters\ndevice       {model.device} ({why}), "
           f"dtype {str(model.dtype).removeprefix('torch.')} ({whose})")
     if processes.count() > 1:
         held = sum(p.nbytes for p in map(processes.own, model.parameters())) / 2 ** 30
         print(f"processes    {processes.count()}; this one holds {held:.3f} GiB of the weights")
-    return model, load_tokenizer(ckpt, a.vocab_size)
 
 
 def sequence_length(asked, default, model):

@@ -1,10 +1,12 @@
 """What goes further, one file each, run as `python -m extras.NAME`; it stands on the core, which knows none of it."""
+import ctypes
 import json
 import math
 import os
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from data.checkpoint import read_json
@@ -29,6 +31,19 @@ def write_json(file, content):
     """A table or list as a JSON file, whole or not at all."""
     with written_whole(file) as partial:
         partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def reset_peak(device):
+    """Have evaluate.peak_bytes start again from what is in use now; whether that can be done (CUDA, Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what methods before have freed goes back to the system ...
+        Path("/proc/self/clear_refs").write_text("5")  # ... and the peak becomes what is resident now: proc(5)
+    except (OSError, AttributeError, TypeError):  # not Linux, or not glibc
+        return False
+    return True
 
 
 def short_names(paths):

@@ -10,7 +10,6 @@ ratio), kfac-all (low-rank, one ranking) and fisher (channels of the MLPs too) a
 Every method starts from a freshly loaded dense model and a freshly seeded generator, so that no row depends on the rows
 before it. Its seconds and its peak memory are the method's own: loading comes before them, evaluation after.
 """
-import ctypes
 import gc
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from data.corpus import batches, text_names
 from evaluate import (Parser, batch_size, command, json_file, load_windows, markdown, open_checkpoint, peak_bytes,
                       perplexities, positive, sequence_length, table, timed)
-from extras import fisher, write_json
+from extras import fisher, reset_peak, write_json
 from extras.ablation import held, ratio_of_size
 from extras.rivals import block_params
 from extras.rivals.decomposition import asvd, fwsvd, plain_svd, svd_llm
@@ -99,19 +98,6 @@ def measure(name, method, model, sweep, budget, texts, size):
     peak, removed = peak_bytes(model.device), before - model.n_params
     return {"method": name, "removed": removed, "off": removed / budget - 1,
             "perplexity": perplexities(model, texts, size, name), "seconds": seconds[name], "peak_bytes": peak}
-
-
-def reset_peak(device):
-    """Have evaluate.peak_bytes start again from what is in use now; whether that can be done (CUDA, Linux)."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return True
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # what methods before have freed goes back to the system ...
-        Path("/proc/self/clear_refs").write_text("5")  # ... and the peak becomes what is resident now: proc(5)
-    except (OSError, AttributeError, TypeError):  # not Linux, or not glibc
-        return False
-    return True
 
 
 def columns(row, texts):

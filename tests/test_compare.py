@@ -17,8 +17,8 @@ from conftest import error_of, random_model, random_tokens
 from data.corpus import load_text, random_windows
 from data.tokenizer import load_tokenizer
 from evaluate import TINY
-from extras import compare
-from extras.compare import budget_of, measure, reset_peak
+from extras import compare, reset_peak
+from extras.compare import budget_of, measure
 from model import LowRankLinear, Transformer, load_checkpoint, save_checkpoint
 
 QUICK = "--layers 2 --samples 4 --seq-len 64 --windows 2".split()
