@@ -1,0 +1,424 @@
+"""Seconds and memory of every phase of the method, beside the least that arithmetic allows.
+
+    python -m extras.bench --ckpt FOLDER --layers 7 --ratio 0.1
+    python -m extras.bench --shape llama2-7b --device cuda --samples 512 --seq-len 512 --layers 7 --ratio 0.1
+
+The weights are a folder's, or random ones of a known model's shape; the tokens are random.
+
+    sweep       all calibration tokens through the model, in micro-batches of B sequences of T tokens
+    operations  floating-point operations that a sweep cannot do without: its matrix products and attention's own
+    rate        operations a second of one large matrix product, same dtype and device: the best of many in this run
+    floor       operations / rate; of SVD and scores the bare torch.linalg.svd of the same matrices, in fp32
+    turn        all phases and their floors once, side by side; of --repeats turns each phase's and floor's best counts
+    peak        the largest of all turns; CUDA: allocated, CPU: resident beyond what was before the model was there
+    computed    what the attribution sweep's peak should be, by attribution.sweep_bytes
+
+--autograd adds the algorithm as published, an independent witness: each half of a block has a sweep of its own, in
+which autograd differentiates the singular values. --svd compares ways to the same decompositions. --growth shows, on
+random models, whether seconds over floor stay as they are while tokens, layers and width grow.
+"""
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from attribution import importance, rank_for_ratio, sigma_gradients, svd, sweep_bytes, top_k, weight_gradients
+from data.corpus import batches
+from evaluate import (TINY, Parser, batch_size, command, json_file, markdown, open_checkpoint, open_model, peak_bytes,
+                      positive, sequence_length, timed)
+from extras import reset_peak, write_json
+from extras.generate import random_prompt
+from grasp import check_layers, compress, find_redundant, keep, matrices, share
+from model import MATRICES, ModelArgs, Transformer, upcast
+
+SHAPES = {  # dim, n_layers, n_heads, n_kv_heads, hidden_dim, vocab_size, whether the embeddings are tied
+    "llama2-7b": (4096, 32, 32, 32, 11008, 32000, False), "llama3-8b": (4096, 32, 32, 8, 14336, 128256, False),
+    "llama2-13b": (5120, 40, 40, 40, 13824, 32000, False), "llama3-70b": (8192, 80, 64, 8, 28672, 128256, False),
+    "tinyllama-1.1b": (2048, 22, 32, 4, 5632, 32000, False), "smollm2-135m": (576, 30, 9, 3, 1536, 49152, True)}
+SMALLEST = 256, 8, 4, 2, 1024, 8192, False  # what --growth starts from; by which factors what grows, and where here
+GROWTH = {"tokens": ((1, 2, 4), ()), "layers": ((1, 2, 4), (1,)), "width": ((1, 1.5, 2), (0, 2, 3, 4))}
+PHASES = {"redundancy sweep": ["redundancy"], "attribution sweep": ["attribution"],
+          "both sweeps": ["redundancy", "attribution"], "SVD and scores": ["SVD"],
+          "whole": ["redundancy", "attribution", "SVD"]}
+PRODUCT = {"cpu": 2048, "cuda": 8192}  # the matrices whose product gives the rate are so large
+SEED = 0                               # of random weights and tokens
+GIB = 2 ** 30
+
+bare_svd = partial(torch.linalg.svd, full_matrices=False)
+
+
+def random_weights(shape, dtype, device):
+    """A model whose matrices are normal, of deviation 0.02, made where it is to be; it asks for no gradient."""
+    dim, n_layers, n_heads, n_kv_heads, hidden_dim, vocab_size, tied = shape
+    args = ModelArgs(dim, n_layers, n_heads, n_kv_heads, dim // n_heads, hidden_dim, vocab_size, norm_eps=1e-5)
+    with torch.device("meta"):
+        model = Transformer(args, tied).to(dtype).requires_grad_(False)
+    model.to_empty(device=device)
+    if tied:  # to_empty has made two of them
+        model.output.weight = model.tok_embeddings.weight
+    torch.manual_seed(SEED)
+    for p in model.parameters():
+        p.fill_(1) if p.ndim == 1 else p.normal_(std=0.02)
+    return model
+
+
+def show(rows):
+    """Rows {head: text, whole number, figure or None} as a Markdown table."""
+    def cell(value):
+        if value is None or isinstance(value, str):
+            return value or "-"
+        return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
+
+    return markdown([*rows[0]], [[cell(value) for value in row.values()] for row in rows])
+
+
+# ------------------------------------------------------------------------------------------------ the phases
+
+def measure(model, windows, size, n, ratio, repeats, before):
+    """The method on windows (samples, T) in micro-batches of `size`, repeats times; the model stays as it was.
+
+    {rows: for each of PHASES, redundant: layer ids, operations: of each sweep, rate, computed}. before: bytes that are
+    no part of the peak.
+    """
+    warm_up(model, windows[:size])
+    turns, rates = [], [matrix_rate(model.device, model.dtype)]
+    for _ in range(repeats):
+        turns.append(turn(model, windows, size, n, ratio))
+        rates.append(matrix_rate(model.device, model.dtype))
+    redundant = turns[0][2]
+    work = operations(model, redundant, *windows.shape)
+    computed = sweep_bytes(model, redundant, min(size, len(windows)), windows.shape[1])
+    floors = {**{sweep: work[sweep] / max(rates) for sweep in work}, "SVD": min(s["bare SVD"] for s, _, _ in turns)}
+    rows = []
+    for phase, parts in PHASES.items():
+        seconds = min(sum(seconds[part] for part in parts) for seconds, _, _ in turns)
+        floor = sum(floors[part] for part in parts)
+        peak = max(peaks[part] for _, peaks, _ in turns for part in parts) - before
+        rows.append({"phase": phase, "seconds": seconds, "floor s": floor, "ratio": seconds / floor, "peak GiB": peak
+                     / GIB, "computed GiB": sum(computed.values()) / GIB if parts == ["attribution"] else None})
+    return {"rows": rows, "redundant": redundant, "operations": work, "rate": max(rates), "computed": computed}
+
+
+def warm_up(model, tokens):
+    """One micro-batch through both sweeps, and one SVD: what libraries do only once is not to be measured."""
+    find_redundant(model, lambda label: [tokens], 1)
+    name = matrices(model.args.n_layers - 1)[0]
+    weight_gradients(model, [name], [tokens])
+    svd(model.get_submodule(name).weight)
+
+
+def matrix_rate(device, dtype):
+    """Floating-point operations a second of a large matrix product, the best of five."""
+    seconds, size = [], PRODUCT[device.type]
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    for _ in range(5):
+        one = {}
+        with timed(one, "product", device):
+            a @ b
+        seconds.append(one["product"])
+    return 2 * size ** 3 / min(seconds)
+
+
+def turn(model, windows, size, n, ratio):
+    """(seconds of each phase and of the bare SVDs, peak bytes of each phase, the redundant layers)."""
+    seconds, peaks, device = {}, {}, model.device
+
+    def sweep(label):
+        reset_peak(device)
+        yield from batches(windows, size, label)
+        peaks[label] = peak_bytes(device)
+        reset_peak(device)  # for the SVDs, which follow the last sweep
+
+    with timed(seconds, "redundancy", device):
+        _, redundant = find_redundant(model, sweep, n)
+    with borrowed(model, redundant):
+        compress(model, redundant, sweep, ratio, log=lambda line: None, seconds=seconds)
+    peaks["SVD"] = peak_bytes(device)
+    groups, every = by_shape(model, redundant), device.type == "cpu"  # on CUDA, where it is slow, one of each shape
+    seconds["bare SVD"], _ = time_by_shape(bare_svd, model, groups, every)
+    return seconds, peaks, redundant
+
+
+@contextmanager
+def borrowed(model, layer_ids):
+    """The dense matrices of these layers are in their places again at the end."""
+    dense = {name: model.get_submodule(name) for layer in layer_ids for name in matrices(layer)}
+    yield
+    for name, module in dense.items():
+        model.replace_matrix(name, module)
+
+
+def by_shape(model, layer_ids):
+    """[[names of these layers' matrices of one shape] ...]."""
+    groups = {}
+    for name in (name for layer in layer_ids for name in matrices(layer)):
+        groups.setdefault(model.get_submodule(name).weight.shape, []).append(name)
+    return list(groups.values())
+
+
+def time_by_shape(f, model, groups, every=True, together=False):
+    """(seconds of f on the named matrices, widened to fp32; what it gave for the first of each group).
+
+    every False: only the first of each group is timed, times the size of the group. together: f takes a list of
+    matrices of one shape and gives a list.
+    """
+    total, firsts = 0.0, []
+    for names in groups:
+        seconds, taken = {}, [model.get_submodule(name).weight.float() for name in (names if every else names[:1])]
+        with timed(seconds, "SVD", model.device):
+            firsts.append((f(taken) if together else [f(W) for W in taken])[0])
+        total += seconds["SVD"] * len(names) / len(taken)
+    return total, firsts
+
+
+def operations(model, redundant, samples, T):
+    """{sweep: the least floating-point operations of it} over `samples` sequences of T tokens.
+
+    A product with a matrix of P parameters is 2 P a token, and so is each of its two gradients. Gradients of
+    activations go down to the lowest redundant block, whose wq, wk and wv need none below them; gradients of weights
+    are the redundant blocks' only. The head scores all tokens but each sequence's last. Attention itself, causal, sees
+    T / 2 keys on average: 2 products of 2 (T / 2) n_heads head_dim a token and block, and twice that backward.
+    """
+    a, tokens, depth = model.args, samples * T, model.args.n_layers - min(redundant)
+    sizes = {name: model.layers[0].get_submodule(name).weight.numel() for name in MATRICES}
+    block, first = sum(sizes.values()), sum(sizes[f"attention.w{x}"] for x in "qkv")
+    head, attention = 2 * a.dim * a.vocab_size * samples * (T - 1), 2 * T * a.n_heads * a.head_dim
+    forward = (2 * block + attention) * a.n_layers * tokens
+    activations = ((2 * block + 2 * attention) * depth - 2 * first) * tokens
+    weights = 2 * block * len(redundant) * tokens
+    return {"redundancy": forward, "attribution": forward + head + head + activations + weights}
+
+
+# ------------------------------------------------------------------------------------------------ as published
+
+class Spectral(nn.Module):
+    """y = U diag(S) Vh x, S a leaf that autograd differentiates; U diag(S) Vh is multiplied out at every call."""
+    def __init__(self, W):
+        super().__init__()
+        self.U, S, self.Vh = (t.to(W.dtype) for t in bare_svd(upcast(W)))
+        self.S = nn.Parameter(S)
+
+    def forward(self, x):
+        return F.linear(x, (self.U * self.S) @ self.Vh)
+
+
+def autograd_compress(model, layer_ids, sweep, ratio, seconds, dense=False):
+    """grasp.compress as published, in place: {name: kept (k,) int64, or None where the matrix stays dense}.
+
+    From the deepest block up, the MLP and then the attention: a sweep with the full cross entropy, for these matrices
+    only, whose low-rank factors then take their place. dense: their W does, so that all gradients are the dense
+    model's, as in grasp.compress. seconds: a dict to add "gradients" and "SVD" to.
+    """
+    kept = {}
+    for half in [[name for name in matrices(layer) if part in name]
+                 for layer in sorted(layer_ids, reverse=True) for part in ("feed_forward", "attention")]:
+        with timed(seconds, "SVD", model.device):
+            old = {name: model.replace_matrix(name, Spectral(model.get_submodule(name).weight)) for name in half}
+        with timed(seconds, "gradients", model.device):
+            for tokens in sweep(f"autograd, {half[0].rpartition('.')[0]}"):
+                tokens = tokens.to(model.device)
+                logits = upcast(model(tokens))[:, :-1].flatten(0, 1)
+                F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum").backward()
+        with timed(seconds, "SVD", model.device):
+            for name, linear in old.items():
+                (m, n), spectral = linear.weight.shape, model.replace_matrix(name, linear)
+                k, S = rank_for_ratio(m, n, ratio), spectral.S.detach()
+                kept[name] = (S * spectral.S.grad).abs().topk(k).indices.sort().values if k * (m + n) < m * n else None
+                if kept[name] is not None and not dense:
+                    keep(model, name, (spectral.U, S, spectral.Vh), kept[name])
+    return kept
+
+
+def beside(model, windows, size, ratio, measured, before):
+    """Two rows: what `measure` gave of the method with one sweep, and the published way with many, once."""
+    phases = {row["phase"]: row for row in measured["rows"]}
+    sweep, svds = phases["attribution sweep"], phases["SVD and scores"]
+    seconds, redundant = {}, measured["redundant"]
+    reset_peak(model.device)
+    with borrowed(model, redundant):
+        autograd_compress(model, redundant, partial(batches, windows, size), ratio, seconds)
+    peak = (peak_bytes(model.device) - before) / GIB
+    return [{"method": "one sweep", "gradients s": sweep["seconds"], "SVD s": svds["seconds"],
+             "peak GiB": max(sweep["peak GiB"], svds["peak GiB"])},
+            {"method": "autograd, as published", "gradients s": seconds["gradients"], "SVD s": seconds["SVD"],
+             "peak GiB": peak}]
+
+
+# ------------------------------------------------------------------------------------------------ ways to an SVD
+
+def ways_to_svd(cuda):
+    """{name: (function of W in fp32 that gives U, S, Vh, or of a list of W of one shape; which of the two)}."""
+    ways = {driver or "LAPACK": (partial(bare_svd, driver=driver), False)
+            for driver in (["gesvd", "gesvdj", "gesvda"] if cuda else [None])}
+    for bits, dtype in ((32, torch.float32), (64, torch.float64)):
+        ways[f"Gram matrix, fp{bits}"] = partial(gram_svd, dtype=dtype), False
+        ways[f"Gram matrices, fp{bits}, batched"] = partial(batched, dtype=dtype), True
+    ways["attribution.svd"] = svd, False
+    if cuda:
+        ways["attribution.svd, on streams"] = on_streams, True
+    return ways
+
+
+def gram_svd(W, dtype):
+    """U, S, Vh of W (..., m, n) in fp32, one or many, from the eigenvectors of the smaller Gram matrix in `dtype`."""
+    tall = W if W.shape[-2] >= W.shape[-1] else W.mT
+    squares, V = torch.linalg.eigh(tall.to(dtype).mT @ tall.to(dtype))
+    S, V = squares.flip(-1).clamp(min=1e-30).sqrt().float(), V.flip(-1).float()
+    U = tall @ V / S[..., None, :]
+    return (U, S, V.mT) if tall is W else (V, S, U.mT)
+
+
+def batched(weights, dtype, chunk=8):
+    """At most `chunk` matrices at once, for the memory."""
+    parts = (torch.stack(weights[i:i + chunk]) for i in range(0, len(weights), chunk))
+    return [usv for part in parts for usv in zip(*gram_svd(part, dtype))]
+
+
+def on_streams(weights, count=4):
+    """attribution.svd on several CUDA streams, each with a thread as each is waited for; the first of W comes first."""
+    def work(stream, part):
+        with torch.cuda.stream(stream):
+            return [svd(W) for W in part]
+
+    streams = [torch.cuda.Stream(weights[0].device) for _ in range(count)]
+    torch.cuda.synchronize(weights[0].device)  # no stream waits for what another still does to W
+    with ThreadPoolExecutor(count) as pool:
+        parts = pool.map(work, streams, [weights[i::count] for i in range(count)])
+    return [usv for part in parts for usv in part]
+
+
+def svd_study(model, layer_ids, sweep, ratio):
+    """A row for each way: seconds for all matrices of these layers, and how far it keeps what an SVD in fp64 keeps.
+
+    The latter over the components kept at `ratio` of one matrix of each shape. Ways that take one matrix at a time are
+    timed on that one, times the number of its shape. A way that fails has no figures.
+    """
+    groups, rows = by_shape(model, layer_ids), []
+    G = weight_gradients(model, [names[0] for names in groups], sweep("attribution"))
+    exact = [chosen(bare_svd(model.get_submodule(name).weight.double()), G[name], ratio) for name in G]
+    for way, (f, together) in ways_to_svd(model.device.type == "cuda").items():
+        seconds, agreement, small = None, None, torch.eye(8, device=model.device)
+        try:
+            f([small] if together else small)  # what libraries do only once
+            seconds, firsts = time_by_shape(f, model, groups, together, together)
+            common = sum(in_common(chosen(usv, g, ratio), truth) for usv, g, truth in zip(firsts, G.values(), exact))
+            agreement = 100 * common / sum(len(Vh) for _, Vh in exact)
+        except torch.linalg.LinAlgError:
+            way = f"{way}, failed"
+        rows.append({"way": way, "seconds": seconds, "kept as in fp64 %": agreement})
+        print("SVD ", *rows[-1].values(), file=sys.stderr)  # some take minutes
+    return rows
+
+
+def chosen(usv, G, ratio):
+    """The kept components of a decomposition: U_K (m, k) and Vh_K (k, n), in fp64."""
+    U, S, Vh = usv
+    kept = top_k(importance(S, sigma_gradients(U, G.to(S.dtype), Vh)), rank_for_ratio(*G.shape, ratio))
+    return U[:, kept].double(), Vh[kept].double()
+
+
+def in_common(ours, theirs):
+    """How many components two sets share: (u . u') (v . v') is 1 for the same, whatever their order and sign, or 0."""
+    (U, Vh), (U2, Vh2) = ours, theirs
+    return int(((U.mT @ U2) * (Vh @ Vh2.mT) > 0.5).sum())
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+def bench(a, model, T, size, before):
+    """The phases, and what else is asked for, each printed as it is there: the report."""
+    windows = random_prompt(model, a.samples, T, SEED)
+    report = measure(model, windows, size, a.layers or max(1, model.args.n_layers // 4), a.ratio, a.repeats, before)
+    print(f"{show(report['rows'])}\n\nredundant {report['redundant']}; floors of the sweeps: "
+          f"{' and '.join(f'{work / 1e12:.3f}' for work in report['operations'].values())} Tflop at "
+          f"{report['rate'] / 1e12:.3f} Tflop/s\n")
+    if a.autograd:
+        report["autograd"] = beside(model, windows, size, a.ratio, report, before)
+        ours, theirs = (row["gradients s"] + row["SVD s"] for row in report["autograd"])
+        print(f"{show(report['autograd'])}\n\nas published it takes {theirs / ours:.1f} times as long; "
+              f"{theirs / (ours + report['rows'][0]['seconds']):.1f} times, the redundancy sweep added to ours alone\n")
+    if a.svd:
+        report["svd"] = svd_study(model, report["redundant"], partial(batches, windows, size), a.ratio)
+        print(show(report["svd"]))
+    return report
+
+
+def growth(a, smallest, T, size, before):
+    """A table for each axis, of models of which a quarter of the layers is redundant: the report."""
+    report = {}
+    for axis, (factors, grows) in GROWTH.items():
+        rows = []
+        for factor in factors:
+            shape = [int(factor * x) if i in grows else x for i, x in enumerate(SMALLEST)]
+            model = random_weights(shape, smallest.dtype, smallest.device)
+            windows = random_prompt(model, a.samples * (1 if grows else factor), T, SEED)
+            measured = measure(model, windows, size, model.args.n_layers // 4, a.ratio, a.repeats, before)["rows"]
+            phases = {PHASES[row["phase"]][0]: row for row in measured if len(PHASES[row["phase"]]) == 1}
+            row = {axis: shape[grows[0]] if grows else windows.numel()}
+            for name, phase in phases.items():
+                row |= {f"{name} s": phase["seconds"], f"{name} ratio": phase["ratio"]}
+            rows.append(row | {head: phases["attribution"][head] for head in ("peak GiB", "computed GiB")})
+        print(show(rows) + "\n")
+        report[axis] = rows
+    return {"growth": report}
+
+
+def main():
+    a, cpu = parse(), torch.device("cpu")
+    example = random_weights((64, 1, 2, 1, 96, 128, False), torch.float32, cpu)
+    warm_up(example, random_prompt(example, 2, 64, SEED))  # so that what libraries take for themselves is there
+    resets, resident = reset_peak(cpu), peak_bytes(cpu)
+    model = open_weights(a)
+    before = resident if model.device.type == "cpu" else 0
+    check_layers(model.args.n_layers, a.layers, None)
+    T = sequence_length(a.seq_len, 512, model)
+    size = min(batch_size(a.batch_size, T), a.samples)
+    print(f"tokens       {a.samples} x {T}, random, batches of {size}; ratio {a.ratio}; best of {a.repeats} turns\n"
+          f"peak GiB     {'of each phase' if resets or not before else 'of the process so far'}\n")
+    report = growth(a, model, T, size, before) if a.growth else bench(a, model, T, size, before)
+    if a.json:
+        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(a).items()}
+        write_json(a.json, {"settings": settings, "dtype": str(model.dtype), "device": str(model.device), **report})
+
+
+def open_weights(a):
+    """The dense model that the flags name; with --growth the smallest one."""
+    if a.growth or a.shape:
+        shape, usual = (SHAPES[a.shape], torch.bfloat16) if a.shape else (SMALLEST, torch.float32)
+        return open_model(a.shape or "the smallest", lambda name, dtype, device: random_weights(shape, dtype or usual,
+                          device), a.device, a.dtype, "by default")
+    model, _ = open_checkpoint(a.ckpt, a.device, a.dtype)
+    if model.n_params < model.n_params_dense:
+        raise ValueError(f"{a.ckpt}: is compressed already, expected a dense folder")
+    return model
+
+
+def parse():
+    p = Parser(__doc__.splitlines()[0])
+    add = p.add_argument
+    add("--shape", choices=SHAPES, help="random weights of this shape instead, in bfloat16 unless --dtype is given")
+    add("--layers", type=positive, metavar="N", help="how many are redundant (default: a quarter)")
+    add("--ratio", type=share, default=0.1, help="share of each matrix's parameters to keep (default: 0.1)")
+    add("--samples", type=positive, metavar="N", default=16, help="calibration sequences (default: 16)")
+    add("--seq-len", type=positive, metavar="T", help="tokens in each (default: 512, or all positions)")
+    add("--batch-size", type=positive, metavar="N", help="sequences in a micro-batch (default: of 1,024 tokens)")
+    add("--repeats", type=positive, metavar="N", default=3, help="turns, of which the best counts (default: 3)")
+    add("--autograd", action="store_true", help="the algorithm as published beside it, once")
+    add("--svd", action="store_true", help="ways to the same SVDs beside each other, once")
+    add("--growth", action="store_true", help="instead: small random models, as tokens, layers and width grow")
+    add("--json", type=json_file, metavar="FILE", help="write all figures there too")
+    a = p.parse_args()
+    if a.shape and a.ckpt != TINY:
+        raise ValueError("give one of --ckpt and --shape")
+    if a.growth and (a.shape or a.ckpt != TINY or a.layers or a.autograd or a.svd):
+        raise ValueError("--ckpt, --shape, --layers, --autograd, --svd have no use with --growth and its own models")
+    return a
+
+
+if __name__ == "__main__":
+    command(main)
