@@ -32,7 +32,7 @@ from data.corpus import batches
 from evaluate import (TINY, Parser, batch_size, command, json_file, markdown, open_checkpoint, open_model, peak_bytes,
                       positive, sequence_length, timed)
 from extras import reset_peak, write_json
-from extras.generate import random_prompt
+from extras.generate import random_prompt, weight_bytes
 from grasp import check_layers, compress, find_redundant, keep, matrices, share
 from model import MATRICES, ModelArgs, Transformer, upcast
 
@@ -45,8 +45,8 @@ GROWTH = {"tokens": ((1, 2, 4), ()), "layers": ((1, 2, 4), (1,)), "width": ((1, 
 PHASES = {"redundancy sweep": ["redundancy"], "attribution sweep": ["attribution"],
           "both sweeps": ["redundancy", "attribution"], "SVD and scores": ["SVD"],
           "whole": ["redundancy", "attribution", "SVD"]}
-PRODUCT = {"cpu": 2048, "cuda": 8192}  # the matrices whose product gives the rate are so large
-SEED = 0                               # of random weights and tokens
+PRODUCT = {"cpu": 2048, "cuda": 8192}  # size of the two matrices whose product gives the rate
+SEED = 0  # of random weights and tokens
 GIB = 2 ** 30
 
 bare_svd = partial(torch.linalg.svd, full_matrices=False)
@@ -350,7 +350,7 @@ def bench(a, model, T, size, before):
 
 def growth(a, smallest, T, size, before):
     """A table for each axis, of models of which a quarter of the layers is redundant: the report."""
-    report = {}
+    report, before = {}, before + weight_bytes(smallest)  # which only says where and in which dtype
     for axis, (factors, grows) in GROWTH.items():
         rows = []
         for factor in factors:
@@ -390,8 +390,9 @@ def open_weights(a):
     """The dense model that the flags name; with --growth the smallest one."""
     if a.growth or a.shape:
         shape, usual = (SHAPES[a.shape], torch.bfloat16) if a.shape else (SMALLEST, torch.float32)
-        return open_model(a.shape or "the smallest", lambda name, dtype, device: random_weights(shape, dtype or usual,
-                          device), a.device, a.dtype, "by default")
+        return open_model(f"{a.shape or 'the smallest'}, random weights",
+                          lambda name, dtype, device: random_weights(shape, dtype or usual, device),
+                          a.device, a.dtype, "by default")
     model, _ = open_checkpoint(a.ckpt, a.device, a.dtype)
     if model.n_params < model.n_params_dense:
         raise ValueError(f"{a.ckpt}: is compressed already, expected a dense folder")
