@@ -3,7 +3,7 @@
     python -m extras.bench --ckpt FOLDER --layers 7 --ratio 0.1
     python -m extras.bench --shape llama2-7b --device cuda --samples 512 --seq-len 512 --layers 7 --ratio 0.1
 
-The weights are a folder's, or random ones of a known model's shape; the tokens are random.
+The weights are a folder's, and the tokens the embedded text's; or both are random, of a known model's shape.
 
     sweep       all calibration tokens through the model, in micro-batches of B sequences of T tokens
     operations  floating-point operations that a sweep cannot do without: its matrix products and attention's own
@@ -15,7 +15,8 @@ The weights are a folder's, or random ones of a known model's shape; the tokens 
 
 --autograd adds the algorithm as published, an independent witness: each half of a block has a sweep of its own, in
 which autograd differentiates the singular values. --svd compares ways to the same decompositions. --growth shows, on
-random models, whether seconds over floor stay as they are while tokens, layers and width grow.
+random models, whether seconds over floor stay as they are while tokens, layers and width grow. --memory only computes: what
+known shapes need.
 """
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -28,9 +29,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from attribution import importance, rank_for_ratio, sigma_gradients, svd, sweep_bytes, top_k, weight_gradients
-from data.corpus import batches
-from evaluate import (TINY, Parser, batch_size, command, json_file, markdown, open_checkpoint, open_model, peak_bytes,
-                      positive, sequence_length, timed)
+from data.corpus import batches, embedded_text, random_windows
+from evaluate import (DTYPES, TINY, Parser, batch_size, command, introduce, json_file, markdown, open_checkpoint,
+                      peak_bytes, pick_device, positive, sequence_length, timed)
 from extras import reset_peak, write_json
 from extras.generate import random_prompt, weight_bytes
 from grasp import check_layers, compress, find_redundant, keep, matrices, share
@@ -54,12 +55,8 @@ bare_svd = partial(torch.linalg.svd, full_matrices=False)
 
 def random_weights(shape, dtype, device):
     """A model whose matrices are normal, of deviation 0.02, made where it is to be; it asks for no gradient."""
-    dim, n_layers, n_heads, n_kv_heads, hidden_dim, vocab_size, tied = shape
-    args = ModelArgs(dim, n_layers, n_heads, n_kv_heads, dim // n_heads, hidden_dim, vocab_size, norm_eps=1e-5)
-    with torch.device("meta"):
-        model = Transformer(args, tied).to(dtype).requires_grad_(False)
-    model.to_empty(device=device)
-    if tied:  # to_empty has made two of them
+    model = meta_model(shape, dtype).to_empty(device=device)
+    if shape[-1]:  # tied, of which to_empty has made two
         model.output.weight = model.tok_embeddings.weight
     torch.manual_seed(SEED)
     for p in model.parameters():
@@ -67,12 +64,20 @@ def random_weights(shape, dtype, device):
     return model
 
 
+def meta_model(shape, dtype):
+    """A model that has shapes, dtype and no weights."""
+    dim, n_layers, n_heads, n_kv_heads, hidden_dim, vocab_size, tied = shape
+    args = ModelArgs(dim, n_layers, n_heads, n_kv_heads, dim // n_heads, hidden_dim, vocab_size, norm_eps=1e-5)
+    with torch.device("meta"):
+        return Transformer(args, tied).to(dtype).requires_grad_(False)
+
+
 def show(rows):
     """Rows {head: text, whole number, figure or None} as a Markdown table."""
     def cell(value):
         if value is None or isinstance(value, str):
             return value or "-"
-        return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
+        return f"{value:,}" if isinstance(value, int) else f"{value:.2f}"
 
     return markdown([*rows[0]], [[cell(value) for value in row.values()] for row in rows])
 
@@ -328,11 +333,36 @@ def in_common(ours, theirs):
     return int(((U.mT @ U2) * (Vh @ Vh2.mT) > 0.5).sum())
 
 
+# ------------------------------------------------------------------------------------------------ computed alone
+
+def memory(shapes, dtype, layers, T, gpus):
+    """Rows of GiB that the attribution sweep takes by sweep_bytes, in micro-batches of 1,024 or of 8,192 tokens.
+
+    The redundant layers begin at two thirds of the depth. Each of `gpus` has its rows of the blocks' matrices and of the
+    gradient sums; embeddings and head whole; and of the largest matrix, while it is used, all rows (twice: as they come
+    and in their place), its gradient, and that in fp32 on its way into the sum.
+    """
+    rows = []
+    for name, shape in shapes.items():
+        model, wide = meta_model(shape, dtype), max(4, dtype.itemsize)
+        first = 2 * model.args.n_layers // 3
+        ids = range(first, min(first + (layers or model.args.n_layers // 5), model.args.n_layers))
+        few, many = (sweep_bytes(model, ids, batch_size(None, T) * times, T) for times in (1, 8))
+        matrices = [p.numel() for p in model.layers.parameters() if p.ndim == 2]
+        shared = dtype.itemsize * sum(matrices) + few["gradients"]
+        each = sum(few.values()) - shared + shared / gpus + max(matrices) * (3 * dtype.itemsize + wide)
+        rows.append({"model": name, "layers": f"{ids[0]}-{ids[-1]}", "weights": few["weights"] / GIB,
+                     "gradients": few["gradients"] / GIB, "peak, 1,024 tokens": sum(few.values()) / GIB,
+                     "8,192 tokens": sum(many.values()) / GIB, f"on each of {gpus}, 1,024 tokens": each / GIB})
+    return rows
+
+
 # ------------------------------------------------------------------------------------------------ the command
 
-def bench(a, model, T, size, before):
+def bench(a, model, tokenizer, T, size, before):
     """The phases, and what else is asked for, each printed as it is there: the report."""
-    windows = random_prompt(model, a.samples, T, SEED)
+    windows = (random_windows(tokenizer.stream(embedded_text("train")), a.samples, T, SEED)[0] if tokenizer else
+               random_prompt(model, a.samples, T, SEED))
     report = measure(model, windows, size, a.layers or max(1, model.args.n_layers // 4), a.ratio, a.repeats, before)
     print(f"{show(report['rows'])}\n\nredundant {report['redundant']}; floors of the sweeps: "
           f"{' and '.join(f'{work / 1e12:.3f}' for work in report['operations'].values())} Tflop at "
@@ -370,33 +400,37 @@ def growth(a, smallest, T, size, before):
 
 def main():
     a, cpu = parse(), torch.device("cpu")
+    if a.memory:
+        shapes = {a.shape: SHAPES[a.shape]} if a.shape else SHAPES
+        return print(show(memory(shapes, DTYPES.get(a.dtype, torch.bfloat16), a.layers, a.seq_len or 512, a.memory)))
     example = random_weights((64, 1, 2, 1, 96, 128, False), torch.float32, cpu)
     warm_up(example, random_prompt(example, 2, 64, SEED))  # so that what libraries take for themselves is there
     resets, resident = reset_peak(cpu), peak_bytes(cpu)
-    model = open_weights(a)
+    model, tokenizer = open_weights(a)
     before = resident if model.device.type == "cpu" else 0
     check_layers(model.args.n_layers, a.layers, None)
     T = sequence_length(a.seq_len, 512, model)
     size = min(batch_size(a.batch_size, T), a.samples)
-    print(f"tokens       {a.samples} x {T}, random, batches of {size}; ratio {a.ratio}; best of {a.repeats} turns\n"
+    print(f"tokens       {a.samples} x {T}, {'the embedded text' if tokenizer else 'random'}, batches of {size}; ratio {a.ratio}; best of {a.repeats} turns\n"
           f"peak GiB     {'of each phase' if resets or not before else 'of the process so far'}\n")
-    report = growth(a, model, T, size, before) if a.growth else bench(a, model, T, size, before)
+    report = growth(a, model, T, size, before) if a.growth else bench(a, model, tokenizer, T, size, before)
     if a.json:
         settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(a).items()}
         write_json(a.json, {"settings": settings, "dtype": str(model.dtype), "device": str(model.device), **report})
 
 
 def open_weights(a):
-    """The dense model that the flags name; with --growth the smallest one."""
+    """(the dense model that the flags name, its tokenizer or None); with --growth the smallest model."""
     if a.growth or a.shape:
         shape, usual = (SHAPES[a.shape], torch.bfloat16) if a.shape else (SMALLEST, torch.float32)
-        return open_model(f"{a.shape or 'the smallest'}, random weights",
-                          lambda name, dtype, device: random_weights(shape, dtype or usual, device),
-                          a.device, a.dtype, "by default")
-    model, _ = open_checkpoint(a.ckpt, a.device, a.dtype)
+        device, why = pick_device(a.device)
+        model = random_weights(shape, DTYPES.get(a.dtype, usual), device)
+        introduce(f"{a.shape or 'the smallest'}, random weights", model, why, "by default, or as asked")
+        return model, None
+    model, tokenizer = open_checkpoint(a.ckpt, a.device, a.dtype)
     if model.n_params < model.n_params_dense:
         raise ValueError(f"{a.ckpt}: is compressed already, expected a dense folder")
-    return model
+    return model, tokenizer
 
 
 def parse():
@@ -412,6 +446,7 @@ def parse():
     add("--autograd", action="store_true", help="the algorithm as published beside it, once")
     add("--svd", action="store_true", help="ways to the same SVDs beside each other, once")
     add("--growth", action="store_true", help="instead: small random models, as tokens, layers and width grow")
+    add("--memory", type=positive, metavar="GPUS", help="instead: compute what known shapes need, alone and on GPUS")
     add("--json", type=json_file, metavar="FILE", help="write all figures there too")
     a = p.parse_args()
     if a.shape and a.ckpt != TINY:

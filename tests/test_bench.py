@@ -249,3 +249,14 @@ def test_mistakes_are_one_line(words, message, nowhere, monkeypatch, capsys):
     monkeypatch.setattr(bench, "measure", None)
     error = error_of(bench.main, words, monkeypatch, capsys)
     assert message in error.replace("'", "")
+
+
+def test_the_memory_of_known_shapes_is_computed_without_weights():
+    """LLaMA-2-7B by hand: 6,738,415,616 parameters, of which a block's matrices are 202,375,168."""
+    row, = bench.memory({"llama2-7b": bench.SHAPES["llama2-7b"]}, torch.bfloat16, 7, 512, 8)
+    weights, gradients = 6_738_415_616 * 2, 7 * 202_375_168 * 4
+    assert row["layers"] == "21-27" and row["weights"] * 2 ** 30 == weights and row["gradients"] * 2 ** 30 == gradients
+    shared, largest = 32 * 202_375_168 * 2 + gradients, 11008 * 4096 * (3 * 2 + 4)
+    peak, each = row["peak, 1,024 tokens"] * 2 ** 30, row["on each of 8, 1,024 tokens"] * 2 ** 30
+    assert weights + gradients < peak < 8 * row["8,192 tokens"] * 2 ** 30
+    assert each == pytest.approx(peak - 7 / 8 * shared + largest)
