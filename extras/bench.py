@@ -3,19 +3,19 @@
     python -m extras.bench --ckpt FOLDER --layers 7 --ratio 0.1
     python -m extras.bench --shape llama2-7b --device cuda --samples 512 --seq-len 512 --layers 7 --ratio 0.1
 
-The weights are a folder's, and the tokens the embedded text's; or both are random, of a known model's shape.
+The weights are a folder's, and the tokens those of grasp.py; or both are random, of a known model's shape.
 
     sweep       all calibration tokens through the model, in micro-batches of B sequences of T tokens
     operations  floating-point operations that a sweep cannot do without: its matrix products and attention's own
     rate        operations a second of one large matrix product, same dtype and device: the best of many in this run
     floor       operations / rate; of SVD and scores the bare torch.linalg.svd of the same matrices, in fp32
     turn        all phases and their floors once, side by side; of --repeats turns each phase's and floor's best counts
-    peak        the largest of all turns; CUDA: allocated, CPU: resident beyond what was before the model was there
+    peak        of a turn before those; CUDA: allocated, CPU: resident beyond what was before the model was there
     computed    what the attribution sweep's peak should be, by attribution.sweep_bytes
 
 --autograd adds the algorithm as published, an independent witness: each half of a block has a sweep of its own, in
 which autograd differentiates the singular values. --svd compares ways to the same decompositions. --growth shows, on
-random models, whether seconds over floor stay as they are while tokens, layers and width grow. --memory only computes: what
+random models, whether seconds over floor stay while tokens, layers and width grow. --memory only computes what the
 known shapes need.
 """
 import sys
@@ -29,12 +29,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from attribution import importance, rank_for_ratio, sigma_gradients, svd, sweep_bytes, top_k, weight_gradients
-from data.corpus import batches, embedded_text, random_windows
+from data.corpus import batches
 from evaluate import (DTYPES, TINY, Parser, batch_size, command, introduce, json_file, markdown, open_checkpoint,
                       peak_bytes, pick_device, positive, sequence_length, timed)
 from extras import reset_peak, write_json
 from extras.generate import random_prompt, weight_bytes
-from grasp import check_layers, compress, find_redundant, keep, matrices, share
+from grasp import calibration_windows, check_layers, compress, find_redundant, keep, matrices, share
 from model import MATRICES, ModelArgs, Transformer, upcast
 
 SHAPES = {  # dim, n_layers, n_heads, n_kv_heads, hidden_dim, vocab_size, whether the embeddings are tied
@@ -90,22 +90,22 @@ def measure(model, windows, size, n, ratio, repeats, before):
     {rows: for each of PHASES, redundant: layer ids, operations: of each sweep, rate, computed}. before: bytes that are
     no part of the peak.
     """
-    warm_up(model, windows[:size])
-    turns, rates = [], [matrix_rate(model.device, model.dtype)]
+    peaks, turns, rates = {}, [], [matrix_rate(model.device, model.dtype)]
+    _, redundant = turn(model, windows, size, n, ratio, peaks)  # to reset a peak costs time: a turn of its own
     for _ in range(repeats):
-        turns.append(turn(model, windows, size, n, ratio))
+        turns.append(turn(model, windows, size, n, ratio)[0])
         rates.append(matrix_rate(model.device, model.dtype))
-    redundant = turns[0][2]
     work = operations(model, redundant, *windows.shape)
     computed = sweep_bytes(model, redundant, min(size, len(windows)), windows.shape[1])
-    floors = {**{sweep: work[sweep] / max(rates) for sweep in work}, "SVD": min(s["bare SVD"] for s, _, _ in turns)}
+    floors = {sweep: work[sweep] / max(rates) for sweep in work}
+    floors["SVD"] = min(seconds["bare SVD"] for seconds in turns)
     rows = []
     for phase, parts in PHASES.items():
-        seconds = min(sum(seconds[part] for part in parts) for seconds, _, _ in turns)
-        floor = sum(floors[part] for part in parts)
-        peak = max(peaks[part] for _, peaks, _ in turns for part in parts) - before
-        rows.append({"phase": phase, "seconds": seconds, "floor s": floor, "ratio": seconds / floor, "peak GiB": peak
-                     / GIB, "computed GiB": sum(computed.values()) / GIB if parts == ["attribution"] else None})
+        seconds = min(sum(seconds[part] for part in parts) for seconds in turns)
+        floor, peak = sum(floors[part] for part in parts), max(peaks[part] for part in parts) - before
+        rows.append({"phase": phase, "seconds": seconds, "floor s": floor, "ratio": seconds / floor,
+                     "peak GiB": peak / GIB,
+                     "computed GiB": sum(computed.values()) / GIB if parts == ["attribution"] else None})
     return {"rows": rows, "redundant": redundant, "operations": work, "rate": max(rates), "computed": computed}
 
 
@@ -129,11 +129,16 @@ def matrix_rate(device, dtype):
     return 2 * size ** 3 / min(seconds)
 
 
-def turn(model, windows, size, n, ratio):
-    """(seconds of each phase and of the bare SVDs, peak bytes of each phase, the redundant layers)."""
-    seconds, peaks, device = {}, {}, model.device
+def turn(model, windows, size, n, ratio, peaks=None):
+    """(seconds of each phase and of the bare SVDs, the redundant layers); peaks: a dict for bytes of each phase."""
+    seconds, device = {}, model.device
 
     def sweep(label):
+        if peaks is None:
+            return batches(windows, size, label)
+        return watched(label)
+
+    def watched(label):
         reset_peak(device)
         yield from batches(windows, size, label)
         peaks[label] = peak_bytes(device)
@@ -143,10 +148,11 @@ def turn(model, windows, size, n, ratio):
         _, redundant = find_redundant(model, sweep, n)
     with borrowed(model, redundant):
         compress(model, redundant, sweep, ratio, log=lambda line: None, seconds=seconds)
-    peaks["SVD"] = peak_bytes(device)
+    if peaks is not None:
+        peaks["SVD"] = peak_bytes(device)
     groups, every = by_shape(model, redundant), device.type == "cpu"  # on CUDA, where it is slow, one of each shape
     seconds["bare SVD"], _ = time_by_shape(bare_svd, model, groups, every)
-    return seconds, peaks, redundant
+    return seconds, redundant
 
 
 @contextmanager
@@ -338,9 +344,9 @@ def in_common(ours, theirs):
 def memory(shapes, dtype, layers, T, gpus):
     """Rows of GiB that the attribution sweep takes by sweep_bytes, in micro-batches of 1,024 or of 8,192 tokens.
 
-    The redundant layers begin at two thirds of the depth. Each of `gpus` has its rows of the blocks' matrices and of the
-    gradient sums; embeddings and head whole; and of the largest matrix, while it is used, all rows (twice: as they come
-    and in their place), its gradient, and that in fp32 on its way into the sum.
+    The redundant layers begin at two thirds of the depth. Each of `gpus` has its rows of the blocks' matrices and of
+    the gradient sums; embeddings and head whole; and of the largest matrix, while it is used, all rows (twice: as they
+    come and in their place), its gradient, and that in fp32 on its way into the sum.
     """
     rows = []
     for name, shape in shapes.items():
@@ -361,8 +367,7 @@ def memory(shapes, dtype, layers, T, gpus):
 
 def bench(a, model, tokenizer, T, size, before):
     """The phases, and what else is asked for, each printed as it is there: the report."""
-    windows = (random_windows(tokenizer.stream(embedded_text("train")), a.samples, T, SEED)[0] if tokenizer else
-               random_prompt(model, a.samples, T, SEED))
+    windows = calibration_windows(a, model, tokenizer)[0] if tokenizer else random_prompt(model, a.samples, T, SEED)
     report = measure(model, windows, size, a.layers or max(1, model.args.n_layers // 4), a.ratio, a.repeats, before)
     print(f"{show(report['rows'])}\n\nredundant {report['redundant']}; floors of the sweeps: "
           f"{' and '.join(f'{work / 1e12:.3f}' for work in report['operations'].values())} Tflop at "
@@ -411,7 +416,8 @@ def main():
     check_layers(model.args.n_layers, a.layers, None)
     T = sequence_length(a.seq_len, 512, model)
     size = min(batch_size(a.batch_size, T), a.samples)
-    print(f"tokens       {a.samples} x {T}, {'the embedded text' if tokenizer else 'random'}, batches of {size}; ratio {a.ratio}; best of {a.repeats} turns\n"
+    text = "as grasp.py takes them" if tokenizer else "random"
+    print(f"tokens       {a.samples} x {T}, {text}, batches of {size}; ratio {a.ratio}; best of {a.repeats} turns\n"
           f"peak GiB     {'of each phase' if resets or not before else 'of the process so far'}\n")
     report = growth(a, model, T, size, before) if a.growth else bench(a, model, tokenizer, T, size, before)
     if a.json:
@@ -448,6 +454,7 @@ def parse():
     add("--growth", action="store_true", help="instead: small random models, as tokens, layers and width grow")
     add("--memory", type=positive, metavar="GPUS", help="instead: compute what known shapes need, alone and on GPUS")
     add("--json", type=json_file, metavar="FILE", help="write all figures there too")
+    p.set_defaults(calibration=None, data_dir=None, seed=42)  # grasp.py's
     a = p.parse_args()
     if a.shape and a.ckpt != TINY:
         raise ValueError("give one of --ckpt and --shape")
