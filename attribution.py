@@ -52,11 +52,6 @@ def angular_distances(model, batches, n):
     return processes.mean(total, count)
 
 
-def most_redundant(cosines, n):
-    """The ids of the n layers of largest cosine, ascending; of equal ones the earlier."""
-    return sorted(cosines.argsort(descending=True, stable=True)[:n].tolist())
-
-
 def weight_gradients(model, names, batches):
     """{name: G = dL/dW (m, n), fp32 at least} of the named matrices, by one backward sweep over the calibration set.
 
@@ -67,8 +62,7 @@ def weight_gradients(model, names, batches):
     Of several processes each returns what its own batches add to G; processes.summed brings that together.
     """
     weights = {name: model.get_submodule(name).weight.requires_grad_(True) for name in names}
-    sums = {name: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32), requires_grad=False)
-            for name, w in weights.items()}
+    sums = {name: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for name, w in weights.items()}
 
     def add_into(total, w):  # in parts: on the CPU half precision is widened in a copy first
         for rows, grad in zip(*(processes.own(t).split(1024) for t in (total, w.grad))):
@@ -177,11 +171,11 @@ def rank_for_ratio(m, n, ratio):
 def rank_for_threshold(scores, threshold):
     """Size of the smallest set of components whose scores reach the share `threshold` of their sum (adaptive rank)."""
     shares = scores.double().sort(descending=True).values.cumsum(0)
-    return min(len(scores), int((shares < threshold * shares[-1]).sum()) + 1)
+    return int((shares < threshold * shares[-1]).sum()) + 1
 
 
 def top_k(scores, k):
-    """Indices (k,) of the k highest scores, ascending; of equal ones the earlier, which has the larger sigma."""
+    """Indices (k,) of the k highest scores, of layers or components, ascending; of equal ones the earlier."""
     return scores.argsort(descending=True, stable=True)[:k].sort().values
 
 
@@ -192,7 +186,7 @@ def low_rank_factors(U, S, Vh, kept):
 
 
 def decompose(W, G, ratio, threshold, score):
-    """[kept (k,), A (m, k), B (k, n)] of W (m, n): SVD, scores, top-k [GRASP §2.2-2.3]; [] where it is to stay dense."""
+    """[kept (k,), A (m, k), B (k, n)] of W (m, n): SVD, scores, top-k [GRASP §2.2-2.3]; [] where it stays dense."""
     m, n = W.shape
     U, S, Vh = svd(W)
     scores = importance(S, None if G is None else sigma_gradients(U, G, Vh), score)

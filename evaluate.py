@@ -148,17 +148,18 @@ def open_checkpoint(ckpt, device, dtype, shard=False):
 
 def pick_device(device):
     """(the device that --device names, why that one); under torchrun each process has a GPU of its own."""
-    device, why = ((device, "as asked") if device != "auto" else
-                   ("cuda", "auto: CUDA is here") if torch.cuda.is_available() else ("cpu", "auto: no CUDA here"))
-    if device == "cuda" and processes.count() > 1:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    why = "as asked"
+    if device == "auto":
+        device, why = ("cuda", "auto: CUDA is here") if torch.cuda.is_available() else ("cpu", "auto: no CUDA here")
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        known = torch.device(device).type in ("cpu", "cuda") and torch.empty(0, device=device) is not None
+        kind = torch.empty(0, device=device).device.type
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"--device {device}: {str(e).splitlines()[0]}") from None
-    if not known:
+    if kind not in ("cpu", "cuda"):
         raise ValueError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
-    if torch.device(device).type == "cuda":
+    if kind == "cuda":
         torch.cuda.set_device(device)  # collectives and new streams take the current one
     return device, why
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from attribution import (SCORES, angular_distances, decompose, layer_cosines, low_rank_factors, most_redundant, svd,
-                         sweep_bytes, weight_gradients)
+from attribution import (SCORES, angular_distances, decompose, layer_cosines, low_rank_factors, svd, sweep_bytes, top_k,
+                         weight_gradients)
 from data import processes
 from data.checkpoint import check_target
 from data.corpus import batches, random_windows, text_names, text_or_embedded
@@ -36,7 +36,7 @@ def find_redundant(model, sweep, n, contiguous=False):
     if contiguous:
         first = int(angular_distances(model, sweep("angular distances"), n).argmin())
         return cosines, list(range(first, first + n))
-    return cosines, most_redundant(cosines, n)
+    return cosines, top_k(cosines, n).tolist()
 
 
 def compress(model, layer_ids, sweep, ratio=None, threshold=None, score="taylor", iterative=False, log=print,
@@ -49,7 +49,7 @@ def compress(model, layer_ids, sweep, ratio=None, threshold=None, score="taylor"
     replaced [GRASP Alg. 1]. seconds: a dict to add the wall time of each phase to.
     """
     seconds = {} if seconds is None else seconds
-    groups = [[name for layer in layer_ids for name in matrices(layer)]]
+    groups = [matrices(*layer_ids)]
     if iterative:
         groups = [[name for name in matrices(layer) if half in name]
                   for layer in sorted(layer_ids, reverse=True) for half in ("feed_forward", "attention")]
@@ -63,49 +63,44 @@ def compress(model, layer_ids, sweep, ratio=None, threshold=None, score="taylor"
         if dense and score != "magnitude":
             with timed(seconds, "attribution", model.device):
                 G = weight_gradients(model, dense, sweep("attribution"))
-        for names in turns(model, dense):
+        size = processes.count()
+        if size > 1:  # each decomposes one at a time: the like beside the like, so that none waits for long
+            dense.sort(key=lambda name: -model.get_submodule(name).weight.numel())
+        for i in range(0, len(dense), size):
             before = seconds.get("SVD", 0.0)
-            with timed(seconds, "SVD", model.device):  # pop: no gradient outlives its matrix's turn
-                done = replace(model, names, [G.pop(name, None) for name in names], ratio, threshold, score)
+            with timed(seconds, "SVD", model.device):
+                done = replace(model, dense[i:i + size], G, ratio, threshold, score)
             for record in done:
                 log(f"{describe(record)}  {(seconds['SVD'] - before) / len(done):.2f} s")
             records += done
     return records
 
 
-def turns(model, names):
-    """The matrices, as many at a time as there are processes to decompose one each; then the like with the like."""
-    size = processes.count()
-    if size > 1:
-        names = sorted(names, key=lambda name: -model.get_submodule(name).weight.numel())
-    return [names[i:i + size] for i in range(0, len(names), size)]
-
-
-def matrices(layer):
-    """The names of a layer's seven matrices: "layers.22.attention.wq" ..."""
-    return [f"layers.{layer}.{matrix}" for matrix in MATRICES]
+def matrices(*layer_ids):
+    """The names of the layers' matrices, seven each: "layers.22.attention.wq" ..."""
+    return [f"layers.{layer}.{matrix}" for layer in layer_ids for matrix in MATRICES]
 
 
 def replace(model, names, G, ratio, threshold, score):
-    """Put factors where matrices W (m, n) of gradients G (m, n) stand: {name, shape, rank, kept} for each of them.
+    """Put factors where matrices W (m, n) stand, whose gradients leave G: {name, shape, rank, kept} for each of them.
 
     Each of several processes decomposes one and sends it to all. A matrix whose factors would not be smaller stays
-    dense: rank and kept None.
+    dense: rank and kept None. G: {name: (m, n)}, empty where the score needs none.
     """
-    mine, found, records = None, [], []
-    for owner, (name, g) in enumerate(zip(names, G)):  # first what they need of each other, so that all work at once
+    found, records = [], []
+    for owner, name in enumerate(names):  # first what they need of each other, so that all work at once
         W = processes.whole(model.get_submodule(name).weight)
-        g = None if g is None else processes.summed(g, owner)
-        mine = (W, g) if owner == processes.rank() else mine
-    if mine:
+        g = processes.summed(G.pop(name), owner) if G else None
+        if owner == processes.rank():
+            mine = W, g
+    if processes.rank() < len(names):
         found = decompose(*mine, ratio, threshold, score)
     for owner, name in enumerate(names):
-        shape = list(model.get_submodule(name).weight.shape)
-        kept, *factors = processes.broadcast(found, owner, model.device) or [None]
-        if factors:
-            model.replace_matrix(name, LowRankLinear(*factors))
-        records.append({"name": name, "shape": shape, "rank": None if kept is None else len(kept),
-                        "kept": None if kept is None else kept.tolist()})
+        records.append({"name": name, "shape": [*model.get_submodule(name).weight.shape], "rank": None, "kept": None})
+        if done := processes.broadcast(found, owner, model.device):
+            kept, A, B = done
+            model.replace_matrix(name, LowRankLinear(A, B))
+            records[-1].update(rank=len(kept), kept=kept.tolist())
     return records
 
 
@@ -129,24 +124,24 @@ def main():
     a.device, a.dtype, before, dense_params = model.device, model.dtype, model.n_params, model.n_params_dense
     check_layers(model.args.n_layers, a.layers, a.layer_ids)
     windows, calibration = calibration_windows(a, model, tokenizer)
-    windows = windows.to(a.device)  # now, so that no sweep waits for the CPU
+    size = batch_size(a.batch_size, a.seq_len)
+    sweep = partial(batches, windows.to(a.device), size)  # on the device at once, so that no sweep waits for the CPU
     eval_len = sequence_length(None, 2048, model)
     texts = {} if a.eval == ["none"] else load_windows(a.eval, tokenizer, eval_len, a.ckpt, a.windows, a.data_dir)
     asked = f"threshold {a.threshold}" if a.threshold else f"ratio {a.ratio}"
     print(f"calibration  {calibration['text']}; {calibration['tokens']:,} tokens, {a.samples} random windows of "
-          f"{a.seq_len}, seed {a.seed}, batches of {batch_size(a.batch_size, a.seq_len)}\n"
+          f"{a.seq_len}, seed {a.seed}, batches of {size}\n"
           f"method       {asked} of {a.layers or len(a.layer_ids)} layers{' in a row' * a.contiguous}, score "
           f"{a.score}, {'iterative' if a.iterative else 'one-shot'}; to {a.out}\n")
-    sweep = partial(batches, windows, batch_size(a.batch_size, a.seq_len))
     with timed(seconds, "redundancy", a.device):
         cosines, redundant = find_redundant(model, sweep, a.layers or 1, a.contiguous)
     redundant = sorted(a.layer_ids) if a.layer_ids else redundant
     for layer, cosine in enumerate(cosines):
         print(f"layer {layer:3}  cosine {cosine:.4f}{'  redundant' * (layer in redundant)}")
-    computed = sweep_bytes(model, redundant, batch_size(a.batch_size, a.seq_len), a.seq_len)
-    need = (f"computed peak {sum(computed.values()) / 2 ** 30:.2f} GiB: "
-            + ", ".join(f"{part} {need / 2 ** 30:.2f}" for part, need in computed.items()))
-    print(f"\nattribution  {need}\n")
+    parts = sweep_bytes(model, redundant, size, a.seq_len)
+    peak = (f"computed peak {sum(parts.values()) / 2 ** 30:.2f} GiB: "
+            + ", ".join(f"{part} {count / 2 ** 30:.2f}" for part, count in parts.items()))
+    print(f"\nattribution  {peak}\n")
     rows = []
 
     def add_row(name, phases):
@@ -157,12 +152,12 @@ def main():
                      "peak_bytes": peak_bytes(a.device)})
 
     add_row("dense" if before == dense_params else "input", [])
-    dense = {name: model.get_submodule(name) for layer in redundant for name in matrices(layer)} if a.compare else {}
+    dense = {name: model.get_submodule(name) for name in matrices(*redundant)} if a.compare else {}
     try:
         with timed(seconds, "compression", a.device):
             records = compress(model, redundant, sweep, a.ratio, a.threshold, a.score, a.iterative, seconds=seconds)
     except torch.OutOfMemoryError as e:  # which says what was free
-        raise MemoryError(f"{need}. {e}") from None
+        raise MemoryError(f"{peak}. {e}") from None
     if a.compare:
         add_comparisons(model, dense, records, redundant, add_row, seconds)
     add_row("GRASP" if a.score == "taylor" else f"GRASP, {a.score}", ["redundancy", "compression"])

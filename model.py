@@ -278,11 +278,10 @@ def fill(model, shards, folder, halves, dtype, device):
         tensor = gather([shard.get(name) for shard in shards], name, place.shape, folder)
         if halves and name.endswith(("wq.weight", "wk.weight")):
             tensor = pair_rows(tensor, model.args.head_dim)
-        tensor = processes.own_rows(tensor, place).to(device, dtype)
-        if not finite(tensor):
+        tensor = processes.placed(tensor, place, device, dtype)
+        if not finite(processes.own(tensor)):
             raise ValueError(f"{folder}: tensor {name} holds NaN or infinite values in {dtype}")
         parent, _, leaf = name.rpartition(".")
-        tensor = processes.as_sharded(tensor, place)
         setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
     if tied:
         model.output.weight = model.tok_embeddings.weight

@@ -99,15 +99,11 @@ def shard(linears, device):
         fully_shard(linear, mesh=mesh, reshard_after_forward=True, mp_policy=wide)
 
 
-def own_rows(t, like):
-    """The rows of t (m, n) that this process holds where `like` is sharded; else all."""
-    return (*t.chunk(count()), *[t[:0]] * count())[rank()] if sharded(like) else t
-
-
-def as_sharded(rows, like):
-    """own_rows as this process's part of a tensor that is sharded as `like` is; where it is not, just the rows."""
+def placed(t, like, device, dtype):
+    """t (m, n) there; where `like` is sharded, only this process's rows of it, as its part of such a tensor."""
     if not sharded(like):
-        return rows
+        return t.to(device, dtype)
+    rows = (*t.chunk(count()), *[t[:0]] * count())[rank()].to(device, dtype)
     return type(like.data).from_local(rows, like.device_mesh, like.placements, run_check=False, shape=like.shape,
                                       stride=like.stride())
 

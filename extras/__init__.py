@@ -30,7 +30,7 @@ def written_whole(file):
 def write_json(file, content):
     """A table or list as a JSON file, whole or not at all."""
     with written_whole(file) as partial:
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
 
 
 def reset_peak(device):

@@ -109,7 +109,7 @@ def compress_as(model, redundant, G, sweep, s):
     records = []
     for name in G:
         say(name)
-        records += replace(model, [name], [G[name]], s["ratio"], s["threshold"], s["score"])
+        records += replace(model, [name], {name: G[name]}, s["ratio"], s["threshold"], s["score"])
     return records
 
 

@@ -22,7 +22,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -74,12 +73,8 @@ def meta_model(shape, dtype):
 
 def show(rows):
     """Rows {head: text, whole number, figure or None} as a Markdown table."""
-    def cell(value):
-        if value is None or isinstance(value, str):
-            return value or "-"
-        return f"{value:,}" if isinstance(value, int) else f"{value:.2f}"
-
-    return markdown([*rows[0]], [[cell(value) for value in row.values()] for row in rows])
+    ways = {str: "{}", int: "{:,}", float: "{:.2f}", type(None): "-"}
+    return markdown([*rows[0]], [[ways[type(value)].format(value) for value in row.values()] for row in rows])
 
 
 # ------------------------------------------------------------------------------------------------ the phases
@@ -109,14 +104,6 @@ def measure(model, windows, size, n, ratio, repeats, before):
     return {"rows": rows, "redundant": redundant, "operations": work, "rate": max(rates), "computed": computed}
 
 
-def warm_up(model, tokens):
-    """One micro-batch through both sweeps, and one SVD: what libraries do only once is not to be measured."""
-    find_redundant(model, lambda label: [tokens], 1)
-    name = matrices(model.args.n_layers - 1)[0]
-    weight_gradients(model, [name], [tokens])
-    svd(model.get_submodule(name).weight)
-
-
 def matrix_rate(device, dtype):
     """Floating-point operations a second of a large matrix product, the best of five."""
     seconds, size = [], PRODUCT[device.type]
@@ -133,16 +120,13 @@ def turn(model, windows, size, n, ratio, peaks=None):
     """(seconds of each phase and of the bare SVDs, the redundant layers); peaks: a dict for bytes of each phase."""
     seconds, device = {}, model.device
 
-    def sweep(label):
-        if peaks is None:
-            return batches(windows, size, label)
-        return watched(label)
-
     def watched(label):
         reset_peak(device)
         yield from batches(windows, size, label)
         peaks[label] = peak_bytes(device)
         reset_peak(device)  # for the SVDs, which follow the last sweep
+
+    sweep = partial(batches, windows, size) if peaks is None else watched
 
     with timed(seconds, "redundancy", device):
         _, redundant = find_redundant(model, sweep, n)
@@ -150,15 +134,15 @@ def turn(model, windows, size, n, ratio, peaks=None):
         compress(model, redundant, sweep, ratio, log=lambda line: None, seconds=seconds)
     if peaks is not None:
         peaks["SVD"] = peak_bytes(device)
-    groups, every = by_shape(model, redundant), device.type == "cpu"  # on CUDA, where it is slow, one of each shape
-    seconds["bare SVD"], _ = time_by_shape(bare_svd, model, groups, every)
+    every = device.type == "cpu"  # on CUDA, where it is slow, one of each shape
+    seconds["bare SVD"], _ = time_by_shape(bare_svd, model, by_shape(model, redundant), every)
     return seconds, redundant
 
 
 @contextmanager
 def borrowed(model, layer_ids):
     """The dense matrices of these layers are in their places again at the end."""
-    dense = {name: model.get_submodule(name) for layer in layer_ids for name in matrices(layer)}
+    dense = {name: model.get_submodule(name) for name in matrices(*layer_ids)}
     yield
     for name, module in dense.items():
         model.replace_matrix(name, module)
@@ -167,7 +151,7 @@ def borrowed(model, layer_ids):
 def by_shape(model, layer_ids):
     """[[names of these layers' matrices of one shape] ...]."""
     groups = {}
-    for name in (name for layer in layer_ids for name in matrices(layer)):
+    for name in matrices(*layer_ids):
         groups.setdefault(model.get_submodule(name).weight.shape, []).append(name)
     return list(groups.values())
 
@@ -218,12 +202,11 @@ class Spectral(nn.Module):
         return F.linear(x, (self.U * self.S) @ self.Vh)
 
 
-def autograd_compress(model, layer_ids, sweep, ratio, seconds, dense=False):
+def autograd_compress(model, layer_ids, sweep, ratio, seconds):
     """grasp.compress as published, in place: {name: kept (k,) int64, or None where the matrix stays dense}.
 
     From the deepest block up, the MLP and then the attention: a sweep with the full cross entropy, for these matrices
-    only, whose low-rank factors then take their place. dense: their W does, so that all gradients are the dense
-    model's, as in grasp.compress. seconds: a dict to add "gradients" and "SVD" to.
+    only, whose low-rank factors then take their place. seconds: a dict to add "gradients" and "SVD" to.
     """
     kept = {}
     for half in [[name for name in matrices(layer) if part in name]
@@ -239,25 +222,23 @@ def autograd_compress(model, layer_ids, sweep, ratio, seconds, dense=False):
             for name, linear in old.items():
                 (m, n), spectral = linear.weight.shape, model.replace_matrix(name, linear)
                 k, S = rank_for_ratio(m, n, ratio), spectral.S.detach()
-                kept[name] = (S * spectral.S.grad).abs().topk(k).indices.sort().values if k * (m + n) < m * n else None
-                if kept[name] is not None and not dense:
+                kept[name] = top_k((S * spectral.S.grad).abs(), k) if k * (m + n) < m * n else None
+                if kept[name] is not None:
                     keep(model, name, (spectral.U, S, spectral.Vh), kept[name])
     return kept
 
 
 def beside(model, windows, size, ratio, measured, before):
     """Two rows: what `measure` gave of the method with one sweep, and the published way with many, once."""
-    phases = {row["phase"]: row for row in measured["rows"]}
-    sweep, svds = phases["attribution sweep"], phases["SVD and scores"]
+    _, sweep, _, svds, _ = measured["rows"]
     seconds, redundant = {}, measured["redundant"]
     reset_peak(model.device)
     with borrowed(model, redundant):
         autograd_compress(model, redundant, partial(batches, windows, size), ratio, seconds)
-    peak = (peak_bytes(model.device) - before) / GIB
     return [{"method": "one sweep", "gradients s": sweep["seconds"], "SVD s": svds["seconds"],
              "peak GiB": max(sweep["peak GiB"], svds["peak GiB"])},
             {"method": "autograd, as published", "gradients s": seconds["gradients"], "SVD s": seconds["SVD"],
-             "peak GiB": peak}]
+             "peak GiB": (peak_bytes(model.device) - before) / GIB}]
 
 
 # ------------------------------------------------------------------------------------------------ ways to an SVD
@@ -409,7 +390,7 @@ def main():
         shapes = {a.shape: SHAPES[a.shape]} if a.shape else SHAPES
         return print(show(memory(shapes, DTYPES.get(a.dtype, torch.bfloat16), a.layers, a.seq_len or 512, a.memory)))
     example = random_weights((64, 1, 2, 1, 96, 128, False), torch.float32, cpu)
-    warm_up(example, random_prompt(example, 2, 64, SEED))  # so that what libraries take for themselves is there
+    turn(example, random_prompt(example, 2, 64, SEED), 2, 1, 0.5)  # what libraries do and take only once, before all
     resets, resident = reset_peak(cpu), peak_bytes(cpu)
     model, tokenizer = open_weights(a)
     before = resident if model.device.type == "cpu" else 0
@@ -421,8 +402,7 @@ def main():
           f"peak GiB     {'of each phase' if resets or not before else 'of the process so far'}\n")
     report = growth(a, model, T, size, before) if a.growth else bench(a, model, tokenizer, T, size, before)
     if a.json:
-        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(a).items()}
-        write_json(a.json, {"settings": settings, "dtype": str(model.dtype), "device": str(model.device), **report})
+        write_json(a.json, {"settings": vars(a), "dtype": str(model.dtype), "device": str(model.device), **report})
 
 
 def open_weights(a):

@@ -119,23 +119,25 @@ def test_what_is_timed_once_counts_for_all_of_its_shape():
 
 # ------------------------------------------------------------------------------------------------ the witness
 
-def test_autograd_of_the_dense_model_keeps_the_same_components():
+def test_autograd_of_the_dense_model_keeps_the_same_components(monkeypatch):
     """Two roads to one set: dL/dW once and projected, and the singular values as parameters, a sweep a half block."""
     model, seconds = random_model(dim=32, head_dim=8, hidden_dim=56), {}
     windows = random_tokens(model, 5, 12)
     with borrowed(model, [1, 2]):
-        theirs = autograd_compress(model, [1, 2], lambda label: windows.split(2), 0.3, seconds, dense=True)
+        monkeypatch.setattr(bench, "keep", lambda *words: None)  # W goes back: all gradients are the dense model's
+        theirs = autograd_compress(model, [1, 2], lambda label: windows.split(2), 0.3, seconds)
         ours = compress(model, [1, 2], lambda label: windows.split(3), 0.3, log=lambda line: None)
     assert {record["name"]: record["kept"] for record in ours} == {name: kept.tolist() for name, kept in theirs.items()}
     assert len(theirs) == 14 and set(seconds) == {"gradients", "SVD"}
 
 
-def test_autograd_as_published_sees_what_it_replaced():
+def test_autograd_as_published_sees_what_it_replaced(monkeypatch):
     """Deepest first: there the gradients are the dense model's, further up the replaced matrices change them."""
     model, dense, last = random_model(), random_model(), "layers.3.feed_forward"
     windows = random_tokens(model, 3, 12)
     kept = autograd_compress(model, [1, 3], lambda label: [windows], 0.5, {})
-    same = autograd_compress(dense, [1, 3], lambda label: [windows], 0.5, {}, dense=True)
+    monkeypatch.setattr(bench, "keep", lambda *words: None)
+    same = autograd_compress(dense, [1, 3], lambda label: [windows], 0.5, {})
     low_rank = {name for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
     assert low_rank == set(kept) == {name for layer in (1, 3) for name in matrices(layer)}
     assert not any(isinstance(module, LowRankLinear) for module in dense.modules())

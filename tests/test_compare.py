@@ -12,7 +12,7 @@ import torch
 
 import evaluate
 import grasp
-from attribution import layer_cosines, most_redundant
+from attribution import layer_cosines, top_k
 from conftest import error_of, random_model, random_tokens
 from data.corpus import load_text, random_windows
 from data.tokenizer import load_tokenizer
@@ -98,7 +98,7 @@ def test_what_is_kept_to_the_redundant_layers_finds_them_itself():
                              ("svd-all", True), ("fwsvd-all", True), ("asvd-all", True), ("svd-llm-all", True)]:
         model = random_model(dim=32, head_dim=8, hidden_dim=56)
         windows, before = random_tokens(model, 4, 12), model.n_params
-        expected = set(range(4)) if everywhere else set(most_redundant(layer_cosines(model, [windows]), 2))
+        expected = set(range(4)) if everywhere else set(top_k(layer_cosines(model, [windows]), 2).tolist())
         model = compare.methods(2)[name](model, lambda label: [windows], 10_000)
         assert low_rank(model) == expected and before - model.n_params > 9_000
 

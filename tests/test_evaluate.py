@@ -1,5 +1,6 @@
 """The lesson: a perplexity is exp of a mean, and the mean is over the right tokens."""
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,8 +8,8 @@ import torch.nn.functional as F
 
 from conftest import random_model, random_tokens
 from data.corpus import consecutive_windows
-from evaluate import (TINY, batch_size, load_windows, open_checkpoint, peak_bytes, perplexity, sequence_length, table,
-                      timed)
+from evaluate import (TINY, batch_size, load_windows, open_checkpoint, peak_bytes, perplexity, pick_device,
+                      sequence_length, table, timed)
 from model import CrossEntropy, Transformer, load_checkpoint, upcast
 
 
@@ -133,3 +134,14 @@ def test_smollm2_on_wikitext2(smollm2, data_dir):
         expected = theirs(windows, labels=windows).loss.exp().item()
     assert perplexity(model, [windows]) == pytest.approx(expected, rel=1e-4)
     assert expected == pytest.approx(14.09, abs=0.01)  # 447 where GGUF's q and k rows were not turned back
+
+
+def test_a_cuda_device_has_a_number(monkeypatch):
+    """Without one torch refuses to make it the current device; torchrun numbers those of one machine."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(torch.device(device).index))
+    monkeypatch.setattr(torch, "empty", lambda *_, device: SimpleNamespace(device=torch.device(device)))
+    assert pick_device("auto") == ("cuda:0", "auto: CUDA is here")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert pick_device("cuda") == ("cuda:2", "as asked") and chosen == [0, 2]

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attribution import layer_cosines, most_redundant
+from attribution import layer_cosines, top_k
 from extras.controls import drop_layers
 from extras.rivals import slim, whole_blocks
 from model import MATRICES, Block, rotary_frequencies, upcast
@@ -29,9 +29,9 @@ def shortgpt(model, sweep, budget):
     """
     n, rest = whole_blocks(model, budget, 0, len(model.layers) - 1)
     cosines = layer_cosines(model, sweep("ShortGPT"))
-    dropped = most_redundant(cosines, n)
+    dropped = top_k(cosines, n).tolist()
     cosines[dropped] = -math.inf
-    slim(model, *most_redundant(cosines, 1), rest)
+    slim(model, *top_k(cosines, 1).tolist(), rest)
     drop_layers(model, dropped)
     return model
 
@@ -105,7 +105,7 @@ def laco(model, sweep, budget, merge=2, lowest=1, highest=None, interval=None, s
     model.layers = nn.ModuleList(collapse(model, merges))
     model.args = replace(model.args, n_layers=len(model.layers))
     if rest:
-        slim(model, *most_redundant(layer_cosines(model, sweep("LaCo, the rest")), 1), rest)
+        slim(model, *top_k(layer_cosines(model, sweep("LaCo, the rest")), 1).tolist(), rest)
     return model
 
 
