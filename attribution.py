@@ -109,7 +109,8 @@ def sweep_bytes(model, layer_ids, B, T):
 
     B sequences of T tokens a micro-batch; a model on the meta device counts as one on a GPU. No T x T probabilities are
     counted: fused attention keeps none. Torch 2.5 lacks it for grouped queries on the CPU. Of sharded weights only this
-    process's rows count.
+    process's rows count, and all of the largest matrix while it is used: as it comes and in its place, its gradient,
+    and that widened.
     """
     a, s, wide, top = model.args, model.dtype.itemsize, max(4, model.dtype.itemsize), model.args.n_layers - 1
     matrices = [p for layer in layer_ids for p in model.layers[layer].parameters() if p.ndim == 2]
@@ -127,22 +128,24 @@ def sweep_bytes(model, layer_ids, B, T):
                - B * T * block * (top - max(layer_ids)))
     weights, gradients = (sum(processes.own(p).numel() for p in parameters)
                           for parameters in (model.parameters(), matrices))
-    return {"weights": s * weights, "gradients": wide * gradients, "activations": kept + max(moments)}
+    use = max(p.numel() for p in matrices) * (3 * s + wide) if processes.sharded(matrices[0]) else 0
+    return {"weights": s * weights, "gradients": wide * gradients, "activations": kept + max(moments) + use}
 
 
 def svd(W):
     """U (m, r), S (r,) descending, Vh (r, n), in fp32 at least (there is no SVD in half precision).
 
-    In fp32 by the eigenvectors of the smaller Gram matrix in fp64, W^T W = V S^2 V^T and U = W V / S: faster, and no
-    less exact as long as no singular value is below a millionth of the largest; then, and in fp64, LAPACK's own SVD.
+    In fp32 by the eigenvectors of the smaller Gram matrix in fp64, W^T W = V S^2 V^T and U = W V / S: faster, and
+    as exact as long as no singular value is below a millionth of the largest; then, and in fp64, LAPACK's own SVD.
     """
     W = upcast(W.detach())
     tall = W if W.shape[0] >= W.shape[1] else W.mT
     if W.dtype == torch.float32:
-        squares, V = torch.linalg.eigh(tall.double().mT @ tall.double())
-        S, V = squares.flip(0).clamp(min=0).sqrt().float(), V.flip(1).float()
+        wide = tall.double()
+        squares, V = torch.linalg.eigh(wide.mT @ wide)
+        S, V = squares.flip(0).clamp(min=0).sqrt(), V.flip(1)
         if S[-1] > 1e-6 * S[0]:
-            U = tall @ V / S
+            U, S, V = (t.float() for t in (wide @ V / S, S, V))
             return (U, S, V.mT) if tall is W else (V, S, U.mT)
     return torch.linalg.svd(W, full_matrices=False)
 

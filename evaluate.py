@@ -187,13 +187,19 @@ def batch_size(asked, seq_len):
     return asked or max(1, 1024 // seq_len)
 
 
+def end(*_):
+    """An orderly end, which takes back what is half written; a second signal does not cut it short."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(143)
+
+
 def command(main, parallel=False):
     """Run a command: a user's mistake is one line on stderr and exit code 2, Ctrl-C one line and 130.
 
     parallel: torchrun may start it many times over; whichever process fails first tells why, and torchrun ends all.
     """
     sys.stdout.reconfigure(line_buffering=True)  # a log file shows where the work is
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an orderly end, which takes back what is half written
+    signal.signal(signal.SIGTERM, end)
     try:
         with processes.joined():
             if processes.count() > 1 and not parallel:
@@ -230,7 +236,7 @@ def main():
            "seconds": seconds["evaluation"], "peak_bytes": peak_bytes(model.device),
            "protocol": {label: protocol for label, (_, protocol) in texts.items()}}
     print("\n" + table([row], texts, model.n_params_dense))
-    if a.json:
+    if a.json and not processes.rank():
         a.json.write_text(json.dumps(row, indent=1) + "\n")
 
 

@@ -124,7 +124,7 @@ def main():
     a.device, a.dtype, before, dense_params = model.device, model.dtype, model.n_params, model.n_params_dense
     check_layers(model.args.n_layers, a.layers, a.layer_ids)
     windows, calibration = calibration_windows(a, model, tokenizer)
-    size = batch_size(a.batch_size, a.seq_len)
+    size = min(batch_size(a.batch_size, a.seq_len), a.samples)
     sweep = partial(batches, windows.to(a.device), size)  # on the device at once, so that no sweep waits for the CPU
     eval_len = sequence_length(None, 2048, model)
     texts = {} if a.eval == ["none"] else load_windows(a.eval, tokenizer, eval_len, a.ckpt, a.windows, a.data_dir)

@@ -125,7 +125,8 @@ class Attention(nn.Module):
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # (B, T, heads, hd)
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))                                          # (B, heads, T, hd)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        y = (F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True) if len(x) else
+             q * (k.sum() + v.sum()))  # of no sequences, which CUDA's attention refuses before torch 2.10
         return self.wo(y.transpose(1, 2).flatten(2))
 
 
@@ -262,7 +263,8 @@ def load_checkpoint(path, dtype=None, device="cpu", shard=False):
     except (RuntimeError, TypeError):  # sizes whose product no tensor can have
         raise ValueError(f"{folder}: no model can be of these sizes: {args}") from None
     if shard:
-        processes.shard([linear for linear in model.layers.modules() if isinstance(linear, nn.Linear)], device)
+        processes.shard([linear for linear in model.layers.modules() if isinstance(linear, nn.Linear)], device,
+                        dtype or embedding.dtype)
     return fill(model, shards, folder, halves, dtype or embedding.dtype, device)
 
 

@@ -84,13 +84,16 @@ def load_text(name, use, data_dir=None):
 
 def text_or_embedded(name, use, data_dir, asked):
     """(name, text, what it is); a text that was not asked for and cannot be had gives way to the embedded one."""
-    try:
-        return name, *load_text(name, use, data_dir)
-    except FileNotFoundError as e:
-        if asked:
-            raise
-        print(f"going on with the embedded text: {e}")
-        return "embedded", *load_text("embedded", use)
+    def find():
+        try:
+            return name, *load_text(name, use, data_dir)
+        except FileNotFoundError as e:
+            if asked:
+                raise
+            print(f"going on with the embedded text: {e}")
+            return "embedded", *load_text("embedded", use)
+
+    return processes.agreed(find)  # one process downloads, and all have the same text
 
 
 def find_file(wanted, data_dir=None):
@@ -187,11 +190,12 @@ def batches(windows, size, label):
     """Yield this process's micro-batches (size, seq_len) of windows, process 0 telling on stderr where the work is."""
     start, told, done = time.monotonic(), time.monotonic(), 0
     parts = processes.share(windows, size)
+    total = sum(map(len, parts))
     for i, batch in enumerate(parts, 1):
         yield batch
         done += len(batch)
         left = (time.monotonic() - start) * (len(parts) - i) / i
-        line = f"{label}  {done}/{len(windows)} sequences  {left:.0f} s left"
+        line = f"{label}  {done}/{total} sequences  {left:.0f} s left"
         show(line, last=i == len(parts))
         if not (sys.stderr.isatty() or processes.rank()) and time.monotonic() - told > 60:  # in a log, a line a minute
             told = time.monotonic()

@@ -61,6 +61,14 @@ def add_up(t):
     return t
 
 
+def agreed(find):
+    """What find() gives process 0, on every process; the others do not call it."""
+    found = [None if rank() else find()]
+    if store:
+        dist.broadcast_object_list(found, 0, device=torch.device("cpu"))
+    return found[0]
+
+
 def mean(total, n):
     """Every process's total, a tensor, over every process's number n; on the CPU."""
     return (add_up(total) / add_up(total.new_tensor(n))).cpu()
@@ -85,18 +93,19 @@ def broadcast(tensors, owner, device):
     return tensors
 
 
-def shard(linears, device):
+def shard(linears, device, dtype):
     """Let each process hold only its rows of the matrices of linear layers, all gathered for each use (FSDP2)."""
     if store is None:
         raise ValueError("--shard divides the weights among processes: start them with torchrun")
     try:
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, share_comm_ctx
     except ImportError:
-        raise ValueError(f"--shard needs torch 2.6 or later, this is {torch.__version__}") from None
+        raise ValueError(f"--shard needs torch 2.10 or later, this is {torch.__version__}") from None
     mesh = dist.init_device_mesh(torch.device(device).type, (count(),))
-    wide = MixedPrecisionPolicy(reduce_dtype=torch.float32)  # gradients are added up in fp32
+    wide = MixedPrecisionPolicy(reduce_dtype=torch.promote_types(dtype, torch.float32))
     for linear in linears:
         fully_shard(linear, mesh=mesh, reshard_after_forward=True, mp_policy=wide)
+    share_comm_ctx(linears)  # or each would keep its whole wide gradient until the backward pass ends
 
 
 def placed(t, like, device, dtype):

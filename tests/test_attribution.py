@@ -146,6 +146,21 @@ def test_cuda_gives_the_same_gradients():
         assert torch.allclose(here[name], there[name].cpu(), rtol=1e-3, atol=1e-6), name
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_no_sweep_waits_for_the_gpu():
+    """Once the first micro-batch has started it, nothing asks for a value before the last one is on its way."""
+    def watched(tokens):
+        for i, part in enumerate(tokens.to("cuda").split(1)):
+            torch.cuda.set_sync_debug_mode("error" if i else "default")
+            yield part
+        torch.cuda.set_sync_debug_mode("default")
+
+    model = random_model(torch.bfloat16).to("cuda")
+    tokens = random_tokens(model, 4, 16)
+    assert layer_cosines(model, watched(tokens)).isfinite().all()
+    assert len(weight_gradients(model, NAMES, watched(tokens))) == len(NAMES)
+
+
 # ------------------------------------------------------------------------------------------------ the SVD
 
 @pytest.mark.parametrize("m, n", [(40, 40), (60, 20), (20, 60)])
@@ -160,7 +175,7 @@ def test_the_svd_by_the_gram_matrix_is_an_svd(m, n, monkeypatch):
     assert U.shape == (m, r) and Vh.shape == (r, n) and S.dtype == torch.float32
     assert (S - exact).abs().max() < 1e-6 * exact[0] and (S.diff() <= 0).all()
     assert torch.allclose(U @ S.diag() @ Vh, W, rtol=0, atol=1e-5 * exact[0])
-    assert torch.allclose(Vh @ Vh.T, torch.eye(r), atol=1e-5) and torch.allclose(U.T @ U, torch.eye(r), atol=1e-2)
+    assert torch.allclose(Vh @ Vh.T, torch.eye(r), atol=1e-5) and torch.allclose(U.T @ U, torch.eye(r), atol=1e-5)
 
 
 @pytest.mark.parametrize("W", [torch.zeros(5, 3), torch.ones(4, 6), torch.eye(6)[:, :4] * 1e-20,

@@ -11,21 +11,26 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed.fsdp
 
 import evaluate
 import grasp
 from attribution import importance, layer_cosines, sigma_gradients, svd, weight_gradients
 from conftest import ROOT, random_model, random_tokens
-from data import processes
+from data import corpus, processes
 from data.corpus import batches
 from model import load_checkpoint, save_checkpoint
 
 JOB = ["--layers", "2", "--samples", "7", "--seq-len", "48", "--batch-size", "2", "--windows", "5", "--compare"]
 
 
+SHARD = pytest.mark.skipif(not hasattr(torch.distributed.fsdp, "share_comm_ctx"), reason="--shard needs torch 2.10")
+
+
 def torchrun(n, *words, cwd):
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), *map(str, words)],
-                          cwd=cwd, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", n, *words]
+    return subprocess.run([*map(str, command)], cwd=cwd, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
 
 
 def errors(done):
@@ -52,7 +57,7 @@ def alone(tmp_path_factory):
     return folder / "out"
 
 
-@pytest.mark.parametrize("n, shard", [(2, []), (4, ["--shard"])])
+@pytest.mark.parametrize("n, shard", [(2, []), pytest.param(4, ["--shard"], marks=SHARD)])
 def test_the_job_is_the_same_job(n, shard, alone, tmp_path):
     """7 sequences in batches of 2: some processes have one less than others."""
     done = torchrun(n, ROOT / "grasp.py", *JOB, *shard, "--out", "out", cwd=tmp_path)
@@ -71,7 +76,7 @@ def test_the_job_is_the_same_job(n, shard, alone, tmp_path):
         assert torch.allclose(p, other.get_parameter(name), rtol=0, atol=1e-5), name
 
 
-@pytest.mark.parametrize("n, shard", [(4, False), (2, True), (4, True)])
+@pytest.mark.parametrize("n, shard", [(4, False), pytest.param(2, True, marks=SHARD), pytest.param(4, True, marks=SHARD)])
 def test_scores_of_each_owner_and_its_part_of_the_weights(n, shard, tmp_path):
     """Rows that do not divide by 4, and a head and embeddings that stay whole."""
     model = random_model(torch.float32, dim=30, n_heads=5, n_kv_heads=1, head_dim=6, hidden_dim=70)
@@ -106,13 +111,30 @@ def sweeps(model):
     return cosines, scores
 
 
+@SHARD
+def test_no_process_keeps_the_whole_gradients_of_more_than_one_matrix(tmp_path):
+    """FSDP2 keeps the last gradient that it adds up until the backward pass ends, all rows of it; here of 28 matrices."""
+    save_checkpoint(random_model(torch.float32), tmp_path / "random")
+    done = torchrun(2, __file__, "buffers", tmp_path, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {(tmp_path / f"{place}.txt").read_text() for place in range(2)} == {"1"}
+
+
+def test_all_calibrate_and_evaluate_on_the_text_of_process_0(tmp_path):
+    """Which alone looks for it, and finds nothing here; and it alone writes the results."""
+    done = torchrun(2, __file__, "texts", "--windows", "3", "--seq-len", "16", "--json", "e.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("going on with the embedded text") == 2  # wikitext2 and ptb
+    assert list(json.loads((tmp_path / "e.json").read_text())["perplexity"]) == ["embedded"]
+
+
+@SHARD
 @pytest.mark.parametrize("ending, told", [("error", "error: only here"), ("kill", "by peer")])
 def test_where_one_ends_all_end(ending, told, tmp_path):
-    """Process 1 fails in its third batch: one line says why, and there is no folder, whole or half."""
+    """Process 1 fails in its second batch: one line says why, and none of ours leaves a trace."""
     done = torchrun(2, __file__, ending, *JOB, "--shard", "--out", "out", cwd=tmp_path)
-    assert done.returncode != 0 and not list(tmp_path.iterdir())
-    assert len(errors(done)) == 1 and told in errors(done)[0], done.stderr
-    assert "in backward" not in done.stderr and "in layer_cosines" not in done.stderr  # and no traces of ours
+    assert done.returncode != 0 and len(errors(done)) == 1 and told in errors(done)[0], done.stderr
+    assert "in backward" not in done.stderr and "in weight_gradients" not in done.stderr
 
 
 @pytest.mark.parametrize("words, told", [
@@ -128,11 +150,11 @@ def test_what_torchrun_terminates_takes_back_what_it_wrote(tmp_path):
     assert done.returncode != 0 and errors(done) == ["error: while another writes"] and not list(tmp_path.iterdir())
 
 
-def fail_in_batch(how, number=3):
-    """batches, but process 1 fails before one of them."""
+def fail_in_batch(how):
+    """batches, but process 1 fails before its second."""
     def failing(windows, size, label):
         for i, batch in enumerate(batches(windows, size, label), 1):
-            if processes.rank() == 1 and i == number - 1 and label == "attribution":
+            if processes.rank() == 1 and i == 2 and label == "attribution":
                 if how == "kill":
                     os.kill(os.getpid(), signal.SIGKILL)
                 raise ValueError("only here")
@@ -145,6 +167,23 @@ def write_scores(folder, shard):
     cosines, scores = sweeps(model)
     held = sum(p.nbytes for p in map(processes.own, model.layers.parameters()))
     torch.save({"cosines": cosines, "scores": scores, "held": held}, f"{folder}/{processes.rank()}.pt")
+
+
+def count_buffers(folder):
+    """How many FSDP2 communication contexts, each of which keeps such a gradient, the model's layers have."""
+    from torch.distributed.fsdp import FSDPModule
+    model = load_checkpoint(f"{folder}/random", shard=True)
+    sweeps(model)
+    found = {id(m._get_fsdp_state()._comm_ctx) for m in model.modules() if isinstance(m, FSDPModule)}
+    open(f"{folder}/{processes.rank()}.txt", "w").write(str(len(found)))
+
+
+def only_process_0_looks(name, use, data_dir=None):
+    """load_text, of which all but the embedded text is missing, and all where another process asks."""
+    assert processes.rank() == 0
+    if name != "embedded":
+        raise FileNotFoundError(name)
+    return corpus.embedded_text(use), "embedded"
 
 
 def save_slowly(*args):
@@ -162,8 +201,12 @@ def save_slowly(*args):
 
 if __name__ == "__main__":
     task, *words = sys.argv[1:]
-    if task == "scores":
-        main = partial(write_scores, *words)
+    if task in ("scores", "buffers"):
+        main = partial(write_scores if task == "scores" else count_buffers, *words)
+    elif task == "texts":
+        sys.argv[1:], main = words, evaluate.main
+        corpus.load_text, evaluate.TINY = only_process_0_looks, None  # or it would ask for no other text
+        sys.argv += ["--ckpt", str(ROOT / "data/tiny")]
     else:
         sys.argv[1:], main = words, grasp.main
         if task == "slow save":
