@@ -12,7 +12,7 @@ import evaluate
 from attribution import layer_cosines, svd, weight_gradients
 from conftest import error_of, random_model, random_tokens
 from extras import bench
-from extras.bench import (GIB, autograd_compress, batched, borrowed, by_shape, chosen, in_common, measure, operations,
+from extras.bench import (GIB, autograd_compress, batched, borrowed, by_shape, in_common, measure, operations,
                           random_weights, svd_study, time_by_shape, turn)
 from grasp import compress, find_redundant, matrices
 from model import LowRankLinear, load_checkpoint, save_checkpoint
