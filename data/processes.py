@@ -49,7 +49,10 @@ def share(windows, size):
     """This process's micro-batches of windows (n, T): `size` sequences in each, as many as any other process has.
 
     Where sequences run out the last ones are fewer or none, (0, T): sharded layers need all processes at every step.
+    One process alone may also ask for a list of sizes.
     """
+    if count() == 1:
+        return windows.split(size)
     mine, most = windows.tensor_split(count())[rank()].split(size), -(-len(windows) // count())
     return [*mine, *[windows[:0]] * (-(-most // size) - len(mine))]
 
