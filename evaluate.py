@@ -165,6 +165,7 @@ def pick_device(device):
 
 
 def introduce(name, model, why, whose):
+    """Say in two lines what a model is and where it runs, in whose dtype; of several processes, what this one holds."""
     a = model.args
     print(f"model        {name}  {a.n_layers} layers, dim {a.dim}, {a.n_heads} heads over {a.n_kv_heads}, "
           f"{model.n_params:,} parameters\ndevice       {model.device} ({why}), "

@@ -232,9 +232,7 @@ def parse():
         raise ValueError("give one of --ratio and --threshold")
     a.ratio = a.ratio or (None if a.threshold else 0.1)
     a.out = a.out or Path(f"{a.ckpt.name}-grasp")
-    if a.out.resolve() == a.ckpt:
-        raise ValueError(f"--out {a.out}: is the input")
-    check_target(a.out, a.overwrite)
+    check_target(a.out, a.overwrite, [a.ckpt])
     return a
 
 

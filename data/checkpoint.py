@@ -216,9 +216,14 @@ def read_args(p, file, names, shards):
     return args
 
 
-def check_target(path, overwrite=False):
-    """FileExistsError or PermissionError if a checkpoint cannot be written to `path`; called before any long work."""
+def check_target(path, overwrite=False, inputs=()):
+    """FileExistsError or PermissionError if a checkpoint cannot be written to `path`; called before any long work.
+
+    inputs: whole paths of folders that are read, none of which it may be (ValueError).
+    """
     path = Path(path)
+    if inputs and path.resolve() in inputs:
+        raise ValueError(f"--out {path}: is the input")
     if path.exists() or path.is_symlink():
         if not overwrite:
             raise FileExistsError(f"{path}: exists; choose another, or pass --overwrite where the command has it")

@@ -56,9 +56,7 @@ def main():
         raise ValueError("--dense has no use with random, which draws in the place of the compressed folder's factors")
     report = read_report(a.ckpt)
     out = a.out or Path(f"{a.ckpt.name}-{a.kind}")
-    if out.resolve() in (a.ckpt, a.dense and a.dense.resolve()):
-        raise ValueError(f"--out {out}: is the input")
-    check_target(out, a.overwrite)
+    check_target(out, a.overwrite, [a.ckpt, a.dense and a.dense.resolve()])
     if a.kind == "random":
         model, tokenizer = open_checkpoint(a.ckpt, a.device, a.dtype)
     else:

@@ -283,9 +283,7 @@ def parse():
     if len(set(a.layer_ids or [])) < len(a.layer_ids or []):
         raise ValueError(f"--layer-ids {a.layer_ids}: expected each id once")
     a.out = a.out or Path(f"{a.ckpt.name}-fisher")
-    if a.out.resolve() == a.ckpt:
-        raise ValueError(f"--out {a.out}: is the input")
-    check_target(a.out, a.overwrite)
+    check_target(a.out, a.overwrite, [a.ckpt])
     return a
 
 

@@ -291,9 +291,7 @@ def parse():
     if not a.data.is_file():
         raise FileNotFoundError(f"--data {a.data}: no such file")
     a.out = a.out or Path(f"{a.ckpt.name}-recovered")
-    if a.out.resolve() == a.ckpt:
-        raise ValueError(f"--out {a.out}: is the input")
-    check_target(a.out, a.overwrite)
+    check_target(a.out, a.overwrite, [a.ckpt])
     return a
 
 
