@@ -4,13 +4,17 @@ text -> one stream of tokens -> windows that do not overlap -> mean NLL (nats) o
 The second half is what all commands share: their table, their settings and their way to fail.
 """
 import argparse
-import json
 import os
-import signal
+import resource
 import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+
+from data.target import obey_signals, write_json
+
+if __name__ == "__main__":
+    obey_signals()  # before torch, whose import takes seconds
 
 import torch
 
@@ -82,13 +86,9 @@ def markdown(head, cells):
 
 
 def peak_bytes(device):
-    """Peak memory so far: allocated on a CUDA device, else resident in this process (0 where the system hides it)."""
+    """Peak memory so far: allocated on a CUDA device, else resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ModuleNotFoundError:  # Windows
-        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -188,19 +188,12 @@ def batch_size(asked, seq_len):
     return asked or max(1, 1024 // seq_len)
 
 
-def end(*_):
-    """An orderly end, which takes back what is half written; a second signal does not cut it short."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.exit(143)
-
-
 def command(main, parallel=False):
     """Run a command: a user's mistake is one line on stderr and exit code 2, Ctrl-C one line and 130.
 
     parallel: torchrun may start it many times over; whichever process fails first tells why, and torchrun ends all.
     """
     sys.stdout.reconfigure(line_buffering=True)  # a log file shows where the work is
-    signal.signal(signal.SIGTERM, end)
     try:
         with processes.joined():
             if processes.count() > 1 and not parallel:
@@ -238,7 +231,7 @@ def main():
            "protocol": {label: protocol for label, (_, protocol) in texts.items()}}
     print("\n" + table([row], texts, model.n_params_dense))
     if a.json and not processes.rank():
-        a.json.write_text(json.dumps(row, indent=1) + "\n")
+        write_json(a.json, row)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,17 @@ import argparse
 from functools import partial
 from pathlib import Path
 
+from data.target import check_target, obey_signals
+
+if __name__ == "__main__":
+    obey_signals()  # before torch, whose import takes seconds
+
 import torch
 from torch import nn
 
 from attribution import (SCORES, angular_distances, decompose, layer_cosines, low_rank_factors, svd, sweep_bytes, top_k,
                          weight_gradients)
 from data import processes
-from data.checkpoint import check_target
 from data.corpus import batches, random_windows, text_names, text_or_embedded
 from evaluate import (TINY, Parser, batch_size, command, load_windows, open_checkpoint, peak_bytes, perplexities,
                       positive, sequence_length, table, timed)

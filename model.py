@@ -10,7 +10,6 @@ Nothing here knows the method. The names are Meta's, every linear layer is y = W
 import json
 import math
 import shutil
-import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -19,7 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import processes
-from data.checkpoint import check_target, gather, pair_rows, read_folder, whole_storage
+from data.checkpoint import gather, pair_rows, read_folder, whole_storage
+from data.target import check_target, written_whole
 
 # the seven weight matrices of a block; with "layers.22." before it, a name means one of the model's
 MATRICES = ("attention.wq", "attention.wk", "attention.wv", "attention.wo",
@@ -293,10 +293,9 @@ def fill(model, shards, folder, halves, dtype, device):
 def save_checkpoint(model, path, report=None, tokenizer=None, overwrite=False):
     """Write `model` as Meta's layout: params.json (with the ranks), consolidated.00.pth, tokenizer, report.json.
 
-    All or nothing: a temporary folder beside `path`, then a rename. report: a dict; tokenizer: a file to copy.
-    Raises FileExistsError unless overwrite, and OSError (disk full, read-only) with `path` as it was before.
+    report: a dict; tokenizer: a file to copy. Whole or not at all: FileExistsError unless overwrite, and OSError (disk
+    full, read-only), with `path` as it was before.
     """
-    path = Path(path)
     check_target(path, overwrite)
     ranks = {name: m.A.shape[1] for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
     mlps = {name: [*m.w2.parameters()][-1] for name, m in model.named_modules() if isinstance(m, FeedForward)}
@@ -304,22 +303,11 @@ def save_checkpoint(model, path, report=None, tokenizer=None, overwrite=False):
     weights = {name: whole_storage(p) for name, p in model.named_parameters()}
     if processes.rank():
         return
-    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name[:99]}.tmp-", dir=path.absolute().parent))
-    temporary, old = scratch / "new", scratch / "old"
-    try:
-        temporary.mkdir()
-        torch.save(weights, temporary / "consolidated.00.pth")
-        (temporary / "params.json").write_text(json.dumps({**asdict(model.args), "ranks": ranks}, indent=1) + "\n")
+    with written_whole(path) as folder:
+        folder.mkdir()
+        torch.save(weights, folder / "consolidated.00.pth")
+        (folder / "params.json").write_text(json.dumps({**asdict(model.args), "ranks": ranks}, indent=1) + "\n")
         if report:
-            (temporary / "report.json").write_text(json.dumps(report, indent=1, default=str) + "\n")
+            (folder / "report.json").write_text(json.dumps(report, indent=1, default=str) + "\n")
         if tokenizer:
-            shutil.copyfile(tokenizer, temporary / Path(tokenizer).name)
-        if path.exists():
-            path.rename(old)
-        temporary.rename(path)
-    except RuntimeError as e:  # how torch.save reports a write that failed
-        raise OSError(f"{path}: could not be written: {e}") from e
-    finally:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        shutil.rmtree(scratch, ignore_errors=True)
+            shutil.copyfile(tokenizer, folder / Path(tokenizer).name)

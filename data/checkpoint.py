@@ -1,11 +1,9 @@
 """What a folder of weights says: its tensors, memory-mapped, and its hyper-parameters, all under Meta's names.
-And whether one may be written.
 
 Meta's raw folders (params.json + consolidated.NN.pth, one file a model-parallel shard), Mistral's (the same, or
 consolidated.safetensors), Hugging Face's (config.json + *.safetensors), and this project's own (Meta's, with ranks).
 """
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -214,26 +212,6 @@ def read_args(p, file, names, shards):
         raise ValueError(f"{file}: {n_heads} query heads, {args['n_kv_heads']} key/value heads, head size "
                          f"{args['head_dim']}: the first must be a multiple of the second, the last even")
     return args
-
-
-def check_target(path, overwrite=False, inputs=()):
-    """FileExistsError or PermissionError if a checkpoint cannot be written to `path`; called before any long work.
-
-    inputs: whole paths of folders that are read, none of which it may be (ValueError).
-    """
-    path = Path(path)
-    if inputs and path.resolve() in inputs:
-        raise ValueError(f"--out {path}: is the input")
-    if path.exists() or path.is_symlink():
-        if not overwrite:
-            raise FileExistsError(f"{path}: exists; choose another, or pass --overwrite where the command has it")
-        ours = {"params.json", "consolidated.00.pth", "report.json"}
-        found = {entry.name for entry in path.iterdir()} if path.is_dir() and not path.is_symlink() else set()
-        if not ours <= found or not all(name in ours or name.startswith("tokenizer.") for name in found):
-            raise FileExistsError(f"{path}: --overwrite replaces only a folder written by this project (report.json)")
-    parent = path.absolute().parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"{path}: cannot be written, {parent} is not a folder or read-only")
 
 
 def whole_storage(p):

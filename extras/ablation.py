@@ -23,9 +23,10 @@ from torch import nn
 
 from attribution import SCORES, rank_for_ratio, weight_gradients
 from data.corpus import batches, random_windows, show, text_names, text_or_embedded
+from data.target import write_json
 from evaluate import (TINY, Parser, batch_size, command, json_file, load_windows, open_checkpoint, peak_bytes,
                       perplexities, positive, sequence_length, table, timed)
-from extras import short_names, write_json
+from extras import short_names
 from grasp import check_layers, compress, find_redundant, matrices, replace, seed, share
 
 EQUAL = "equal"                                          # as a ratio: the one that keeps what the variant before kept

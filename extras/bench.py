@@ -29,9 +29,10 @@ from torch import nn
 
 from attribution import importance, rank_for_ratio, sigma_gradients, svd, sweep_bytes, top_k, weight_gradients
 from data.corpus import batches
+from data.target import write_json
 from evaluate import (DTYPES, TINY, Parser, batch_size, command, introduce, json_file, markdown, open_checkpoint,
                       peak_bytes, pick_device, positive, sequence_length, timed)
-from extras import reset_peak, write_json
+from extras import reset_peak
 from extras.generate import random_prompt, weight_bytes
 from grasp import calibration_windows, check_layers, compress, find_redundant, keep, matrices, share
 from model import MATRICES, ModelArgs, Transformer, upcast

@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 
 from data.corpus import batches, text_names
+from data.target import write_json
 from evaluate import (Parser, batch_size, command, json_file, load_windows, markdown, open_checkpoint, peak_bytes,
                       perplexities, positive, sequence_length, table, timed)
-from extras import fisher, reset_peak, write_json
+from extras import fisher, reset_peak
 from extras.ablation import held, ratio_of_size
 from extras.rivals import block_params
 from extras.rivals.decomposition import asvd, fwsvd, plain_svd, svd_llm

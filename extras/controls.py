@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from attribution import svd
-from data.checkpoint import check_target
+from data.target import check_target
 from evaluate import Parser, command, open_checkpoint
 from extras import open_dense, read_report
 from grasp import keep, seed

@@ -11,7 +11,6 @@ positions then end where the window does, and up to there full attention gives t
 """
 import base64
 import shutil
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,10 +18,10 @@ import torch
 import torch.nn.functional as F
 
 from data import need
-from data.checkpoint import HF_FIELDS, HF_TENSORS, check_target, read_args, whole_storage
+from data.checkpoint import HF_FIELDS, HF_TENSORS, read_args, whole_storage
 from data.corpus import embedded_text
+from data.target import check_target, write_json, written_whole
 from evaluate import Parser, command, open_checkpoint
-from extras import write_json, written_whole
 from model import LowRankLinear, Transformer, upcast
 
 # Llama 3's special tokens by their places after the ranks; the other 251 are numbered. Its file does not hold them.
@@ -65,14 +64,12 @@ def export(model, tokenizer, out, layout="hf", shard="5GB"):
     ValueError where the layout cannot say what the model is, OSError where `out` cannot be written.
     """
     check_target(out)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name[:99]}.tmp-", dir=out.absolute().parent) as scratch:
-        folder = Path(scratch) / "new"
+    with written_whole(out) as folder:
         folder.mkdir()
         if layout == "hf":
             write_hf(model, tokenizer, folder, shard)
         else:
             write_meta(model, tokenizer, folder)
-        folder.rename(out)
 
 
 # ------------------------------------------------------------------------------------------------ Hugging Face
@@ -239,8 +236,7 @@ def write_meta(model, tokenizer, folder):
     """params.json, consolidated.00.pth and the tokenizer's file. A tied head is named too: Meta's code asks for it."""
     write_json(folder / "params.json", meta_params(model.args))
     tensors = {name: whole_storage(dense_weight(model, name).detach().cpu()) for name in dense_shapes(model)}
-    with written_whole(folder / "consolidated.00.pth") as file:
-        torch.save({"output.weight": tensors["tok_embeddings.weight"], **tensors}, file)
+    torch.save({"output.weight": tensors["tok_embeddings.weight"], **tensors}, folder / "consolidated.00.pth")
     content = tokenizer.file.read_bytes()
     if is_json(content):
         print("tokenizer    a tokenizer.json, copied as it is: Meta's own code reads only a tokenizer.model")

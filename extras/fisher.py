@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 from attribution import SCORES, backward, importance, sigma_gradients, top_k, weight_gradients
-from data.checkpoint import check_target
 from data.corpus import batches, text_names
+from data.target import check_target
 from evaluate import (Parser, batch_size, command, load_windows, open_checkpoint, peak_bytes, perplexities, positive,
                       sequence_length, table, timed)
 from extras.rivals import block_params, input_of, linear, uniform_ranks, watch_inputs

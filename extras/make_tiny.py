@@ -12,8 +12,8 @@ from pathlib import Path
 import sentencepiece
 import torch
 
-from data.checkpoint import check_target
 from data.corpus import consecutive_windows, embedded_text, random_windows
+from data.target import check_target
 from data.tokenizer import load_tokenizer
 from evaluate import command, perplexity
 from model import ModelArgs, Transformer, save_checkpoint

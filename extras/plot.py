@@ -19,9 +19,10 @@ from torch import nn
 from attribution import importance, sigma_gradients, svd, weight_gradients
 from data import need
 from data.corpus import batches, text_names
+from data.target import write_json, written_whole
 from evaluate import (TINY, Parser, batch_size, command, load_windows, perplexity, positive, sequence_length,
                       timed)
-from extras import open_dense, read_report, write_json, written_whole
+from extras import open_dense, read_report
 from grasp import matrices
 from model import upcast
 

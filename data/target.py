@@ -1,0 +1,131 @@
+"""What is written stands there whole or not at all, whatever ends the run; and Ctrl-C ends it at once, with one line.
+
+A file or folder NAME is written as .NAME.tmp-XXXXXXXX/new beside it, and that folder is locked for as long as the
+process lives. One without a lock is what a killed run left behind: the next run that writes NAME takes it away.
+"""
+import fcntl
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+writing = {}  # the scratch folders of this process: their targets
+renaming = threading.Lock()  # a signal waits for it, and then keeps it for good
+
+
+def check_target(path, overwrite=False, inputs=()):
+    """FileExistsError or PermissionError if a checkpoint cannot be written to `path`; called before any long work.
+
+    inputs: whole paths of folders that are read, none of which it may be (ValueError).
+    """
+    path = Path(path)
+    if inputs and path.resolve() in inputs:
+        raise ValueError(f"--out {path}: is the input")
+    parent = path.absolute().parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path}: cannot be written, {parent} is not a folder or read-only")
+    if len(os.fsencode(path.name)) > 240:  # of the 255 that a file system gives, some are for the scratch folder's name
+        raise ValueError(f"{path}: a name of more than 240 bytes")
+    clear_leftovers(path)
+    if path.exists() or path.is_symlink():
+        if not overwrite:
+            raise FileExistsError(f"{path}: exists; choose another, or pass --overwrite where the command has it")
+        ours = {"params.json", "consolidated.00.pth", "report.json"}
+        found = {entry.name for entry in path.iterdir()} if path.is_dir() and not path.is_symlink() else set()
+        if not ours <= found or not all(name in ours or name.startswith("tokenizer.") for name in found):
+            raise FileExistsError(f"{path}: --overwrite replaces only a folder written by this project (report.json)")
+
+
+@contextmanager
+def written_whole(path):
+    """A path to write a file or a folder at: in the end it takes `path`'s place, and if that is not reached, it goes.
+
+    OSError (disk full, read-only) with `path` as it was before.
+    """
+    path = Path(path).absolute()
+    clear_leftovers(path)
+    scratch, lock = locked_folder(path)
+    writing[scratch] = path
+    try:
+        yield scratch / "new"
+        with renaming:
+            if path.is_dir():
+                path.rename(scratch / "old")
+            (scratch / "new").replace(path)
+    except RuntimeError as e:  # how torch.save reports a write that failed
+        raise OSError(f"{path}: could not be written: {e}") from e
+    finally:
+        with renaming:
+            clear(scratch, path)
+            del writing[scratch]
+            os.close(lock)
+
+
+def write_json(file, content):
+    """A table or list as a JSON file, whole or not at all."""
+    with written_whole(file) as partial:
+        partial.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def scratch_prefix(path):
+    return f".{path.name}.tmp-"  # mkdtemp adds eight letters
+
+
+def locked_folder(path):
+    """(a new scratch folder beside `path`, the open file that holds its lock)."""
+    while True:
+        scratch = Path(tempfile.mkdtemp(prefix=scratch_prefix(path), dir=path.parent))
+        with suppress(FileNotFoundError):  # another run has taken it for a leftover just now
+            lock = os.open(scratch, os.O_RDONLY)
+            with suppress(OSError):  # a file system without locks, where nobody takes leftovers away
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if scratch.exists():
+                return scratch, lock
+
+
+def clear_leftovers(path):
+    """Take away the scratch folders that killed runs left of `path`, whose lock is free."""
+    path = Path(path).absolute()
+    for entry in os.scandir(path.parent):
+        if entry.name[:-8] == scratch_prefix(path) and entry.is_dir(follow_symlinks=False):
+            with suppress(OSError):  # another process is at work there, or it is another user's
+                lock = os.open(entry, os.O_RDONLY)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    clear(Path(entry), path)
+                finally:
+                    os.close(lock)
+
+
+def clear(scratch, path):
+    """Take a scratch folder away; where it ended between its two renames, what stood at `path` goes back there."""
+    if not path.exists():
+        with suppress(OSError):  # there is nothing to put back
+            (scratch / "old").rename(path)
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def obey_signals():
+    """From here on Ctrl-C and SIGTERM end the process within a moment, with nothing half written left behind.
+
+    A thread waits for them, since Python's own handlers run between two operations of the main thread, and one
+    decomposition may take a minute. Called by a command before it imports torch, which takes seconds.
+    """
+    wanted = {s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not signal.SIG_IGN}
+    signal.pthread_sigmask(signal.SIG_BLOCK, wanted)  # in every thread: they inherit it
+    threading.Thread(target=end_at, args=[wanted], daemon=True).start()
+
+
+def end_at(wanted):
+    number = signal.sigwait(wanted)
+    renaming.acquire()
+    for scratch, path in list(writing.items()):
+        clear(scratch, path)
+    if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first tells
+        print("\ninterrupted", file=sys.stderr, flush=True)
+    os._exit(128 + number)
