@@ -107,7 +107,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description, **ckpt):
         super().__init__(description=description, allow_abbrev=False)
         add = self.add_argument
-        add("--ckpt", **{"type": lambda name: Path(name).resolve(), "default": TINY, "metavar": "FOLDER", "help":
+        add("--ckpt", **{"type": lambda name: Path(os.path.realpath(name)), "default": TINY, "metavar": "FOLDER", "help":
             "weights: Meta's, Mistral's, Hugging Face's or a compressed folder (default: the embedded model)", **ckpt})
         add("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: CUDA where there is one)")
         add("--dtype", default="auto", choices=["auto", *DTYPES], help="to compute in and write (default: the ckpt's)")
@@ -193,7 +193,7 @@ def command(main, parallel=False):
 
     parallel: torchrun may start it many times over; whichever process fails first tells why, and torchrun ends all.
     """
-    sys.stdout.reconfigure(line_buffering=True)  # a log file shows where the work is
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # logs show where it is, whatever the names
     try:
         with processes.joined():
             if processes.count() > 1 and not parallel:

@@ -24,7 +24,7 @@ def check_target(path, overwrite=False, inputs=()):
     inputs: whole paths of folders that are read, none of which it may be (ValueError).
     """
     path = Path(path)
-    if inputs and path.resolve() in inputs:
+    if inputs and Path(os.path.realpath(path)) in inputs:
         raise ValueError(f"--out {path}: is the input")
     parent = path.absolute().parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):

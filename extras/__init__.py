@@ -1,6 +1,7 @@
 """What goes further, one file each, run as `python -m extras.NAME`; it stands on the core, which knows none of it."""
 import ctypes
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -81,7 +82,7 @@ def open_dense(report, dense, device, dtype, names=()):
     dense: where they are, None for where the report says. dtype: as --dtype gives it, "auto" for the report's.
     ValueError if the report is not of those weights, or if one of `names` is not a dense matrix of theirs.
     """
-    folder = (dense or Path(report["settings"]["ckpt"])).resolve()
+    folder = Path(os.path.realpath(dense or report["settings"]["ckpt"]))
     if dense is None and not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder, but the report was made from it; pass --dense FOLDER")
     made_in = report["settings"]["dtype"].removeprefix("torch.")

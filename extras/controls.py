@@ -6,6 +6,7 @@
     svd       plain SVD: the largest singular values of each matrix, as many as the compressed folder kept
     random    the same shapes and norms in random directions: where recovery training would start without GRASP
 """
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def main():
         raise ValueError("--dense has no use with random, which draws in the place of the compressed folder's factors")
     report = read_report(a.ckpt)
     out = a.out or Path(f"{a.ckpt.name}-{a.kind}")
-    check_target(out, a.overwrite, [a.ckpt, a.dense and a.dense.resolve()])
+    check_target(out, a.overwrite, [a.ckpt, a.dense and Path(os.path.realpath(a.dense))])
     if a.kind == "random":
         model, tokenizer = open_checkpoint(a.ckpt, a.device, a.dtype)
     else:

@@ -244,7 +244,7 @@ def parse():
     if (a.folder is None) == (a.ckpt is None):
         raise ValueError("give one FOLDER, that grasp.py wrote")
     a.ckpt = a.folder or a.ckpt
-    a.out = a.out or Path(f"{a.ckpt.resolve().name}-plots")
+    a.out = a.out or Path(f"{a.ckpt.name}-plots")
     return a
 
 
