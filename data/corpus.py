@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from data import processes
-from data.target import written_whole
+from data.target import clear_leftovers, written_whole
 
 CACHE = Path(os.path.expanduser("~/.cache/grasp"))
 WIKITEXT = "https://wikitext.smerity.com/wikitext-2-raw-v1.zip"
@@ -107,6 +107,7 @@ def find_file(wanted, data_dir=None):
     data_dir = data_dir or os.environ.get("GRASP_DATA")
     if data_dir and not Path(data_dir).is_dir():
         raise ValueError(f"data folder {data_dir}: no such folder")
+    clear_leftovers(CACHE / wanted)  # a run killed just after its download left the file, and maybe more
     for folder in filter(None, (data_dir, CACHE)):
         for name in (wanted, wanted.replace("train.raw", "train.head.raw")):
             file = Path(folder) / name

@@ -29,8 +29,8 @@ def check_target(path, overwrite=False, inputs=()):
     parent = path.absolute().parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise PermissionError(f"{path}: cannot be written, {parent} is not a folder or read-only")
-    if len(os.fsencode(path.name)) > 240:  # of the 255 that a file system gives, some are for the scratch folder's name
-        raise ValueError(f"{path}: a name of more than 240 bytes")
+    if len(os.fsencode(path.name)) > 230:  # of the 255 that a file system gives: some are for .NAME.state.tmp-XXXXXXXX
+        raise ValueError(f"{path}: a name of more than 230 bytes")
     clear_leftovers(path)
     if path.exists() or path.is_symlink():
         if not overwrite:
@@ -45,20 +45,34 @@ def check_target(path, overwrite=False, inputs=()):
 def written_whole(path):
     """A path to write a file or a folder at: in the end it takes `path`'s place, and if that is not reached, it goes.
 
-    OSError (disk full, read-only) with `path` as it was before.
+    OSError (disk full, read-only, a folder that was not there at first) with `path` as it was before.
     """
     path = Path(path).absolute()
-    clear_leftovers(path)
-    scratch, lock = locked_folder(path)
-    writing[scratch] = path
-    try:
-        yield scratch / "new"
+    stood = path.is_dir()
+    with scratch_folder(path) as scratch:
+        try:
+            yield scratch / "new"
+        except RuntimeError as e:
+            if type(e) is not RuntimeError:  # out of memory has a class of its own
+                raise
+            free = shutil.disk_usage(path.parent).free / 2 ** 20  # what torch.save says of a failed write is no reason
+            raise OSError(f"{path}: could not be written, {free:,.1f} MiB are free there: {e}") from e
         with renaming:
-            if path.is_dir():
+            if stood:  # and not one that another run has put there meanwhile
                 path.rename(scratch / "old")
             (scratch / "new").replace(path)
-    except RuntimeError as e:  # how torch.save reports a write that failed
-        raise OSError(f"{path}: could not be written: {e}") from e
+
+
+@contextmanager
+def scratch_folder(path):
+    """A folder beside `path` that goes at the end of the block or of the process; if killed, with the next run's."""
+    path = Path(path).absolute()
+    clear_leftovers(path)
+    with renaming:  # a signal finds it in `writing`, or finds none
+        scratch, lock = locked_folder(path)
+        writing[scratch] = path
+    try:
+        yield scratch
     finally:
         with renaming:
             clear(scratch, path)
@@ -91,23 +105,26 @@ def locked_folder(path):
 def clear_leftovers(path):
     """Take away the scratch folders that killed runs left of `path`, whose lock is free."""
     path = Path(path).absolute()
-    for entry in os.scandir(path.parent):
-        if entry.name[:-8] == scratch_prefix(path) and entry.is_dir(follow_symlinks=False):
-            with suppress(OSError):  # another process is at work there, or it is another user's
-                lock = os.open(entry, os.O_RDONLY)
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    clear(Path(entry), path)
-                finally:
-                    os.close(lock)
+    names = os.listdir(path.parent) if os.access(path.parent, os.R_OK) else []
+    for scratch in (path.with_name(name) for name in names if name[:-8] == scratch_prefix(path)):
+        with suppress(OSError):  # another process is at work there, it is another user's, or no folder
+            lock = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                clear(scratch, path)
+            finally:
+                os.close(lock)
 
 
 def clear(scratch, path):
     """Take a scratch folder away; where it ended between its two renames, what stood at `path` goes back there."""
-    if not path.exists():
-        with suppress(OSError):  # there is nothing to put back
+    with suppress(OSError):  # there is nothing to put back, or it need not
+        if not os.path.lexists(path):
             (scratch / "old").rename(path)
-    shutil.rmtree(scratch, ignore_errors=True)
+    gone = scratch.with_name(scratch.name[:-1] + "-")  # a thread that still writes finds no folder to put more into
+    with suppress(OSError):
+        scratch.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def obey_signals():
@@ -116,16 +133,22 @@ def obey_signals():
     A thread waits for them, since Python's own handlers run between two operations of the main thread, and one
     decomposition may take a minute. Called by a command before it imports torch, which takes seconds.
     """
-    wanted = {s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not signal.SIG_IGN}
-    signal.pthread_sigmask(signal.SIG_BLOCK, wanted)  # in every thread: they inherit it
-    threading.Thread(target=end_at, args=[wanted], daemon=True).start()
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer)  # the number of each signal is written there the moment it comes
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and a shell's & have it
+            signal.signal(number, lambda *_: None)
+    threading.Thread(target=end_at_signal, args=[reader], daemon=True).start()
 
 
-def end_at(wanted):
-    number = signal.sigwait(wanted)
-    renaming.acquire()
-    for scratch, path in list(writing.items()):
-        clear(scratch, path)
-    if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first tells
-        print("\ninterrupted", file=sys.stderr, flush=True)
-    os._exit(128 + number)
+def end_at_signal(reader):
+    number = os.read(reader, 1)[0]
+    try:
+        renaming.acquire()
+        for scratch, path in writing.items():
+            clear(scratch, path)
+        if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first tells
+            print("\ninterrupted", file=sys.stderr, flush=True)
+    finally:
+        os._exit(128 + number)

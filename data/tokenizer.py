@@ -94,4 +94,5 @@ def read_json_tokenizer(file, content):
     starts = len(full) > len(plain) and full[1:len(plain) + 1] == plain  # does its post-processor put a BOS in front?
     ends = tuple(i for i in map(model.token_to_id, ENDS) if i is not None)
     return Tokenizer(file, max(model.get_vocab().values()) + 1, full[0] if starts else None, ends,
-                     lambda text: model.encode(text, add_special_tokens=False).ids, model.decode)
+                     lambda text: model.encode_batch([text], add_special_tokens=False)[0].ids,  # encode() would keep
+                     model.decode)                              # the GIL all the while, and Ctrl-C without an answer

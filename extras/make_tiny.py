@@ -5,7 +5,6 @@ reference that every Python carries; the last tenth of that text is held out.
 """
 import math
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import sentencepiece
 import torch
 
 from data.corpus import consecutive_windows, embedded_text, random_windows
-from data.target import check_target
+from data.target import check_target, scratch_folder
 from data.tokenizer import load_tokenizer
 from evaluate import command, perplexity
 from model import ModelArgs, Transformer, save_checkpoint
@@ -65,8 +64,8 @@ def main():
     check_target(folder)
     torch.manual_seed(42)
     text, held_out = embedded_text("train"), embedded_text("test")
-    with tempfile.TemporaryDirectory() as temporary:
-        tokenizer = train_tokenizer(text, Path(temporary))
+    with scratch_folder(folder) as scratch:
+        tokenizer = train_tokenizer(text, scratch)
         tokens = tokenizer.stream(text)
         windows = consecutive_windows(tokenizer.stream(held_out), ARGS.max_seq_len)
         counts = torch.bincount(tokens, minlength=ARGS.vocab_size) + 1.0

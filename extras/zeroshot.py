@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from data import need
 from data.checkpoint import read_folder
 from data.corpus import batches, show
-from data.target import write_json
+from data.target import scratch_folder, write_json
 from evaluate import TINY, Parser, batch_size, command, json_file, markdown, open_checkpoint, positive
 from extras import short_names
 from extras.generate import generate
@@ -320,10 +320,10 @@ def main():
     for ckpt in a.ckpt:
         read_folder(ckpt)  # a folder that is not one is seen now, not after hours spent on those before it
     rows = []
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder(Path(tempfile.gettempdir()) / "grasp-zeroshot") as scratch:
         version = start_harness(scratch if a.local else None)
         print(f"harness      lm-eval {version}, records from {a.local or 'the hub'}")
-        tasks = load_tasks(a.tasks, a.local, Path(scratch))
+        tasks = load_tasks(a.tasks, a.local, scratch)
         for name, ckpt in zip(short_names(a.ckpt), a.ckpt):
             model, tokenizer = open_checkpoint(ckpt, a.device, a.dtype)
             rows.append({"model": name, "parameters": model.n_params, "tasks": measure(

@@ -6,7 +6,6 @@ import sys
 import pytest
 
 from conftest import ROOT, error_of
-from data.target import written_whole
 from extras import plot, short_names, smollm2, zeroshot
 
 MODULES = sorted(file.stem for file in (ROOT / "extras").glob("[a-z]*.py"))
@@ -22,7 +21,7 @@ def test_the_core_imports_none_of_them_and_no_optional_package():
 
 def test_each_says_how_it_is_run_and_has_its_lines_in_the_readme():
     readme = (ROOT / "README.md").read_text()
-    assert len(MODULES) == 12
+    assert len(MODULES) == 13
     for name in MODULES:
         assert f"python -m extras.{name}" in (ROOT / f"extras/{name}.py").read_text() and f"extras.{name}" in readme
 
@@ -39,20 +38,6 @@ def test_a_missing_package_is_one_line(main, words, package, tmp_path, monkeypat
     monkeypatch.setitem(sys.modules, package, None)
     assert f"needs the package {package}: pip install {package}" in error_of(main, words, monkeypatch, capsys)
     assert [p.name for p in tmp_path.iterdir()] == ["small"]
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    file = tmp_path / "file"
-    for content in ("first", "second"):
-        with written_whole(file) as partial:
-            partial.write_text(content)
-            assert not file.exists() or file.read_text() == "first"
-    for error, raised in ((KeyboardInterrupt, KeyboardInterrupt), (RuntimeError, OSError)):
-        with pytest.raises(raised):
-            with written_whole(file) as partial:
-                partial.write_text("cut")
-                raise error
-        assert file.read_text() == "second" and list(tmp_path.iterdir()) == [file]
 
 
 def test_folders_are_named_shortly_unless_two_would_be_alike():
