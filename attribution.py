@@ -28,17 +28,30 @@ SCORES = ("taylor", "gradient", "magnitude")
 def layer_cosines(model, batches):
     """s_l, mean over all tokens of cos(h_l, h_{l+1}), block l's ends: (n_layers,) fp64 [GRASP §2.1, Eq. 1].
 
-    The last block's output is taken before the final norm, as every other's is.
+    The last block's output is taken before the final norm, as every other's is. ValueError if a state is not finite.
     """
     total, count = 0, 0
     for tokens in batches:
         cosines, h = [], None
         for h_next in model.residual_stream(tokens.to(model.device)):
             if h is not None:
-                cosines.append(F.cosine_similarity(upcast(h), upcast(h_next), dim=-1).double().sum())
+                cosines.append(cosine(h, h_next).sum())
             h = h_next
         total, count = total + torch.stack(cosines), count + tokens.numel()
-    return processes.mean(total, count)
+    cosines = processes.mean(total, count)
+    if not finite(cosines):
+        layer = int(cosines.isfinite().int().argmin())
+        raise ValueError(f"the cosine of layer {layer} is not a number in {model.dtype}; try --dtype bfloat16 or float32")
+    return cosines
+
+
+def cosine(a, b):
+    """Of vectors (..., dim), in fp64: no square of an fp32 number overflows or vanishes there. Equal ones have 1.
+
+    Vectors of zeros, too: a block that changes nothing is redundant, whatever stands there. Only one of zeros: 0.
+    """
+    cosines = F.cosine_similarity(a.double(), b.double(), dim=-1, eps=1e-300)
+    return cosines.masked_fill((a == b).all(-1), 1)
 
 
 @torch.no_grad()
@@ -46,9 +59,9 @@ def angular_distances(model, batches, n):
     """arccos(cos(h_l, h_{l+n})) / pi on the last token, mean over sequences: (n_layers - n + 1,) [Gromov §3.2]."""
     total, count = 0, 0
     for tokens in batches:
-        last = torch.stack([upcast(h[:, -1]) for h in model.residual_stream(tokens.to(model.device))])
-        cosine = F.cosine_similarity(last[:-n], last[n:], dim=-1).clamp(-1, 1)
-        total, count = total + (cosine.double().arccos() / math.pi).sum(1), count + len(tokens)
+        last = torch.stack([h[:, -1] for h in model.residual_stream(tokens.to(model.device))])
+        angles = cosine(last[:-n], last[n:]).clamp(-1, 1).arccos() / math.pi
+        total, count = total + angles.sum(1), count + len(tokens)
     return processes.mean(total, count)
 
 
@@ -114,7 +127,7 @@ def sweep_bytes(model, layer_ids, B, T):
     """
     a, s, wide, top = model.args, model.dtype.itemsize, max(4, model.dtype.itemsize), model.args.n_layers - 1
     matrices = [p for layer in layer_ids for p in model.layers[layer].parameters() if p.ndim == 2]
-    q, kv, norm = a.n_heads * a.head_dim, a.n_kv_heads * a.head_dim, wide * (a.dim + 1)
+    q, kv, norm = a.n_heads * a.head_dim, a.n_kv_heads * a.head_dim, wide * (a.dim + 3)
     # What autograd keeps of a token, from the lowest layer up, whose first norm it does not see: both norms' widened
     # inputs and scales; q, the attention's output, k, v; w1 x, silu(w1 x), w3 x; the attention's log-sum-exps.
     block = 2 * norm + s * (2 * q + 2 * kv + 3 * a.hidden_dim) + wide * a.n_heads
@@ -156,14 +169,14 @@ def sigma_gradients(U, G, Vh):
 
 
 def importance(S, sigma_grad=None, score="taylor"):
-    """The score of every component, (r,): `taylor` is I_k = |sigma_k dL/d sigma_k| [GRASP §2.2, Eq. 6].
+    """The score of every component, (r,): `taylor` is I_k = |sigma_k dL/d sigma_k|, in fp64 [GRASP §2.2, Eq. 6].
 
     The first-order term of the whole group {u_k, sigma_k, v_k} is three times that (App. A.1): the same order.
     `gradient` is |dL/d sigma_k|; `magnitude` is sigma_k itself, plain SVD, and needs no gradient.
     """
     if score == "magnitude":
         return S
-    return (S * sigma_grad).abs() if score == "taylor" else sigma_grad.abs()
+    return (S.double() * sigma_grad).abs() if score == "taylor" else sigma_grad.abs()
 
 
 def rank_for_ratio(m, n, ratio):
@@ -189,10 +202,15 @@ def low_rank_factors(U, S, Vh, kept):
 
 
 def decompose(W, G, ratio, threshold, score):
-    """[kept (k,), A (m, k), B (k, n)] of W (m, n): SVD, scores, top-k [GRASP §2.2-2.3]; [] where it stays dense."""
+    """[kept (k,), A (m, k), B (k, n)] of W (m, n): SVD, scores, top-k [GRASP §2.2-2.3]; [] where it stays dense.
+
+    ValueError if a singular value or a score is beyond what its dtype can hold.
+    """
     m, n = W.shape
     U, S, Vh = svd(W)
     scores = importance(S, None if G is None else sigma_gradients(U, G, Vh), score)
+    if not (finite(S) and finite(scores)):
+        raise ValueError(f"a matrix {m} x {n} has singular values or scores that are not finite; try --dtype float64")
     k = rank_for_threshold(scores, threshold) if threshold else rank_for_ratio(m, n, ratio)
     if k * (m + n) >= m * n:
         return []

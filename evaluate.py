@@ -31,14 +31,19 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def perplexity(model, token_batches):
     """exp of the mean negative log-likelihood (nats) per predicted token over batches (B, T) int64 of equal windows.
 
-    Each window predicts its tokens 1..T-1, the first of them from the window's first token alone.
+    Each window predicts its tokens 1..T-1, the first of them from the window's first token alone. ValueError if the
+    perplexity is not finite: one without a number is no result.
     """
     total, count = 0.0, 0
     for tokens in token_batches:
         tokens = tokens.to(model.device)
         total += sum(nll.double() for nll in model.losses(model.final_state(tokens), tokens))
         count += tokens[:, 1:].numel()
-    return processes.mean(total, count).exp().item()
+    mean = processes.mean(total, count)
+    if not mean.exp().isfinite():
+        raise ValueError(f"no finite perplexity: the mean loss is {mean.item():.4g} nats per token in {model.dtype}; "
+                         "try --dtype bfloat16 or float32")
+    return mean.exp().item()
 
 
 def load_windows(asked, tokenizer, seq_len, ckpt, limit=None, data_dir=None):

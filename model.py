@@ -80,7 +80,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         wide = upcast(x)
-        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+        s = wide.pow(2).mean(-1, keepdim=True) + self.eps
+        return (wide * (s.sqrt() / s)).type_as(x) * self.weight  # NaN where s overflows, and refused; its rsqrt is 0
 
 
 class LowRankLinear(nn.Module):
@@ -293,8 +294,8 @@ def fill(model, shards, folder, halves, dtype, device):
 def save_checkpoint(model, path, report=None, tokenizer=None, overwrite=False):
     """Write `model` as Meta's layout: params.json (with the ranks), consolidated.00.pth, tokenizer, report.json.
 
-    report: a dict; tokenizer: a file to copy. Whole or not at all: FileExistsError unless overwrite, and OSError (disk
-    full, read-only), with `path` as it was before.
+    report: a dict; tokenizer: a file to copy. Whole or not at all: FileExistsError unless overwrite, OSError (disk
+    full, read-only), and ValueError for weights that load_checkpoint would refuse, with `path` as it was before.
     """
     check_target(path, overwrite)
     ranks = {name: m.A.shape[1] for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
@@ -303,6 +304,9 @@ def save_checkpoint(model, path, report=None, tokenizer=None, overwrite=False):
     weights = {name: whole_storage(p) for name, p in model.named_parameters()}
     if processes.rank():
         return
+    for name, tensor in weights.items():
+        if not finite(tensor):
+            raise ValueError(f"{path}: not written, {name} holds NaN or infinite values in {tensor.dtype}")
     with written_whole(path) as folder:
         folder.mkdir()
         torch.save(weights, folder / "consolidated.00.pth")

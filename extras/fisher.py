@@ -135,7 +135,7 @@ def components(W, C=None, H=None):
 def damped(moment):
     """The moment in fp64, DAMPING of its mean diagonal added to its diagonal."""
     moment = moment.to(torch.float64, copy=True)
-    moment.diagonal().add_(DAMPING * moment.diagonal().mean() + 1e-300)  # an input that is always 0 has a factor, too
+    moment.diagonal().add_(DAMPING * moment.diagonal().mean() + 1e-60)  # all 0: its factor, 1e-30, is not 0 in fp32
     return moment
 
 
