@@ -127,7 +127,7 @@ def sweep_bytes(model, layer_ids, B, T):
     """
     a, s, wide, top = model.args, model.dtype.itemsize, max(4, model.dtype.itemsize), model.args.n_layers - 1
     matrices = [p for layer in layer_ids for p in model.layers[layer].parameters() if p.ndim == 2]
-    q, kv, norm = a.n_heads * a.head_dim, a.n_kv_heads * a.head_dim, wide * (a.dim + 3)
+    q, kv, norm = a.n_heads * a.head_dim, a.n_kv_heads * a.head_dim, wide * (a.dim + 1)
     # What autograd keeps of a token, from the lowest layer up, whose first norm it does not see: both norms' widened
     # inputs and scales; q, the attention's output, k, v; w1 x, silu(w1 x), w3 x; the attention's log-sum-exps.
     block = 2 * norm + s * (2 * q + 2 * kv + 3 * a.hidden_dim) + wide * a.n_heads

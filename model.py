@@ -80,8 +80,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         wide = upcast(x)
-        s = wide.pow(2).mean(-1, keepdim=True) + self.eps
-        return (wide * (s.sqrt() / s)).type_as(x) * self.weight  # NaN where s overflows, and refused; its rsqrt is 0
+        square = wide.pow(2).mean(-1, keepdim=True) + self.eps
+        square = square + (square - square)  # if it overflows NaN, which is seen and refused, where rsqrt would give 0
+        return (wide * torch.rsqrt(square)).type_as(x) * self.weight
 
 
 class LowRankLinear(nn.Module):
