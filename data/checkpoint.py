@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from data import need, processes
+from data.pth import read_pth
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -132,7 +133,7 @@ def read_tensors(file):
     """{name: memory-mapped tensor} of one .pth or .safetensors file; nothing but plain float tensors is let in."""
     try:
         if file.suffix == ".pth":
-            tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            tensors = read_pth(file)
         else:
             with need("safetensors", f"reading {file}").safe_open(file, framework="pt") as f:
                 tensors = {name: f.get_tensor(name) for name in f.keys()}
