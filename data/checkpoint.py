@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from data import need, processes
-from data.pth import read_pth
+from data import need, processes, read_bytes
+from data.pth import LARGEST, read_pth
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -153,9 +153,16 @@ def read_tensors(file):
     return tensors
 
 
-def read_json(file):
+def read_json(file, largest=LARGEST):
+    """The object in a JSON file, as a dict; ValueError if there is anything else, or more than `largest` bytes."""
+    def once(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a name stands twice in an object")
+        return dict(pairs)
+
+    content = read_bytes(file, largest)
     try:
-        table = json.loads(file.read_text(encoding="utf-8"))
+        table = json.loads(content.decode("utf-8"), object_pairs_hook=once)
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{file}: not JSON ({e})") from None
     if not isinstance(table, dict):

@@ -45,7 +45,8 @@ def read_pth(file):
     def storage(_, kind, name, place, numel):
         if not (isinstance(name, str) and isinstance(kind, str) and kind in STORAGES):
             raise ValueError("a storage is not of floats")
-        flat = record(f"data/{name}").view(STORAGES[kind])
+        flat = record(f"data/{name}")
+        flat = (flat.clone() if flat.storage_offset() % 8 else flat).view(STORAGES[kind])  # packed anew by another tool
         if len(flat) != numel:
             raise ValueError(f"record data/{name} holds {len(flat)} numbers, expected {numel}")
         return flat

@@ -5,13 +5,15 @@
     tokenizers    (Hugging Face)             JSON
 """
 import base64
+import os
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
 import torch
 
-from data import need
+from data import need, read_bytes
 
 # Llama 3 splits text by this pattern before it merges bytes; the file does not say so.
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -19,6 +21,8 @@ LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{
 
 # A tokenizer.json does not say which of its tokens end a text; these are the names they have.
 ENDS = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<|eot_id|>", "<|im_end|>")
+
+LARGEST = 2 ** 25  # bytes: Llama 3's tokenizer.json has 17 million
 
 
 @dataclass
@@ -32,7 +36,31 @@ class Tokenizer:
 
     def stream(self, text):
         """text -> one stream of tokens (N,) int64, with the BOS (if there is one) once at its start."""
-        return torch.tensor(([] if self.bos_id is None else [self.bos_id]) + self.encode(text), dtype=torch.int64)
+        with complaint(f"{self.file}: fails on this text"):
+            ids = torch.tensor(([] if self.bos_id is None else [self.bos_id]) + self.encode(text), dtype=torch.int64)
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self.vocab_size:
+            raise ValueError(f"{self.file}: gives tokens from {ids.min()} to {ids.max()}, but has {self.vocab_size:,}")
+        return ids
+
+
+@contextmanager
+def complaint(words):
+    """Whatever a tokenizer's library raises here is a ValueError of these words; what it prints is not seen.
+
+    On damaged files they do both, in C++ and Rust, whose panics Python takes for no Exception.
+    """
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except BaseException as e:
+        raise ValueError(f"{words} ({e})") from None
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
 
 
 def load_tokenizer(folder, vocab_size=None):
@@ -41,7 +69,7 @@ def load_tokenizer(folder, vocab_size=None):
              for f in sorted(Path(folder).glob(name)) if f.is_file()]
     if not files:
         raise FileNotFoundError(f"{folder}: no tokenizer; looked for tokenizer.model and tokenizer.json")
-    content = files[0].read_bytes()
+    content = read_bytes(files[0], LARGEST)
     first_line = content.split(b"\n", 1)[0].split()
     if content.lstrip()[:1] == b"{":
         tokenizer = read_json_tokenizer(files[0], content)
@@ -56,11 +84,9 @@ def load_tokenizer(folder, vocab_size=None):
 
 def read_sentencepiece(file, content):
     from sentencepiece import SentencePieceProcessor
-    try:
-        model = SentencePieceProcessor()
+    model = SentencePieceProcessor()
+    with complaint(f"{file}: neither a SentencePiece model, nor lines of base64 and rank, nor JSON"):
         model.LoadFromSerializedProto(content)
-    except RuntimeError:
-        raise ValueError(f"{file}: neither a SentencePiece model, nor lines of base64 and rank, nor JSON") from None
     bos, end = model.bos_id(), model.eos_id()
     return Tokenizer(file, model.vocab_size(), bos if bos >= 0 else None, (end,) * (end >= 0), model.encode,
                      model.decode)
@@ -84,15 +110,16 @@ def read_tiktoken(file, content):
 
 def read_json_tokenizer(file, content):
     tokenizers = need("tokenizers", f"reading {file}")
-    try:
+    with complaint(f"{file}: not a tokenizer.json"):
         model = tokenizers.Tokenizer.from_buffer(content)
         model.no_truncation()
         model.no_padding()
-    except Exception as e:  # the package raises plain Exception
-        raise ValueError(f"{file}: not a tokenizer.json ({e})") from None
-    plain, full = (model.encode("a", add_special_tokens=special).ids for special in (False, True))
+        if hasattr(model.model, "dropout"):
+            model.model.dropout = None  # which would leave out merges at random
+        plain, full = (model.encode("a", add_special_tokens=special).ids for special in (False, True))
+        vocab_size = max(model.get_vocab().values()) + 1
     starts = len(full) > len(plain) and full[1:len(plain) + 1] == plain  # does its post-processor put a BOS in front?
     ends = tuple(i for i in map(model.token_to_id, ENDS) if i is not None)
-    return Tokenizer(file, max(model.get_vocab().values()) + 1, full[0] if starts else None, ends,
+    return Tokenizer(file, vocab_size, full[0] if starts else None, ends,
                      lambda text: model.encode_batch([text], add_special_tokens=False)[0].ids,  # encode() would keep
                      model.decode)                              # the GIL all the while, and Ctrl-C without an answer

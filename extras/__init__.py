@@ -45,7 +45,7 @@ def read_report(folder):
     file = Path(folder) / "report.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder}: no report.json; expected a folder written by grasp.py")
-    report = read_json(file)
+    report = read_json(file, 2 ** 26)  # it has the index of every kept component
     settings, cosines, redundant, records = (report.get(n) for n in ("settings", "cosines", "redundant", "matrices"))
 
     def check(good, field):
