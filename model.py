@@ -159,7 +159,8 @@ class Transformer(nn.Module):
     def __init__(self, args, tied=False):
         super().__init__()
         self.args = args
-        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        empty = torch.empty(args.vocab_size, args.dim)  # to draw it on the meta device, torch would import sympy: 1.3 s
+        self.tok_embeddings = nn.Embedding.from_pretrained(empty, freeze=False)
         self.layers = nn.ModuleList(Block(args) for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)

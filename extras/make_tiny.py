@@ -70,6 +70,7 @@ def main():
         windows = consecutive_windows(tokenizer.stream(held_out), ARGS.max_seq_len)
         counts = torch.bincount(tokens, minlength=ARGS.vocab_size) + 1.0
         unigram = -(counts / counts.sum()).log()[windows[:, 1:]].mean().item()
+        torch.empty(ARGS.vocab_size, ARGS.dim).normal_()  # embeddings of torch's own came first when data/tiny was made
         model = Transformer(ARGS, tied=True)
         initialise(model)
         print(f"{len(tokens):,} tokens, {model.n_params:,} parameters")
