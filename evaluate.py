@@ -107,10 +107,19 @@ def timed(seconds, phase, device=None):
     seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
-class Parser(argparse.ArgumentParser):
-    """The flags that every command has; `ckpt`: keywords to change --ckpt by. A wrong flag is a ValueError."""
-    def __init__(self, description, **ckpt):
+class Words(argparse.ArgumentParser):
+    """What a command may be told; anything else is a ValueError."""
+    def __init__(self, description):
         super().__init__(description=description, allow_abbrev=False)
+
+    def error(self, message):
+        raise ValueError(message)
+
+
+class Parser(Words):
+    """With the flags of every command that reads weights; `ckpt`: keywords to change --ckpt by."""
+    def __init__(self, description, **ckpt):
+        super().__init__(description)
         add = self.add_argument
         add("--ckpt", **{"type": lambda name: Path(os.path.realpath(name)), "default": TINY, "metavar": "FOLDER", "help":
             "weights: Meta's, Mistral's, Hugging Face's or a compressed folder (default: the embedded model)", **ckpt})
@@ -124,9 +133,6 @@ class Parser(argparse.ArgumentParser):
         add("--batch-size", type=positive, metavar="N", help="sequences in a micro-batch (default: of 1,024 tokens)")
         add("--data-dir", metavar="DIR", help="with wikitext-2-raw/ and ptb/ (default: $GRASP_DATA, cache, download)")
         add("--windows", type=positive, metavar="N", help="evaluate only N windows of each text (default: all)")
-
-    def error(self, message):
-        raise ValueError(message)
 
 
 def positive(text):

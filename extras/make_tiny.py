@@ -4,7 +4,6 @@ A LLaMA of 8 blocks with grouped-query attention and its own SentencePiece vocab
 reference that every Python carries; the last tenth of that text is held out.
 """
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 from data.corpus import consecutive_windows, embedded_text, random_windows
 from data.target import check_target, scratch_folder
 from data.tokenizer import load_tokenizer
-from evaluate import command, perplexity
+from evaluate import Words, command, perplexity
 from model import ModelArgs, Transformer, save_checkpoint
 
 ARGS = ModelArgs(dim=96, n_layers=8, n_heads=6, n_kv_heads=2, head_dim=16, hidden_dim=256, vocab_size=1024,
@@ -58,9 +57,9 @@ def train(model, tokens, held_out):
 
 
 def main():
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        raise ValueError("usage: python -m extras.make_tiny FOLDER")
-    folder = Path(sys.argv[1])
+    p = Words(__doc__.splitlines()[0])
+    p.add_argument("folder", type=Path, metavar="FOLDER", help="to write, a new one")
+    folder = p.parse_args().folder
     check_target(folder)
     torch.manual_seed(42)
     text, held_out = embedded_text("train"), embedded_text("test")

