@@ -149,6 +149,38 @@ def test_an_absent_file_and_a_bad_archive_are_told(server):
     assert cached() == []
 
 
+def test_a_download_is_bounded(server, monkeypatch):
+    """What would not end, and an archive of a few bytes that would fill the memory."""
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as z:
+        z.writestr("wikitext-2-raw/wiki.test.raw", bytes(10 ** 6))
+    monkeypatch.setattr(corpus, "LARGEST", 10 ** 5)
+    for name, file, content in (("ptb", "/ptb.valid.txt", bytes(10 ** 6)), ("wikitext2", "/wikitext.zip", archive.getvalue())):
+        server[file] = content, len(content)
+        with pytest.raises(FileNotFoundError, match="more than 64 MiB"):
+            load_text(name, "test")
+    assert cached() == []
+
+
+def test_a_download_that_leaves_https_is_refused(server, monkeypatch):
+    class Answer(io.BytesIO):
+        url, headers = "http://elsewhere/ptb.valid.txt", {}
+
+    monkeypatch.setattr(corpus, "PTB", "https://host/")
+    monkeypatch.setattr(corpus.urllib.request, "urlopen", lambda url, timeout: Answer(b"anything"))
+    with pytest.raises(FileNotFoundError, match="sent on to http://elsewhere"):
+        load_text("ptb", "test")
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(server, monkeypatch, tmp_path):
+    content = b" a \n"
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(corpus, "CACHE", tmp_path / "file/cache")
+    monkeypatch.setitem(corpus.SHA256, "ptb/ptb.valid.txt", hashlib.sha256(content).hexdigest())
+    server["/ptb.valid.txt"] = content, len(content)
+    assert load_text("ptb", "test")[0] == "a"
+
+
 def test_a_wrong_file_in_the_data_folder_is_refused(tmp_path):
     (tmp_path / "ptb").mkdir()
     (tmp_path / "ptb/ptb.valid.txt").write_text("not it")
