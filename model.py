@@ -299,13 +299,13 @@ def save_checkpoint(model, path, report=None, tokenizer=None, overwrite=False):
     report: a dict; tokenizer: a file to copy. Whole or not at all: FileExistsError unless overwrite, OSError (disk
     full, read-only), and ValueError for weights that load_checkpoint would refuse, with `path` as it was before.
     """
-    check_target(path, overwrite)
     ranks = {name: m.A.shape[1] for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
     mlps = {name: [*m.w2.parameters()][-1] for name, m in model.named_modules() if isinstance(m, FeedForward)}
     ranks.update({name: w.shape[1] for name, w in mlps.items() if w.shape[1] < model.args.hidden_dim})  # w2 or its B
     weights = {name: whole_storage(p) for name, p in model.named_parameters()}
     if processes.rank():
         return
+    check_target(path, overwrite)
     for name, tensor in weights.items():
         if not finite(tensor):
             raise ValueError(f"{path}: not written, {name} holds NaN or infinite values in {tensor.dtype}")

@@ -3,6 +3,7 @@
 A pickle is a program for a machine with a stack [pickletools]. The steps that plain tensors need are taken here, on
 names, numbers, tuples and tables; there are no others, so that nothing in a file can import, call or copy anything.
 """
+import functools
 import math
 import pickletools
 import zipfile
@@ -36,21 +37,24 @@ def read_pth(file):
             raise ValueError(f"wrong CRC-32 of {bad}")
     content = torch.from_file(str(file), size=file.stat().st_size, dtype=torch.uint8)  # mapped
 
+    @functools.cache
     def record(name):
-        header = places[name].header_offset  # of 30 bytes; the last four say how long the two names after it are
+        header = max(0, places[name].header_offset)  # 30 bytes, of which the last four are the lengths of what follows
         a, b, c, d = content[header + 26:header + 30].tolist()
         start = header + 30 + a + 256 * b + c + 256 * d
-        return content[start:start + places[name].file_size]
+        part = content[start:start + places[name].file_size]
+        return part.clone() if start % 8 else part  # it is where no float can be: another tool has packed it anew
 
     def storage(_, kind, name, place, numel):
-        if not (isinstance(name, str) and isinstance(kind, str) and kind in STORAGES):
+        if not (isinstance(name, str) and len(name) < 9 and isinstance(kind, str) and kind in STORAGES):
             raise ValueError("a storage is not of floats")
-        flat = record(f"data/{name}")
-        flat = (flat.clone() if flat.storage_offset() % 8 else flat).view(STORAGES[kind])  # packed anew by another tool
+        flat = record(f"data/{name}").view(STORAGES[kind])
         if len(flat) != numel:
             raise ValueError(f"record data/{name} holds {len(flat)} numbers, expected {numel}")
         return flat
 
+    if "byteorder" in places and bytes(record("byteorder").numpy()) != b"little":
+        raise ValueError("its numbers are not little-endian")
     pickled = record("data.pkl")
     if len(pickled) > LARGEST:
         raise ValueError(f"its pickle has {len(pickled):,} bytes, {LARGEST:,} at most")
@@ -86,11 +90,13 @@ def take_steps(pickled, storage):
             memo[arg] = stack[-1]
         elif step in ("BINGET", "LONG_BINGET"):
             stack.append(memo[arg])
-        elif step == "BINPERSID":
-            stack.append(storage(*stack.pop()))
-        elif step == "REDUCE":
-            args, call = stack.pop(), stack.pop()
-            stack.append({} if call == TABLE else args[0] if call == PARAMETER else strided(*args))
+        elif step in ("BINPERSID", "REDUCE"):
+            args = stack.pop()
+            call = "a storage" if step == "BINPERSID" else stack.pop()
+            if not isinstance(args, tuple):
+                raise ValueError("what it calls something with is no tuple")
+            stack.append(storage(*args) if call == "a storage" else {} if call == TABLE else
+                         args[0] if call == PARAMETER else strided(*args))
         elif step == "BUILD":
             stack.pop()  # what torch notes of a module
         elif step not in ("PROTO", "STOP"):
@@ -98,9 +104,11 @@ def take_steps(pickled, storage):
     return stack.pop()
 
 
-def strided(flat, offset, size, stride, *_):
-    """The tensor that lies in flat (n,) from `offset` on."""
+def strided(flat, offset, size, stride, requires_grad, hooks):
+    """The tensor that lies in flat (n,) from `offset` on. One that torch has only marked as negative has more parts."""
+    if not isinstance(size, tuple) or not isinstance(stride, tuple) or len(size) > 4:
+        raise ValueError("the shape of a tensor is no tuple of a few numbers")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride))
-    if len(size) > 4 or not 0 <= offset <= last < len(flat) or math.prod(size) > len(flat):
+    if not 0 <= offset <= last < len(flat) or math.prod(size) > len(flat):
         raise ValueError("a tensor is not within its storage")
     return flat.as_strided(size, stride, flat.storage_offset() + offset)

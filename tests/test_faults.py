@@ -202,6 +202,35 @@ def test_tensors_come_as_torch_load_gives_them(make, tmp_path):
         assert ours[name].dtype == theirs[name].dtype
 
 
+def test_what_torch_has_marked_or_turned_is_refused(tmp_path):
+    """A negative that is only noted, and numbers of another machine: read as they lie they would be others."""
+    with pytest.raises(ValueError, match="a.pth: not readable"):
+        read_tensors(saved({"w": torch._neg_view(torch.ones(10))}, tmp_path))
+    file = saved({"w": torch.ones(10)}, tmp_path)
+    rewrite(file, {"byteorder": b"big"})
+    with pytest.raises(ValueError, match="not little-endian"):
+        read_tensors(file)
+
+
+KEY = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuM\xe8\x03tq\x01"  # of data/0, 1000 numbers
+REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
+
+
+@pytest.mark.parametrize("steps", [KEY + b"QQ.", REBUILD + KEY + b"QR.", REBUILD + b"(" + KEY + b"Qq\x02K\0h\x02h\x02\x89Nt" b"R.",
+                                   KEY + b"h\x01Q" * 10 ** 5 + b"."])
+def test_numbers_are_no_arguments_and_a_copy_is_made_once(steps, tmp_path, monkeypatch):
+    """Each number would become an object of its own; and a record that lies askew, packed anew, is copied to read it."""
+    file = saved({"w": torch.ones(1000)}, tmp_path)
+    rewrite(file, {"data.pkl": b"\x80\x02" + steps})
+    copies = []
+    clone = torch.Tensor.clone
+    monkeypatch.setattr(torch.Tensor, "clone", lambda t: copies.append(t) or clone(t))
+    monkeypatch.setattr(torch.Tensor, "__iter__", None)
+    with pytest.raises(ValueError, match="a.pth: "):
+        read_tensors(file)
+    assert len(copies) <= 2  # the pickle's, and the record's
+
+
 def test_what_is_read_is_mapped_and_the_file_stays_as_it_is(tmp_path):
     file = saved({"a": torch.ones(10)}, tmp_path)
     before = file.read_bytes()
