@@ -121,8 +121,9 @@ class Parser(Words):
     def __init__(self, description, **ckpt):
         super().__init__(description)
         add = self.add_argument
-        add("--ckpt", **{"type": lambda name: Path(os.path.realpath(name)), "default": TINY, "metavar": "FOLDER", "help":
-            "weights: Meta's, Mistral's, Hugging Face's or a compressed folder (default: the embedded model)", **ckpt})
+        add("--ckpt", **{"type": lambda name: Path(os.path.realpath(name)), "default": TINY, "metavar": "FOLDER",
+            "help": "weights: Meta's, Mistral's, Hugging Face's or a compressed folder (default: the embedded model)",
+            **ckpt})
         add("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: CUDA where there is one)")
         add("--dtype", default="auto", choices=["auto", *DTYPES], help="to compute in and write (default: the ckpt's)")
 
@@ -142,9 +143,10 @@ def positive(text):
 
 
 def json_file(name):
-    if Path(name).exists() and not Path(name).is_file() or not Path(name).absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{name}: not a file in a folder that is there")
-    return Path(name)
+    path, parent = Path(name), Path(name).absolute().parent
+    if path.exists() and not path.is_file() or not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        raise argparse.ArgumentTypeError(f"{name}: not a file in a folder that is there and can be written to")
+    return path
 
 
 def open_checkpoint(ckpt, device, dtype, shard=False):

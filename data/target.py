@@ -133,22 +133,23 @@ def obey_signals():
     A thread waits for them, since Python's own handlers run between two operations of the main thread, and one
     decomposition may take a minute. Called by a command before it imports torch, which takes seconds.
     """
+    told = os.dup(2) if sys.stderr else -1  # as it is now: while a library works, 2 may point elsewhere
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer)  # the number of each signal is written there the moment it comes
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and a shell's & have it
             signal.signal(number, lambda *_: None)
-    threading.Thread(target=end_at_signal, args=[reader], daemon=True).start()
+    threading.Thread(target=end_at_signal, args=[reader, told], daemon=True).start()
 
 
-def end_at_signal(reader):
+def end_at_signal(reader, told):
     number = os.read(reader, 1)[0]
     try:
         renaming.acquire()
         for scratch, path in writing.items():
             clear(scratch, path)
         if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first tells
-            print("\ninterrupted", file=sys.stderr, flush=True)
+            os.write(told, b"\ninterrupted\n")
     finally:
         os._exit(128 + number)

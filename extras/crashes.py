@@ -1,22 +1,20 @@
-"""Faults made on purpose: whatever interrupts a command, what it writes stands there whole or not at all.
+"""Faults made on purpose: whatever interrupts a command, what it writes stands there whole or not at all (Linux).
 
-    python -m extras.crashes signals     SIGINT, SIGTERM and SIGKILL at random moments of four commands
-    python -m extras.crashes disk        one that is full, one that is read-only, a folder that vanishes (Linux, root)
-    python -m extras.crashes load        50 evaluations at once; a folder of 3 GB in 1.4 times as much memory
+    python -m extras.crashes signals    SIGINT, SIGTERM and SIGKILL at 100 moments of each of four commands
+    python -m extras.crashes disk       one that is full, one that is read-only, a folder that vanishes (root)
+    python -m extras.crashes load       50 evaluations at once; a folder of 3 GB in 1.4 times as much memory (cgroup v1)
 
-    state    {path: content} of all that is in a folder; a scratch folder of data/target.py has the content None
-    case     a folder of its own, in which one command runs once and is hit once
-    verdict  (what stands there: "absent", "whole", "as before", and what is wrong or "")
+A third of the moments is aimed at a write, which takes milliseconds: 0 to 30 ms after a scratch folder of
+data/target.py appears; the others lie anywhere from obey_signals on. After SIGKILL one command in four runs again, to
+its end; for the others only the step is taken that it begins with, clear_leftovers. Two commands run at a time.
 """
 import argparse
 import ctypes
 import hashlib
-import io
 import json
-import math
 import os
 import random
-import resource
+import re
 import shutil
 import signal
 import subprocess
@@ -27,259 +25,199 @@ import zipfile
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from statistics import median
 from threading import Thread
 
 import torch
 
 from data.corpus import embedded_text, show
-from data.target import scratch_folder
+from data.target import clear_leftovers, scratch_folder
 from evaluate import TINY, command, markdown, positive
-from model import ModelArgs, Transformer, load_checkpoint
+from extras.bench import random_weights
+from model import save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
-Command = namedtuple("Command", "words before whole seconds")  # of a run to its end: the state before, and after
-SIGNALS = {"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM, "SIGKILL": signal.SIGKILL}
-ARCHIVED = "wikitext-2-raw/wiki.test.raw"
-DOWNLOAD = f"""from data.target import obey_signals
+COUNTS = {"signals": 100, "disk": 10, "load": 50}
+SIGNALS = {"SIGINT": "130 interrupted", "SIGTERM": "143", "SIGKILL": "-9"}  # the end of a command that obeys
+ERROR = "2 error: .*"  # one line: a dot is no newline
+Command = namedtuple("Command", "words before whole pages writes seconds")  # states before and after, its files' pages
+DOWNLOAD = """from data.target import *
 obey_signals()
-import sys
-from pathlib import Path
-import evaluate
-from data import corpus
-corpus.CACHE, corpus.WIKITEXT, corpus.SHA256["{ARCHIVED}"] = Path("there"), sys.argv.pop(1), sys.argv.pop(1)
+import sys, evaluate, data.corpus as corpus
+corpus.CACHE, corpus.WIKITEXT, corpus.SHA256["wikitext-2-raw/wiki.test.raw"] = Path("there"), *sys.argv.pop(1).split()
 evaluate.command(evaluate.main)"""
 
 
-def start(words, folder):
+class Slow(SimpleHTTPRequestHandler):
+    def copyfile(self, source, output):
+        with suppress(OSError):  # the other side was hit
+            for part in iter(lambda: source.read(2 ** 14), b""):
+                output.write(part)
+                time.sleep(0.01)
+
+    log_message = lambda *words: None
+
+
+def commands(work):
+    """{name: words} of what is hit, with what it reads in `work`; the first word of a name is the command's."""
+    small, records, archive, text = work / "small", work / "records.json", work / "text.zip", embedded_text("test")
+    grasp = [ROOT / "grasp.py", "--layers", 2, "--samples", 6, "--seq-len", 64, "--eval", "none", "--out", "there/out"]
+    ended(start([*grasp[:-1], small], work))
+    records.write_text(json.dumps([{"instruction": f"Add {i} and {i}.", "output": f"{2 * i}"} for i in range(10)]))
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("wikitext-2-raw/wiki.test.raw", text)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), lambda *words: Slow(*words, directory=work))
+    Thread(target=server.serve_forever, daemon=True).start()
+    url, digest = f"http://127.0.0.1:{server.server_port}/text.zip", hashlib.sha256(text.encode()).hexdigest()
+    export = ["-m", "extras.export", "--ckpt", small, "--out", "there/out", "--format"]
+    return {"grasp": grasp, "grasp --overwrite": [*grasp, "--overwrite"],
+            "download": ["-c", DOWNLOAD, f"{url} {digest}", "--data", "wikitext2", "--windows", 1],
+            "evaluate --json": [ROOT / "evaluate.py", "--windows", 1, "--json", "there/out.json"],
+            "recover": ["-m", "extras.recover", "--ckpt", small, "--data", records, "--out", "there/out", "--held-out",
+                        2, "--batch-size", 2, "--micro-batch", 2, "--epochs", 1, "--save-every", 1],
+            "export hf": [*export, "hf"], "export meta": [*export, "meta"]}
+
+
+def start(words, folder, **how):
     """A command of this project, on one core, with no network but this machine."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "no_proxy": "*"}
-    env.pop("GRASP_DATA", None)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "no_proxy": "*", "GRASP_DATA": ""}
     return subprocess.Popen([sys.executable, *map(str, words)], cwd=folder, env=env, stdin=subprocess.DEVNULL,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **how)
 
 
-def finish(words, folder):
-    """A run that nothing interrupts."""
-    process = start(words, folder)
+def ended(process):
     _, err = process.communicate()
-    if process.returncode:
-        raise ValueError(f"{' '.join(map(str, words))}: not even without a fault: {err}")
+    return f"{process.returncode} {err.strip()}".strip()
+
+
+def scratch_folders(folder):
+    return [Path(path, name) for path, names, _ in os.walk(folder) for name in names if ".tmp-" in name]
+
+
+def writes(process, folder):
+    """Yield whenever a scratch folder appears, for as long as the process runs."""
+    seen = set()
+    while process.poll() is None:
+        new = {path for path in scratch_folders(folder) if path.name[-1] != "-"} - seen  # so one is named that goes
+        seen |= new
+        yield from new
+        time.sleep(0.001)
 
 
 def state(folder):
-    """{path: content} of all files in a folder; of JSON, what is not measured. A scratch folder counts, too."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        if ".tmp-" in path.name:
-            found[name] = None
-        elif path.is_file() and ".tmp-" not in name:
-            found[name] = path.read_bytes()
-            with suppress(ValueError):  # no JSON, or cut
-                found[name] = plain(json.loads(found[name]))
+    """{path: content} of all files but a sound `.state`; of a scratch folder None, of JSON what is not measured."""
+    found = {str(scratch.relative_to(folder)): None for scratch in scratch_folders(folder)}
+    for path in filter(Path.is_file, folder.rglob("*")):
+        name, content = str(path.relative_to(folder)), path.read_bytes()
+        with suppress(Exception):  # neither, or cut: many kinds
+            if name.endswith(".state") and torch.load(path, weights_only=True):
+                continue
+            content = json.loads(content, object_hook=lambda d: {k: d[k] for k in d.keys() - {"seconds", "peak_bytes"}})
+        found[name] = content
     return found
 
 
-def plain(report):
-    """A report without times and memory, and so the same for every run."""
-    if isinstance(report, list):
-        return [plain(item) for item in report]
-    if isinstance(report, dict):
-        return {name: plain(item) for name, item in report.items() if name not in ("seconds", "peak_bytes")}
-    return report
-
-
-def verdict(found, made):
-    """(what stands there after a fault, what is wrong or "")."""
-    found, first = dict(found), "as before" if made.before else "absent"
-    try:  # the state that recover goes on from may stay
-        torch.load(io.BytesIO(found.pop("out.state")), weights_only=True) if "out.state" in found else None
-    except Exception as e:
-        return "cut", f"out.state cannot be read: {e}"
-    if found in (made.before, made.whole):
-        return (first if found == made.before else "whole"), ""
-    wrong = sorted(name for name in {*found, *made.whole} if found.get(name, ...) != made.whole.get(name, ...))
-    return "cut", f"neither {first} nor whole: {', '.join(wrong)}"
-
-
-def one_line(process, err):
-    """What is wrong with a command that had to end with a user's error, or ""."""
-    good = process.returncode == 2 and err.startswith("error: ") and err.count("\n") == 1
-    return "" if good else f"exit code {process.returncode}, stderr {err.strip()!r}"
-
-
-# ------------------------------------------------------------------------------------------------ commands
-
-def prepare(work):
-    """{name: words} of the commands that are hit, with what they read in `work`; serves the file that one downloads."""
-    small, records = work / "small", work / "records.json"
-    grasp = [ROOT / "grasp.py", "--layers", 2, "--samples", 6, "--seq-len", 64, "--eval", "none", "--out", "there/out"]
-    finish([*grasp[:-1], small], work)
-    records.write_text(json.dumps([{"instruction": f"Add {i} and {i}.", "output": f"{2 * i}"} for i in range(10)]))
-    url, digest = serve()
-    recover = ["-m", "extras.recover", "--ckpt", small, "--data", records, "--out", "there/out", "--held-out", 2,
-               "--batch-size", 2, "--micro-batch", 2, "--epochs", 1, "--save-every", 1]
-    export = ["-m", "extras.export", "--ckpt", small, "--out", "there/out", "--format"]
-    return {"grasp": grasp, "grasp --overwrite": [*grasp, "--overwrite"],
-            "download": ["-c", DOWNLOAD, url, digest, "--data", "wikitext2", "--windows", 1],
-            "evaluate --json": [ROOT / "evaluate.py", "--windows", 1, "--json", "there/out.json"],
-            "recover": recover, "export hf": [*export, "hf"], "export meta": [*export, "meta"]}
-
-
-def serve(parts=20, pause=0.05):
-    """(URL, SHA-256 of the text) of an archive like WikiText-2's, given slowly by a thread of this process."""
-    text, archive = embedded_text("test").encode(), io.BytesIO()
-    with zipfile.ZipFile(archive, "w") as file:
-        file.writestr(ARCHIVED, text)
-    content = archive.getvalue()
-
-    class Slow(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            with suppress(OSError):  # the other side was hit
-                for i in range(0, len(content), size := -(-len(content) // parts)):
-                    self.wfile.write(content[i:i + size])
-                    time.sleep(pause)
-
-        def log_message(self, *words):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
-    Thread(target=server.serve_forever, daemon=True).start()
-    return f"http://127.0.0.1:{server.server_port}/wikitext.zip", hashlib.sha256(text).hexdigest()
+def judge(made, found, end, if_whole, otherwise):
+    """("absent", "as before", "whole" or "cut"; what is wrong or ""); the last two: right ends, as patterns."""
+    if found not in (made.before, made.whole):
+        wrong = sorted(name for name in {*found, *made.whole} if found.get(name, ...) != made.whole.get(name, ...))
+        return "cut", f"cut or left: {', '.join(wrong)}; end {end!r}"
+    what = "whole" if found == made.whole else "as before" if made.before else "absent"
+    return what, "" if re.fullmatch(if_whole if what == "whole" else otherwise, end) else f"{what}, and yet end {end!r}"
 
 
 def new_case(work, name):
-    """A folder to run the command `name` in, which writes to its folder `there`, maybe over an older run's."""
-    case = Path(tempfile.mkdtemp(prefix="case-", dir=work))
-    (case / "there").mkdir()
+    """The folder `there` of a new case of the command `name`, maybe with an older run's."""
+    there = Path(tempfile.mkdtemp(prefix="case-", dir=work)) / "there"
+    there.mkdir()
     if "--overwrite" in name:
-        shutil.copytree(TINY, case / "there/out")
-        (case / "there/out/report.json").write_text('{"an": "older run"}')
-    return case
+        shutil.copytree(TINY, there / "out")
+        (there / "out/report.json").write_text('{"an": "older run"}')
+    return there
 
 
-def measure(work, name, words):
-    """The Command: what a run to its end makes, which can be loaded, and how long it takes."""
-    case = new_case(work, name)
-    before, begun = state(case / "there"), time.monotonic()
-    finish(words, case)
-    seconds = time.monotonic() - begun
-    if (case / "there/out").is_dir():
-        load_checkpoint(case / "there/out")
-    return Command(words, before, state(case / "there"), seconds)
+def measured(work, names):
+    """{name: Command} of those commands, as many at a time as there are later."""
+    def measure(name):
+        there = new_case(work, name)
+        before, begun, process = state(there), time.monotonic(), start(words[name], there.parent)
+        count, end, seconds = sum(1 for _ in writes(process, there)), ended(process), time.monotonic() - begun
+        pages = sum(-(-path.stat().st_size // 4096) for path in there.rglob("*") if path.is_file())
+        if end != "0" or state(there) == before:
+            raise ValueError(f"{name}: not even without a fault: {end}")
+        return Command(words[name], before, state(there), pages, max(count, 1), seconds)
+
+    words = commands(work)
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(names, pool.map(measure, names)))
 
 
-def all_of(jobs, function, plan, label):
-    """[function(*job) for job in plan], several at a time, with a progress line."""
-    begun, done = time.monotonic(), []
-    with ThreadPoolExecutor(jobs) as pool:
+def tried(function, plan):
+    """(head, rows, faults) of function(name, kind, ...) -> (what, fault, ...): a row for each name and kind."""
+    done, whats, rows = [], ["absent", "as before", "whole"], []
+    with ThreadPoolExecutor(2) as pool:
         for result in pool.map(lambda job: function(*job), plan):
             done.append(result)
-            left = (time.monotonic() - begun) / len(done) * (len(plan) - len(done))
-            show(f"{label}  {len(done)}/{len(plan)}  {left:.0f} s left", last=len(done) == len(plan))
-    return done
+            show(f"{len(done)}/{len(plan)}", last=len(done) == len(plan))
+    for job in dict.fromkeys(job[:2] for job in plan):
+        what, fault, *others = zip(*(result for other, result in zip(plan, done) if other[:2] == job))
+        others = [f"{sorted(c)[len(c) // 2]:.2f}, {max(c):.2f}" if type(c[0]) is float else sum(c) for c in others]
+        rows.append([", ".join(job), len(what), *map(what.count, whats), sum(map(bool, fault)), *others])
+    heads = ["", "runs", *whats, "faults", "in a write", "left", "again", "seconds, median and most"]
+    return heads[:len(rows[0])], rows, [f"{job}: {r[1]}" for job, r in zip(plan, done) if r[1]]
 
 
-# ------------------------------------------------------------------------------------------------ signals
-
-def signals(work, count, seed, jobs):
-    """`count` moments of each of four commands, the three signals in turn."""
-    words, draw = prepare(work), random.Random(seed)
-    turns = (["grasp", "grasp --overwrite"], ["download"], ["recover"], ["export hf", "export meta"])
-    names = [name for turn in turns for name in turn]  # all is measured under the load that it then runs in
-    made = [all_of(jobs, measure, [(work, name, words[name]) for name in names], "uninterrupted") for _ in range(2)][1]
-    made = dict(zip(names, made))  # of the second time, when nothing is read from the disk any more
-    plan = [(turn[i // 3 % len(turn)], [*SIGNALS][i % 3]) for turn in turns for i in range(count)]
-    done = all_of(jobs, hit, [(work, name, made[name], kind, draw.uniform(0, 1.1 * made[name].seconds))
-                              for name, kind in plan], "signals")
-    rows = []
-    for name, kind in dict.fromkeys(plan):
-        what, early, left, seconds, faults = zip(*(r for job, r in zip(plan, done) if job == (name, kind)))
-        rows.append([f"{name} ({made[name].seconds:.1f} s), {kind}", len(what), *map(what.count, (
-            "absent", "as before", "whole")), sum(early), sum(left), f"{median(seconds):.2f}", f"{max(seconds):.2f}",
-            sum(map(bool, faults))])
-    head = "command (alone), signal|runs|absent|as before|whole|early|left|median s|max s|faults".split("|")
-    return head, rows, [r[-1] for r in done if r[-1]]
+def signals(work, count):
+    """`count` moments of each command, half of them of each of its two forms; the three signals take turns."""
+    made = measured(work, ["grasp", "grasp --overwrite", "download", "recover", "export hf", "export meta"])
+    draw, plan = random.Random(0), []
+    for name, this in made.items():
+        forms = sum(other.split()[0] == name.split()[0] for other in made)
+        for i in range(-(-count // forms)):
+            write = 0 if i // 3 % 3 else draw.randint(1, this.writes)
+            delay = 0.03 * draw.random() ** 3 if write else this.seconds * draw.random()  # half within 4 ms
+            plan.append((name, [*SIGNALS][i % 3], write, delay, draw.random() < 0.25))
+    return tried(lambda name, *job: hit(work, name, made[name], *job), plan)
 
 
-def hit(work, name, made, kind, moment):
-    """(what, early, left, seconds, fault) of one run that gets a signal `moment` seconds after its start.
+def hit(work, name, made, kind, write, delay, again):
+    """(what, fault, writing, left, again, seconds) of a signal `delay` s after obey_signals or, if not 0, a `write`.
 
-    early: Python had not come to obey_signals yet, and may say what it likes. left: SIGKILL left a scratch folder,
-    which the same command, run again, has to take away. seconds: from the signal to the end.
+    writing, left: there was a scratch folder at the signal, and after the end. seconds: from the one to the other.
     """
-    number, case = SIGNALS[kind], new_case(work, name)
-    process = start(made.words, case)
-    time.sleep(moment)
-    early, begun = not (process.poll() is not None or catches(process, signal.SIGTERM)), time.monotonic()
+    there, number, again = new_case(work, name), getattr(signal, kind), again and kind == "SIGKILL"
+    process = start(made.words, there.parent)
+    status, caught = Path(f"/proc/{process.pid}/status"), r"SigCgt:\s*\w*[4567cdef]\w{3}\n"  # SIGTERM: proc(5)
+    while process.poll() is None and not re.search(caught, status.read_text()):
+        time.sleep(0.001)
+    list(zip(range(write), writes(process, there)))
+    time.sleep(delay)
+    writing, begun = bool(scratch_folders(there)), time.monotonic()
     process.send_signal(number)
-    _, err = process.communicate()
-    seconds, found = time.monotonic() - begun, state(case / "there")
-    left = None in found.values()
-    if kind == "SIGKILL":
-        found = {path: content for path, content in found.items() if content is not None}
-        what, fault = ("absent", "") if left and not found else verdict(found, made)
-        fault = fault or again(made, case)
-    else:
-        what, fault = verdict(found, made)
-        told = process.returncode == 128 + number and err.strip() == "interrupted" * (kind == "SIGINT")
-        ended = process.returncode in (0, -number) and what == "whole" and not err  # -number: Python was ending itself
-        if not (early or told or ended):
-            fault = fault or f"exit code {process.returncode}, stderr {err.strip()!r}"
-    shutil.rmtree(case)
-    return what, early, left, seconds, fault and f"{name}, {kind} after {moment:.3f} s: {fault}"
+    end, seconds, left = ended(process), time.monotonic() - begun, scratch_folders(there)
+    right = f"{SIGNALS[kind]}|0|-{number:d}", SIGNALS[kind]  # whole, it may have been on its way out of Python
+    if again:
+        end, right = ended(start(made.words, there.parent)), (f"0|{ERROR}exists; choose another.*", "")
+    for scratch in left if kind == "SIGKILL" and not again else []:
+        clear_leftovers(scratch.with_name(scratch.name[1:].rpartition(".tmp-")[0]))
+    what, fault = judge(made, state(there), end, *right)
+    shutil.rmtree(there.parent)
+    return what, fault, writing, bool(left), again, seconds
 
 
-def catches(process, number):
-    """Whether a process has a handler for a signal by now: proc(5)."""
-    with suppress(OSError):
-        for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
-            if line.startswith("SigCgt"):
-                return bool(int(line.split()[1], 16) >> (number - 1) & 1)
-    return True
-
-
-def again(made, case):
-    """What is wrong after the same command has run once more, or "": it ends whole, or sees that it did."""
-    process = start(made.words, case)
-    _, err = process.communicate()
-    what, fault = verdict(state(case / "there"), made)
-    if process.returncode and "exists; choose another" not in err or what != "whole":
-        fault = fault or f"{what}, exit code {process.returncode}, stderr {err.strip()!r}"
-    return fault and f"run again: {fault}"
-
-
-# ------------------------------------------------------------------------------------------------ disk
-
-def disk(work, count, seed, jobs):
+def disk(work, count):
     """Each command with `count` amounts of free space, on a read-only disk, and its folder taken away `count` times."""
     ctypes.CDLL(None).unshare(0x20000)  # CLONE_NEWNS: the mounts are this process's own, and go with it
     mount("--make-rprivate", "/")
-    words, draw = prepare(work), random.Random(seed)
-    words.pop("download")  # does without a cache where it cannot have one
-    made = dict(zip(words, all_of(jobs, measure, [(work, name, words[name]) for name in words], "uninterrupted")))
-    plan = []
-    for name, command_made in made.items():
-        sizes = [len(content if isinstance(content, bytes) else json.dumps(content))
-                 for content in command_made.whole.values()]
-        pages = sum(-(-size // 4096) for size in sizes)
+    made = measured(work, ["grasp", "grasp --overwrite", "evaluate --json", "recover", "export hf", "export meta"])
+    draw, plan = random.Random(0), []
+    for name, (*_, pages, _, seconds) in made.items():
         most = pages * (4 if name == "recover" else 1)  # its states come before, the last beside the folder
-        frees = {*range(pages)[-count // 3:], *(round(draw.uniform(0, most)) for _ in range(count))}
-        plan += [(name, "full", free) for free in sorted(frees)] + [(name, "read-only", 0)]
-        plan += [(name, "vanishes", draw.uniform(0, command_made.seconds)) for _ in range(count)]
-    done = all_of(jobs, lambda name, kind, at: faulty_disk(work, name, made[name], kind, at), plan, "disk")
-    rows = []
-    for name, kind in dict.fromkeys(job[:2] for job in plan):
-        what, faults = zip(*(r for job, r in zip(plan, done) if job[:2] == (name, kind)))
-        rows.append([f"{name}, {kind}", len(what), *map(what.count, ("absent", "as before", "whole")),
-                     sum(map(bool, faults))])
-    return "command, disk|runs|absent|as before|whole|faults".split("|"), rows, [r[-1] for r in done if r[-1]]
+        frees = {1 + most * i // count for i in range(count)} | {max(1, pages - i) for i in range(1, count // 3)}
+        plan += [(name, "read-only", 0), *((name, "full", free) for free in sorted(frees))]
+        plan += [(name, "vanishes", draw.uniform(0, seconds)) for _ in range(count)]
+    return tried(lambda name, kind, at: faulty_disk(work, name, made[name], kind, at), plan)
 
 
 def mount(*words):
@@ -290,141 +228,72 @@ def mount(*words):
 def faulty_disk(work, name, made, kind, at):
     """(what, fault) of a run on a disk of `at` free pages, on a read-only one, or whose folder goes after `at` s."""
     place = Path(tempfile.mkdtemp(prefix="disk-", dir=work))
-    mount("-t", "tmpfs", "-o", "size=64m", "tmpfs", place)
-    case = new_case(place, name)
-    if kind == "full":
-        with open(place / "filler", "wb") as filler:
-            free = os.statvfs(place).f_bavail * os.statvfs(place).f_bsize
-            os.posix_fallocate(filler.fileno(), 0, free - at * 4096)
-    if kind == "read-only":
-        mount("-o", "remount,ro", place)
-    process = start(made.words, case)
+    mount("-t", "tmpfs", "tmpfs", place)
+    there, disk = new_case(place, name), os.statvfs(place)
+    size = (disk.f_blocks - disk.f_bfree) * disk.f_bsize + at * 4096
+    mount("-o", {"full": f"remount,size={size:.0f}", "read-only": "remount,ro", "vanishes": "remount"}[kind], place)
+    process, right = start(made.words, there.parent), ("0", ERROR)
     if kind == "vanishes":
         time.sleep(at)
-        while (case / "there").exists():
-            shutil.rmtree(case / "there", ignore_errors=True)
-    _, err = process.communicate()
-    if kind == "vanishes":
-        what, fault = ("absent", "") if not (case / "there").exists() else ("cut", "the folder is there again")
-    else:
-        what, fault = verdict(state(case / "there"), made)
-    if process.returncode or what != "whole" and kind != "vanishes":
-        fault = fault or one_line(process, err) or what == "whole" and f"whole, and yet {err.strip()}"
+        while there.exists():
+            shutil.rmtree(there, ignore_errors=True)
+        made, right = made._replace(before={}), ("", f"0|{ERROR}")
+    what, fault = judge(made, end=ended(process), found=state(there), if_whole=right[0], otherwise=right[1])
     subprocess.run(["umount", place], check=True)
-    return what, fault and f"{name}, {kind} at {at}: {fault}"
+    return what, fault
 
 
-# ------------------------------------------------------------------------------------------------ load
-
-def load(work, count, seed, jobs):
-    """50 evaluations of one folder at once; then one of 3 GB through the whole job under a limit on its memory."""
-    rows, faults = [], []
-    for row, found in (together(work), *large(work, seed)):
-        rows.append([*row, len(found)])
-        faults += found
-    return "load|seconds|folder, bytes|limit|peak|faults".split("|"), rows, faults
-
-
-def together(work, runs=50):
-    """(row, faults) of as many evaluations: all end well, and with the same bits."""
-    begun, files = time.monotonic(), [work / f"{i}.json" for i in range(runs)]
+def load(work, count):
+    """`count` evaluations of one folder at once; then one of 3 GB through grasp.py under a limit on its memory."""
+    files = [work / f"{i}.json" for i in range(count)]
     processes = [start([ROOT / "evaluate.py", "--windows", 2, "--json", file], work) for file in files]
-    errors = [process.communicate()[1] for process in processes]
-    faults = [f"evaluation: {err.strip()}" for process, err in zip(processes, errors) if process.returncode or err]
+    faults = [f"evaluation: {end}" for end in map(ended, processes) if end != "0"]
     found = {json.loads(file.read_text())["perplexity"]["embedded"] for file in files if file.is_file()}
-    if len(found) > 1:
-        faults.append(f"one folder, several perplexities: {sorted(found)}")
-    return [f"{runs} evaluations at once", f"{time.monotonic() - begun:.0f}", "-", "-", "-"], faults
+    faults += [f"one folder, several perplexities: {sorted(found)}"] * (len(found) > 1)
+    row, more = large(work)
+    return ["", "limit, bytes", "peak, bytes"], [[f"{count} evaluations at once", "-", "-"], row], faults + more
 
 
-def large(work, seed):
-    """Yield (row, faults) of grasp.py on a folder of 3 GB, and of an evaluation of what it wrote."""
-    size, text, out = write_random(work / "big", seed), work / "text", work / "out"
-    text.write_text(embedded_text("test")[:20_000])
-    few = ["--windows", 4, "--batch-size", 1]
-    for words in ([ROOT / "grasp.py", "--ckpt", work / "big", "--layers", 2, "--ratio", 0.2,
-                   "--calibration", "embedded", "--samples", 4, "--seq-len", 64, "--eval", text, "--out", out, *few],
-                  [ROOT / "evaluate.py", "--ckpt", out, "--data", text, "--json", work / "out.json", *few]):
-        begun = time.monotonic()
-        code, err, peak, limit = limited(words, work, int(1.4 * size))
-        faults = [f"{words[0].name} of {size:,} bytes in {limit:,}: exit code {code}, {err.strip()}"] if code else []
-        if (work / "out.json").is_file():
-            two = [json.loads((out / "report.json").read_text())["results"][-1],
-                   json.loads((work / "out.json").read_text())]
-            if not math.isclose(*(row["perplexity"]["text"] for row in two), rel_tol=1e-6):
-                faults.append(f"reported and evaluated: {[row['perplexity'] for row in two]}")
-        yield [words[0].name, f"{time.monotonic() - begun:.0f}", f"{size:,}", f"{limit:,}", f"{peak:,}"], faults
-
-
-def write_random(folder, seed, layers=15, dim=2048):
-    """Write random weights like Mistral's (params.json, consolidated.safetensors), a tensor at a time; their bytes.
-
-    fp32, dim 2048, 16 heads over 4, hidden_dim 5632, the embedded model's vocabulary; 15 layers are 2.7e9 bytes.
-    """
-    args = ModelArgs(dim=dim, n_layers=layers, n_heads=16, n_kv_heads=4, head_dim=dim // 16, hidden_dim=dim * 11 // 4,
-                     vocab_size=1024, norm_eps=1e-5, max_seq_len=256)
-    with torch.device("meta"):
-        tensors = dict(Transformer(args, tied=False).named_parameters())
-    header, offset = {}, 0
-    for name, t in tensors.items():
-        header[name] = {"dtype": "F32", "shape": [*t.shape], "data_offsets": [offset, offset + t.numel() * 4]}
-        offset += t.numel() * 4
-    folder.mkdir()
-    shutil.copyfile(TINY / "tokenizer.model", folder / "tokenizer.model")
-    (folder / "params.json").write_text(json.dumps(vars(args)))
-    generator = torch.Generator().manual_seed(seed)
-    with open(folder / "consolidated.safetensors", "wb") as file:
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        file.write(len(text).to_bytes(8, "little") + text)
-        for i, (name, t) in enumerate(tensors.items(), 1):
-            file.write((torch.randn(t.shape, generator=generator) * 0.02 + (t.ndim == 1)).numpy())
-            show(f"writing {folder}  {i}/{len(tensors)} tensors", last=i == len(tensors))
-        file.flush()
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # else its pages count as ours, not as the job's
-    return offset
-
-
-def limited(words, work, limit):
-    """(exit code, stderr, peak, limit) in bytes, of a command in a memory group of its own (cgroup v1).
-
-    What is mapped or cached counts there too, but can be dropped. Without such groups limit is 0, and peak the largest
-    resident set of any child so far.
-    """
-    groups = [line.split(":")[2] for line in Path("/proc/self/cgroup").read_text().splitlines() if ":memory:" in line]
-    group = Path(f"/sys/fs/cgroup/memory{groups[0].rstrip('/')}/{work.name}") if groups else None
+def large(work):
+    """(row, faults) of grasp.py in a memory group: what is mapped or cached counts there, but can be dropped."""
+    own = "".join(re.findall(r":memory:(.*)", Path("/proc/self/cgroup").read_text()))
+    group = Path(f"/sys/fs/cgroup/memory{own}/grasp-crashes-{os.getpid()}")
+    for stale in group.parent.glob("grasp-crashes-*"):
+        with suppress(OSError):  # one at work
+            stale.rmdir()
+    size = write_random(work / "big")
+    words = [ROOT / "grasp.py", "--ckpt", "big", "--layers", 2, "--ratio", 0.2, "--calibration", "embedded",
+             "--samples", 4, "--seq-len", 64, "--eval", "embedded", "--windows", 4, "--batch-size", 1]
+    group.mkdir()
     try:
-        group.mkdir()
-        (group / "memory.limit_in_bytes").write_text(str(limit))
-    except (OSError, AttributeError):
-        process = start(words, work)
-        _, err = process.communicate()
-        return process.returncode, err, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024, 0
-    try:
-        enter = "import os, sys; open(sys.argv[1], 'w').write('0'); os.execv(sys.executable, sys.argv[2:])"
-        process = start(["-c", enter, group / "cgroup.procs", sys.executable, *words], work)
-        _, err = process.communicate()
-        return process.returncode, err, int((group / "memory.max_usage_in_bytes").read_text()), limit
+        (group / "memory.limit_in_bytes").write_text(str(int(1.4 * size)))
+        end = ended(start(words, work, preexec_fn=lambda: (group / "cgroup.procs").write_text("0")))
+        peak = int((group / "memory.max_usage_in_bytes").read_text())
     finally:
         group.rmdir()
+    row = [f"grasp.py on {size:,} bytes", f"{1.4 * size:,.0f}", f"{peak:,}"]
+    return row, [f"{row}: end {end!r}"] * (end != "0")
+
+
+def write_random(folder, shape=(2048, 15, 16, 4, 5632, 1024, False)):
+    """Write random weights, by default of 2.7e9 bytes, and keep none of them in the machine's cache; their bytes."""
+    model = random_weights(shape, torch.float32, "cpu")
+    save_checkpoint(model, folder, tokenizer=TINY / "tokenizer.model")
+    with open(folder / "consolidated.00.pth", "rb+") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # else its pages count as ours, not as the job's
+    return sum(p.nbytes for p in model.parameters())
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("kind", choices=["signals", "disk", "load"])
-    p.add_argument("--count", type=positive, metavar="N", default=100, help="signals: moments of each command; disk: "
-                   "sizes, and moments, of each (default: 100)")
-    p.add_argument("--seed", type=int, default=0, help="of the moments, sizes and weights (default: 0)")
-    p.add_argument("--jobs", type=positive, metavar="N", default=3, help="runs at a time (default: 3)")
+    p.add_argument("kind", choices=COUNTS)
+    p.add_argument("--count", type=positive, metavar="N", help="moments or evaluations (default: 100, 10, 50)")
     a = p.parse_args()
-    begun = time.monotonic()
     with scratch_folder(Path(tempfile.gettempdir()) / "grasp-crashes") as work:
-        head, rows, faults = globals()[a.kind](work, a.count, a.seed, a.jobs)
-    print(f"{markdown(head, [[str(cell) for cell in row] for row in rows])}\n\n{time.monotonic() - begun:.0f} s")
-    for fault in faults:
-        print(f"fault: {fault}")
-    return sys.exit(1) if faults else None
+        head, rows, faults = globals()[a.kind](work, a.count or COUNTS[a.kind])
+    print("\n".join([markdown(head, [[*map(str, row)] for row in rows]), "", *(f"fault: {fault}" for fault in faults)]))
+    sys.exit(bool(faults))
 
 
 if __name__ == "__main__":

@@ -159,6 +159,12 @@ def test_mistakes_of_evaluate(words, message, nowhere, monkeypatch, capsys):
     assert message in error_of(evaluate.main, words, monkeypatch, capsys)
 
 
+def test_json_that_cannot_be_written_is_refused_before_the_work(nowhere, monkeypatch, capsys):
+    monkeypatch.setattr(os, "access", lambda folder, mode: False)  # to root all is open
+    assert "--json: e.json: not a file in a folder that is there and can be written to" in error_of(
+        evaluate.main, "--json e.json", monkeypatch, capsys)
+
+
 def test_out_of_memory_is_one_line(nowhere, monkeypatch, capsys):
     def fail(*words):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 PB")

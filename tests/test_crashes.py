@@ -5,7 +5,7 @@ import pytest
 
 from conftest import error_of
 from extras import crashes
-from extras.crashes import Command, faulty_disk, hit, one_line, plain, state, verdict, write_random
+from extras.crashes import Command, ended, faulty_disk, hit, judge, start, state, write_random, writes
 from model import load_checkpoint
 
 WRITER = """from data.target import *
@@ -17,82 +17,92 @@ with written_whole("there/out") as folder:
     folder.mkdir()
     time.sleep(0.3)
     (folder / "file").write_text("content")
-    time.sleep(0.3)
-print("written")"""
+    time.sleep(0.3)"""
 CARELESS = """from data.target import *
 obey_signals()
 import time
 Path("there/out").mkdir(exist_ok=True)
 Path("there/out/file").write_text("content"[:4])
-time.sleep(1)"""
-MADE = Command(["-c", WRITER], {}, {"out/file": b"content"}, 0.8)
+time.sleep(60)"""
+MADE = Command(["-c", WRITER], {}, {"out/file": b"content"}, 1, 1, 0.8)
 
 
 def test_a_state_is_what_is_there_but_for_what_is_measured(tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/report.json").write_text(json.dumps({"seconds": 1.5, "rows": [{"peak_bytes": 3, "layer": 2}]}))
-    (tmp_path / "cut.json").write_text("{")
-    (tmp_path / ".out.tmp-abcdefgh/new").mkdir(parents=True)
-    (tmp_path / ".out.tmp-abcdefgh/new/file").touch()
-    assert state(tmp_path) == {"out/report.json": {"rows": [{"layer": 2}]}, "cut.json": b"{", ".out.tmp-abcdefgh": None}
-    assert plain(3) == 3
+    place = tmp_path / ".crashes.tmp-abcdefgh/there"  # itself in a scratch folder
+    (place / "out").mkdir(parents=True)
+    (place / "out/report.json").write_text(json.dumps({"seconds": 1.5, "rows": [{"peak_bytes": 3, "layer": 2}]}))
+    (place / "cut.json").write_text("{")
+    (place / "out.state").write_bytes(b"cut")
+    (place / ".out.tmp-abcdefgh/new").mkdir(parents=True)
+    assert state(place) == {"out/report.json": {"rows": [{"layer": 2}]}, "cut.json": b"{", "out.state": b"cut",
+                            ".out.tmp-abcdefgh": None}
 
 
 def test_the_judge_can_say_no():
-    made = Command([], {"out/file": b"old"}, {"out/file": b"new", "out/more": b"m"}, 1.0)
-    assert verdict(made.before, made) == ("as before", "") and verdict(made.whole, made) == ("whole", "")
-    assert verdict({}, made._replace(before={})) == ("absent", "")
+    made = MADE._replace(before={"out/file": b"old"}, whole={"out/file": b"new", "out/more": b"m"})
+    assert judge(made, made.before, "2 no", "0", "2 .*") == ("as before", "")
+    assert judge(made, made.whole, "0", "0", "2 .*") == ("whole", "")
+    assert judge(made._replace(before={}), {}, "2 no", "0", "2 .*") == ("absent", "")
     for found, wrong in (({}, "out/file"), ({"out/file": b"new"}, "out/more"),
                          ({**made.whole, ".out.tmp-a": None}, ".out.tmp-a"),
                          ({**made.whole, "out/file": b"ne"}, "out/file"),
                          ({**made.whole, "junk": b""}, "junk"),
-                         ({"out.state": b"cut"}, "out.state cannot be read")):
-        what, fault = verdict(found, made)
+                         ({**made.before, "out.state": b"cut"}, "out.state")):
+        what, fault = judge(made, found, "0", ".*", ".*")
         assert what == "cut" and wrong in fault, found
-
-    class Ended:
-        returncode = 2
-
-    assert not one_line(Ended, "error: disk full\n") and one_line(Ended, "error: disk\nfull\n")
-    assert one_line(Ended, "Traceback\n") and one_line(type("Ended", (), {"returncode": 1}), "error: disk full\n")
+    for found, end in ((made.whole, "2 error: disk full"), (made.before, "0"), (made.before, "1 error: disk full"),
+                       (made.before, "2 error: disk\nfull"), (made.before, "2 Traceback"), (made.whole, "0 loud")):
+        assert end in judge(made, found, end, "0", crashes.ERROR)[1].encode().decode("unicode_escape")
 
 
 @pytest.mark.parametrize("kind", crashes.SIGNALS)
-@pytest.mark.parametrize("moment", [0.0, 0.35, 2.0])
-def test_a_writer_of_this_project_stands_every_moment(kind, moment, tmp_path):
-    what, early, left, seconds, fault = hit(tmp_path, "writer", MADE, kind, moment)
+@pytest.mark.parametrize("write, delay", [(0, 0.0), (1, 0.15), (0, 2.0)])
+def test_a_writer_of_this_project_stands_every_moment(kind, write, delay, tmp_path):
+    what, fault, writing, left, again, seconds = hit(tmp_path, "writer", MADE, kind, write, delay, delay == 0)
     assert not fault and what in ("absent", "whole") and seconds >= 0 and list(tmp_path.iterdir()) == []
+    assert not write or writing and left == (kind == "SIGKILL")
 
 
 def test_a_careless_one_does_not(tmp_path):
     for kind in crashes.SIGNALS:
-        fault = hit(tmp_path, "careless", MADE._replace(words=["-c", CARELESS]), kind, 3.0)[-1]
-        assert f"careless, {kind} after 3.000 s" in fault and "out/file" in fault
+        what, fault, *_ = hit(tmp_path, "careless", MADE._replace(words=["-c", CARELESS]), kind, 0, 1.0, False)
+        assert what == "cut" and "out/file" in fault
 
 
 def test_one_that_says_too_much_is_found_out(tmp_path):
     loud = "import signal, time; signal.signal(signal.SIGTERM, print); time.sleep(60)"
-    what, early, *_, fault = hit(tmp_path, "loud", MADE._replace(words=["-c", loud]), "SIGINT", 1.5)
-    assert what == "absent" and not early and "exit code" in fault and "Traceback" in fault
+    what, fault, *_ = hit(tmp_path, "loud", MADE._replace(words=["-c", loud]), "SIGINT", 0, 0.2, False)
+    assert what == "absent" and "Traceback" in fault
 
 
-def test_real_commands_at_a_few_moments(tmp_path, monkeypatch):
-    """The download and a run over an older folder, hit in the midst: the other commands' turn is the command line's."""
-    words = crashes.prepare(tmp_path)
-    for name, kind in (("download", "SIGINT"), ("grasp --overwrite", "SIGKILL")):
-        made = crashes.measure(tmp_path, name, words[name])
-        what, *_, fault = hit(tmp_path, name, made, kind, 0.8 * made.seconds)
+def test_one_whose_leftovers_the_next_run_does_not_clear_is_found_out(tmp_path):
+    what, fault, *_ = hit(tmp_path, "writer", MADE._replace(words=["-c", WRITER.replace(
+        '"there/out") as', 'f"there/{os.getpid()}") as')]), "SIGKILL", 1, 0.1, True)
+    assert what == "cut" and ".tmp-" in fault
+
+
+def test_every_write_is_seen(tmp_path):
+    process = start(["-c", "from data.target import *; import time\nfor name in 'ab':\n    with written_whole(name) as "
+                     "file:\n        time.sleep(0.1)\n        file.touch()"], tmp_path)
+    assert [path.name[:3] for path in writes(process, tmp_path)] == [".a.", ".b."] and ended(process) == "0"
+
+
+def test_real_commands_at_a_few_moments(tmp_path):
+    """The download and a run over an older folder, hit in a write: the other commands' turn is the command line's."""
+    for name, made in crashes.measured(tmp_path, ["download", "grasp --overwrite"]).items():
+        assert made.whole != made.before and made.seconds > 0 and made.pages > 1
+        what, fault, *_ = hit(tmp_path, name, made, "SIGKILL", 1, 0.002, False)
         assert not fault and what in ("absent", "as before", "whole"), fault
 
 
-@pytest.mark.parametrize("kind, at", [("full", 0), ("full", 9), ("read-only", 0), ("vanishes", 0.4)])
+@pytest.mark.parametrize("kind, at", [("full", 1), ("full", 9), ("read-only", 0), ("vanishes", 0.4)])
 def test_a_disk_that_fails(kind, at, tmp_path):
     """Where a small one may be mounted: else it says what that needs."""
-    code = ("import evaluate\nfrom data.target import *\n"
-            "def main():\n    check_target('there/out')\n    with written_whole('there/out') as folder:\n"
-            "        folder.mkdir()\n        (folder / 'file').write_bytes(bytes(5 * 4096))\n"
-            "evaluate.command(main)")
-    made = Command(["-c", code], {}, {"out/file": bytes(5 * 4096)}, 1.0)
+    code = ("import sys, time\nfrom data.target import *\n"
+            "try:\n    check_target('there/out')\n    with written_whole('there/out') as folder:\n"
+            "        folder.mkdir()\n        time.sleep(0.5)\n        (folder / 'file').write_bytes(bytes(5 * 4096))\n"
+            "except OSError as e:\n    print('error:', e, file=sys.stderr)\n    sys.exit(2)")
+    made = MADE._replace(words=["-c", code], whole={"out/file": bytes(5 * 4096)})
     try:
         what, fault = faulty_disk(tmp_path, "writer", made, kind, at)
     except PermissionError as e:
@@ -109,6 +119,6 @@ def test_without_the_right_to_mount_it_says_so(monkeypatch, capsys):
 
 
 def test_the_large_folder_is_one_that_loads(tmp_path):
-    size = write_random(tmp_path / "big", seed=0, layers=1, dim=64)
+    size = write_random(tmp_path / "big", (64, 1, 4, 2, 96, 1024, False))
     model = load_checkpoint(tmp_path / "big")
     assert model.args.n_layers == 1 and sum(p.nbytes for p in model.parameters()) == size

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 
@@ -146,6 +147,22 @@ def test_a_leftover_taken_away_meanwhile_is_made_anew(tmp_path, monkeypatch):
         assert scratch.is_dir() and scratch != taken[0]
 
 
+def test_a_thread_that_still_writes_leaves_nothing_behind(tmp_path, monkeypatch):
+    """Whenever a folder has been emptied and is about to go, the thread puts one more file where it was writing."""
+    rmdir, late = os.rmdir, []
+
+    def rmdir_late(*words, **how):
+        with suppress(OSError):
+            (scratch / "new/more").touch()
+        late.append(words)
+        rmdir(*words, **how)
+
+    scratch = leave(tmp_path / "out", "new")
+    monkeypatch.setattr(os, "rmdir", rmdir_late)
+    target.clear(scratch, tmp_path / "out")
+    assert late and names(tmp_path) == []
+
+
 def test_names_leave_room_for_the_scratch_folders(tmp_path):
     check_target(tmp_path / ("n" * 230))
     write_json(tmp_path / ("n" * 230 + ".state"), {})
@@ -198,7 +215,7 @@ def test_a_signal_does_not_wait_for_what_is_under_way(code, number, code_and_lin
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_ended_while_writing(number, tmp_path):
-    """The old folder stands; a thread that goes on putting files there cannot keep the scratch folder alive."""
+    """The old folder stands, though a thread goes on putting files into the new one."""
     save_checkpoint(random_model(), tmp_path / "out", {"old": 1})
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     exit_code, *_ = ended(process(WRITING, tmp_path), number)
@@ -222,6 +239,15 @@ def test_a_signal_ends_it_though_nobody_reads_what_it_says(tmp_path):
     started.stderr.close()
     started.send_signal(signal.SIGINT)
     assert started.wait() == 130
+
+
+def test_it_tells_though_standard_error_points_elsewhere(tmp_path):
+    """As it does while a library that says too much is at work."""
+    started = process("os.dup2(os.open(os.devnull, os.O_WRONLY), 2); print('there'); import time; time.sleep(1000)",
+                      tmp_path)
+    assert ended(started, signal.SIGINT) == (130, "", "interrupted")
+    closed = process("print('there'); import time; time.sleep(1000)", tmp_path, preexec_fn=lambda: os.close(2))
+    assert ended(closed, signal.SIGINT) == (130, "", "")
 
 
 def test_a_child_process_can_be_interrupted_as_ever(tmp_path):
