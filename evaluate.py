@@ -11,7 +11,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from data.target import obey_signals, write_json
+from data.target import check_place, obey_signals, write_json
 
 if __name__ == "__main__":
     obey_signals()  # before torch, whose import takes seconds
@@ -143,10 +143,10 @@ def positive(text):
 
 
 def json_file(name):
-    path, parent = Path(name), Path(name).absolute().parent
-    if path.exists() and not path.is_file() or not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
-        raise argparse.ArgumentTypeError(f"{name}: not a file in a folder that is there and can be written to")
-    return path
+    if Path(name).exists() and not Path(name).is_file():
+        raise argparse.ArgumentTypeError(f"{name}: not a file")
+    check_place(Path(os.path.realpath(name)))
+    return Path(name)
 
 
 def open_checkpoint(ckpt, device, dtype, shard=False):

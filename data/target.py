@@ -14,6 +14,7 @@ import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 writing = {}  # the scratch folders of this process: their targets
 renaming = threading.Lock()  # a signal waits for it, and then keeps it for good
 
@@ -24,13 +25,9 @@ def check_target(path, overwrite=False, inputs=()):
     inputs: whole paths of folders that are read, none of which it may be (ValueError).
     """
     path = Path(path)
-    if inputs and Path(os.path.realpath(path)) in inputs:
+    if Path(os.path.realpath(path)) in inputs:
         raise ValueError(f"--out {path}: is the input")
-    parent = path.absolute().parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"{path}: cannot be written, {parent} is not a folder or read-only")
-    if len(os.fsencode(path.name)) > 230:  # of the 255 that a file system gives: some are for .NAME.state.tmp-XXXXXXXX
-        raise ValueError(f"{path}: a name of more than 230 bytes")
+    check_place(path)
     clear_leftovers(path)
     if path.exists() or path.is_symlink():
         if not overwrite:
@@ -41,6 +38,15 @@ def check_target(path, overwrite=False, inputs=()):
             raise FileExistsError(f"{path}: --overwrite replaces only a folder written by this project (report.json)")
 
 
+def check_place(path):
+    """OSError if a file or folder `path` cannot be written, whatever stands there."""
+    parent = path.absolute().parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path}: cannot be written, {parent} is not a folder or read-only")
+    if len(os.fsencode(path.name)) > 230:  # of the 255 that a file system gives: some are for .NAME.state.tmp-XXXXXXXX
+        raise OSError(f"{path}: a name of more than 230 bytes")
+
+
 @contextmanager
 def written_whole(path):
     """A path to write a file or a folder at: in the end it takes `path`'s place, and if that is not reached, it goes.
@@ -49,9 +55,9 @@ def written_whole(path):
     """
     path = Path(path).absolute()
     stood = path.is_dir()
-    with scratch_folder(path) as scratch:
+    with scratch_folder(path) as new:
         try:
-            yield scratch / "new"
+            yield new
         except RuntimeError as e:
             if type(e) is not RuntimeError:  # out of memory has a class of its own
                 raise
@@ -59,20 +65,20 @@ def written_whole(path):
             raise OSError(f"{path}: could not be written, {free:,.1f} MiB are free there: {e}") from e
         with renaming:
             if stood:  # and not one that another run has put there meanwhile
-                path.rename(scratch / "old")
-            (scratch / "new").replace(path)
+                path.rename(new.with_name("old"))
+            new.replace(path)
 
 
 @contextmanager
 def scratch_folder(path):
-    """A folder beside `path` that goes at the end of the block or of the process; if killed, with the next run's."""
+    """A path beside `path` to make a file or folder at, which goes at the end, or if killed when the next run begins."""
     path = Path(path).absolute()
     clear_leftovers(path)
     with renaming:  # a signal finds it in `writing`, or finds none
         scratch, lock = locked_folder(path)
         writing[scratch] = path
     try:
-        yield scratch
+        yield scratch / "new"
     finally:
         with renaming:
             clear(scratch, path)
@@ -81,8 +87,8 @@ def scratch_folder(path):
 
 
 def write_json(file, content):
-    """A table or list as a JSON file, whole or not at all."""
-    with written_whole(file) as partial:
+    """A table or list as a JSON file, whole or not at all; of a link, the file that it leads to."""
+    with written_whole(os.path.realpath(file)) as partial:
         partial.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
 
 
@@ -103,7 +109,7 @@ def locked_folder(path):
 
 
 def clear_leftovers(path):
-    """Take away the scratch folders that killed runs left of `path`, whose lock is free."""
+    """Take away the scratch folders that killed runs left of `path`: their lock is free, and nothing else is in them."""
     path = Path(path).absolute()
     names = os.listdir(path.parent) if os.access(path.parent, os.R_OK) else []
     for scratch in (path.with_name(name) for name in names if name[:-8] == scratch_prefix(path)):
@@ -111,15 +117,16 @@ def clear_leftovers(path):
             lock = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                clear(scratch, path)
+                if set(os.listdir(scratch)) <= {"new", "old"}:
+                    clear(scratch, path)
             finally:
                 os.close(lock)
 
 
 def clear(scratch, path):
     """Take a scratch folder away; where it ended between its two renames, what stood at `path` goes back there."""
-    with suppress(OSError):  # there is nothing to put back, or it need not
-        if not os.path.lexists(path):
+    with suppress(OSError):  # there is nothing to put back
+        if not os.path.lexists(path) and scratch.name[-1] != "-":  # what is half gone stays gone
             (scratch / "old").rename(path)
     gone = scratch.with_name(scratch.name[:-1] + "-")  # a thread that still writes finds no folder to put more into
     with suppress(OSError):
@@ -128,23 +135,24 @@ def clear(scratch, path):
 
 
 def obey_signals():
-    """From here on Ctrl-C and SIGTERM end the process within a moment, with nothing half written left behind.
+    """From here on Ctrl-C, SIGTERM and SIGHUP end the process within a moment, with nothing half written left behind.
 
-    A thread waits for them, since Python's own handlers run between two operations of the main thread, and one
+    Ctrl-C says so in one line, the others say nothing; exit code 128 and the signal's number. A thread waits for them, since Python's own handlers run between two operations of the main thread, and one
     decomposition may take a minute. Called by a command before it imports torch, which takes seconds.
     """
     told = os.dup(2) if sys.stderr else -1  # as it is now: while a library works, 2 may point elsewhere
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer)  # the number of each signal is written there the moment it comes
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and a shell's & have it
             signal.signal(number, lambda *_: None)
     threading.Thread(target=end_at_signal, args=[reader, told], daemon=True).start()
 
 
 def end_at_signal(reader, told):
-    number = os.read(reader, 1)[0]
+    while (number := os.read(reader, 1)[0]) not in SIGNALS:  # a library's own
+        pass
     try:
         renaming.acquire()
         for scratch, path in writing.items():

@@ -8,7 +8,6 @@ A third of the moments is aimed at a write, which takes milliseconds: 0 to 30 ms
 data/target.py appears; the others lie anywhere from obey_signals on. After SIGKILL one command in four runs again, to
 its end; for the others only the step is taken that it begins with, clear_leftovers. Two commands run at a time.
 """
-import argparse
 import ctypes
 import hashlib
 import json
@@ -33,7 +32,7 @@ import torch
 
 from data.corpus import embedded_text, show
 from data.target import clear_leftovers, scratch_folder
-from evaluate import TINY, command, markdown, positive
+from evaluate import TINY, Words, command, markdown, positive
 from extras.bench import random_weights
 from model import save_checkpoint
 
@@ -286,11 +285,12 @@ def write_random(folder, shape=(2048, 15, 16, 4, 5632, 1024, False)):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = Words(__doc__.splitlines()[0])
     p.add_argument("kind", choices=COUNTS)
     p.add_argument("--count", type=positive, metavar="N", help="moments or evaluations (default: 100, 10, 50)")
     a = p.parse_args()
     with scratch_folder(Path(tempfile.gettempdir()) / "grasp-crashes") as work:
+        work.mkdir()
         head, rows, faults = globals()[a.kind](work, a.count or COUNTS[a.kind])
     print("\n".join([markdown(head, [[*map(str, row)] for row in rows]), "", *(f"fault: {fault}" for fault in faults)]))
     sys.exit(bool(faults))

@@ -64,6 +64,7 @@ def main():
     torch.manual_seed(42)
     text, held_out = embedded_text("train"), embedded_text("test")
     with scratch_folder(folder) as scratch:
+        scratch.mkdir()
         tokenizer = train_tokenizer(text, scratch)
         tokens = tokenizer.stream(text)
         windows = consecutive_windows(tokenizer.stream(held_out), ARGS.max_seq_len)

@@ -321,6 +321,7 @@ def main():
         read_folder(ckpt)  # a folder that is not one is seen now, not after hours spent on those before it
     rows = []
     with scratch_folder(Path(tempfile.gettempdir()) / "grasp-zeroshot") as scratch:
+        scratch.mkdir()
         version = start_harness(scratch if a.local else None)
         print(f"harness      lm-eval {version}, records from {a.local or 'the hub'}")
         tasks = load_tasks(a.tasks, a.local, scratch)

@@ -248,7 +248,7 @@ def test_growth_is_a_table_for_each_axis(device, run):
     ("--ratio 2", "--ratio: 2, expected more than 0 and at most 1"),
     ("--repeats 0", "--repeats: 0, expected"),
     ("--device nonsense", "--device nonsense: "),
-    ("--json no/such/file", "--json: no/such/file: not a file in a folder"),
+    ("--json no/such/file", "no/such/file: cannot be written"),
     ("--ckpt small", "small: is compressed already, expected a dense folder")])
 def test_mistakes_are_one_line(words, message, nowhere, monkeypatch, capsys):
     model = load_checkpoint(evaluate.TINY)

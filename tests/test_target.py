@@ -98,12 +98,12 @@ def test_a_leftover_is_cleared_but_not_one_at_work(tmp_path):
     out = tmp_path / "out"
     leave(out, "new")
     with scratch_folder(out) as ours:
-        assert names(tmp_path) == [ours.name]
+        assert names(tmp_path) == [ours.parent.name]
         check_target(out)
-        assert names(tmp_path) == [ours.name]  # locked: its process lives
+        assert names(tmp_path) == [ours.parent.name]  # locked: its process lives
         with written_whole(out) as second:
             second.touch()
-        assert names(tmp_path) == sorted([ours.name, "out"])
+        assert names(tmp_path) == sorted([ours.parent.name, "out"])
     assert names(tmp_path) == ["out"]
 
 
@@ -120,11 +120,25 @@ def test_what_a_kill_between_the_two_renames_left_is_put_back(tmp_path):
     assert (out / "params.json").is_file() and names(tmp_path) == ["out"]
 
 
+def test_what_was_half_gone_is_not_put_back(tmp_path):
+    """Killed while it deleted what it had replaced; then the user moved the new one away."""
+    leave(tmp_path / "out", "old", letters="abcdefg-")
+    check_target(tmp_path / "out")
+    assert names(tmp_path) == []
+
+
+def test_a_link_to_a_json_file_stays_a_link(tmp_path):
+    (tmp_path / "link").symlink_to("file")
+    write_json(tmp_path / "link", [1])
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "[\n 1\n]\n"
+
+
 def test_what_only_looks_like_a_leftover_stays(tmp_path):
-    """Another target whose name begins or goes on like ours, another number of letters, a link, a file."""
+    """Another target whose name begins or goes on like ours, another number of letters, other content, a link, a file."""
     out, precious = tmp_path / "out", tmp_path / "precious"
     precious.mkdir()
-    kept = [leave(tmp_path / "out.state"), leave(tmp_path / "ou"), leave(out, letters="abcdefghi"), precious]
+    kept = [leave(tmp_path / "out.state"), leave(tmp_path / "ou"), leave(out, letters="abcdefghi"), precious,
+            leave(out, "thesis", letters="20261122")]
     (tmp_path / ".out.tmp-linklink").symlink_to(precious)
     (tmp_path / ".out.tmp-filefile").touch()
     leave(out)
@@ -144,7 +158,7 @@ def test_a_leftover_taken_away_meanwhile_is_made_anew(tmp_path, monkeypatch):
 
     monkeypatch.setattr(target.fcntl, "flock", late)
     with scratch_folder(tmp_path / "out") as scratch:
-        assert scratch.is_dir() and scratch != taken[0]
+        assert scratch.parent.is_dir() and scratch.parent != taken[0]
 
 
 def test_a_thread_that_still_writes_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -166,7 +180,7 @@ def test_a_thread_that_still_writes_leaves_nothing_behind(tmp_path, monkeypatch)
 def test_names_leave_room_for_the_scratch_folders(tmp_path):
     check_target(tmp_path / ("n" * 230))
     write_json(tmp_path / ("n" * 230 + ".state"), {})
-    with pytest.raises(ValueError, match="more than 230 bytes"):
+    with pytest.raises(OSError, match="more than 230 bytes"):
         check_target(tmp_path / ("n" * 231))
 
 
@@ -207,7 +221,8 @@ model.save_checkpoint(random_model(), "out", {"new": 1}, "tokenizer.model", over
     "print('there'); import torch; print('imported')",
     "import torch; W = torch.randn(6000, 6000); print('there'); torch.linalg.svd(W); print('decomposed')",
     "print('there'); time_ = __import__('time').sleep(1000)"], ids=["import", "svd", "sleep"])
-@pytest.mark.parametrize("number, code_and_line", [(signal.SIGINT, (130, "interrupted")), (signal.SIGTERM, (143, ""))])
+@pytest.mark.parametrize("number, code_and_line", [(signal.SIGINT, (130, "interrupted")), (signal.SIGTERM, (143, "")),
+                                                   (signal.SIGHUP, (129, ""))])
 def test_a_signal_does_not_wait_for_what_is_under_way(code, number, code_and_line, tmp_path):
     exit_code, out, err = ended(process(code, tmp_path), number)
     assert (exit_code, err) == code_and_line and out == ""
@@ -232,6 +247,13 @@ def test_a_signal_that_was_ignored_stays_ignored(tmp_path):
     started = process("print('there'); import time; time.sleep(1); print('done')", tmp_path,
                       preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
     assert ended(started, signal.SIGINT) == (0, "done\n", "")
+
+
+def test_a_librarys_own_signals_end_nothing(tmp_path):
+    started = process("import time; signal.signal(signal.SIGALRM, print); print('there'); signal.alarm(1); time.sleep(2);"
+                      "print('done')", tmp_path)
+    out, err = started.communicate()
+    assert started.returncode == 0 and out.endswith("done\n") and not err
 
 
 def test_a_signal_ends_it_though_nobody_reads_what_it_says(tmp_path):
