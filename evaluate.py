@@ -202,7 +202,7 @@ def batch_size(asked, seq_len):
 
 
 def command(main, parallel=False):
-    """Run a command: a user's mistake is one line on stderr and exit code 2, Ctrl-C one line and 130.
+    """Run a command: a user's mistake is one line on stderr and exit code 2.
 
     parallel: torchrun may start it many times over; whichever process fails first tells why, and torchrun ends all.
     """
@@ -212,17 +212,14 @@ def command(main, parallel=False):
             if processes.count() > 1 and not parallel:
                 raise ValueError("this command is the work of one process: start it with python, not with torchrun")
             return main()
-    except KeyboardInterrupt:
-        message, code = "\ninterrupted", 130
     except (ValueError, OSError, ModuleNotFoundError, MemoryError, RuntimeError) as e:
         memory = isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
         if isinstance(e, RuntimeError) and not memory and not processes.lost(e):
             raise  # not the user's mistake but ours
         hint = ["out of memory; lower --batch-size or --dtype, or use torchrun"] * memory
-        message, code = " ".join(["error:", *str(e).split(), *hint]), 2
-    if processes.fails_first():
-        print(message, file=sys.stderr)
-    sys.exit(code)
+        if processes.fails_first():
+            print("error:", *str(e).split(), *hint, file=sys.stderr)
+        sys.exit(2)
 
 
 def main():

@@ -87,18 +87,18 @@ def measure(name, method, model, sweep, budget, texts, size):
     """The row of one method, run on this dense model and then evaluated in micro-batches of `size` sequences.
 
     {method, removed (parameters), off (relative distance from the budget), perplexity, seconds, peak_bytes}; of a
-    method that cannot do it, which raises ValueError or LinAlgError, {method, error}.
+    method that cannot do it, or whose perplexity is no number (ValueError, LinAlgError), {method, error}.
     """
     before, seconds = model.n_params, {}
     reset_peak(model.device)
     try:
         with timed(seconds, name, model.device):
             model = method(model, sweep, budget)
+        peak, removed = peak_bytes(model.device), before - model.n_params
+        return {"method": name, "removed": removed, "off": removed / budget - 1,
+                "perplexity": perplexities(model, texts, size, name), "seconds": seconds[name], "peak_bytes": peak}
     except (ValueError, torch.linalg.LinAlgError) as e:
         return {"method": name, "error": " ".join(str(e).split())}
-    peak, removed = peak_bytes(model.device), before - model.n_params
-    return {"method": name, "removed": removed, "off": removed / budget - 1,
-            "perplexity": perplexities(model, texts, size, name), "seconds": seconds[name], "peak_bytes": peak}
 
 
 def columns(row, texts):

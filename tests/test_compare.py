@@ -200,7 +200,7 @@ def test_a_method_that_fails_is_a_row_with_its_reason(run, capsys):
 
 def test_an_interrupted_run_has_shown_and_written_what_it_had(run, capsys):
     def stop(model, sweep, budget):
-        raise KeyboardInterrupt
+        raise SystemExit(130)
 
     with pytest.raises(SystemExit):
         run(first=partial(drop, 1), stop=stop, never=None)
