@@ -41,8 +41,7 @@ COUNTS = {"signals": 100, "disk": 10, "load": 50}
 SIGNALS = {"SIGINT": "130 interrupted", "SIGTERM": "143", "SIGKILL": "-9"}  # the end of a command that obeys
 ERROR = "2 error: .*"  # one line: a dot is no newline
 Command = namedtuple("Command", "words before whole pages writes seconds")  # states before and after, its files' pages
-DOWNLOAD = """from data.target import *
-obey_signals()
+DOWNLOAD = """from data.target import *; obey_signals()
 import sys, evaluate, data.corpus as corpus
 corpus.CACHE, corpus.WIKITEXT, corpus.SHA256["wikitext-2-raw/wiki.test.raw"] = Path("there"), *sys.argv.pop(1).split()
 evaluate.command(evaluate.main)"""
@@ -213,7 +212,7 @@ def disk(work, count):
     draw, plan = random.Random(0), []
     for name, (*_, pages, _, seconds) in made.items():
         most = pages * (4 if name == "recover" else 1)  # its states come before, the last beside the folder
-        frees = {1 + most * i // count for i in range(count)} | {max(1, pages - i) for i in range(1, count // 3)}
+        frees = {most * i // count for i in range(count)} | {max(0, pages - i) for i in range(1, count // 3)}
         plan += [(name, "read-only", 0), *((name, "full", free) for free in sorted(frees))]
         plan += [(name, "vanishes", draw.uniform(0, seconds)) for _ in range(count)]
     return tried(lambda name, kind, at: faulty_disk(work, name, made[name], kind, at), plan)
@@ -228,6 +227,7 @@ def faulty_disk(work, name, made, kind, at):
     """(what, fault) of a run on a disk of `at` free pages, on a read-only one, or whose folder goes after `at` s."""
     place = Path(tempfile.mkdtemp(prefix="disk-", dir=work))
     mount("-t", "tmpfs", "tmpfs", place)
+    (place / "page").write_text("that is taken, for a size of 0 would be no limit")
     there, disk = new_case(place, name), os.statvfs(place)
     size = (disk.f_blocks - disk.f_bfree) * disk.f_bsize + at * 4096
     mount("-o", {"full": f"remount,size={size:.0f}", "read-only": "remount,ro", "vanishes": "remount"}[kind], place)
@@ -261,7 +261,7 @@ def large(work):
         with suppress(OSError):  # one at work
             stale.rmdir()
     size = write_random(work / "big")
-    words = [ROOT / "grasp.py", "--ckpt", "big", "--layers", 2, "--ratio", 0.2, "--calibration", "embedded",
+    words = [ROOT / "grasp.py", "--ckpt", "big", "--layers", 1, "--ratio", 0.2, "--calibration", "embedded",
              "--samples", 4, "--seq-len", 64, "--eval", "embedded", "--windows", 4, "--batch-size", 1]
     group.mkdir()
     try:

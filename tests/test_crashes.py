@@ -95,7 +95,7 @@ def test_real_commands_at_a_few_moments(tmp_path):
         assert not fault and what in ("absent", "as before", "whole"), fault
 
 
-@pytest.mark.parametrize("kind, at", [("full", 1), ("full", 9), ("read-only", 0), ("vanishes", 0.4)])
+@pytest.mark.parametrize("kind, at", [("full", 0), ("full", 4), ("full", 9), ("read-only", 0), ("vanishes", 0.4)])
 def test_a_disk_that_fails(kind, at, tmp_path):
     """Where a small one may be mounted: else it says what that needs."""
     code = ("import sys, time\nfrom data.target import *\n"
