@@ -19,6 +19,7 @@ from attribution import importance, layer_cosines, sigma_gradients, svd, weight_
 from conftest import ROOT, random_model, random_tokens
 from data import corpus, processes
 from data.corpus import batches
+from data.target import obey_signals
 from model import load_checkpoint, save_checkpoint
 
 JOB = ["--layers", "2", "--samples", "7", "--seq-len", "48", "--batch-size", "2", "--windows", "5", "--compare"]
@@ -200,6 +201,7 @@ def save_slowly(*args):
 
 
 if __name__ == "__main__":
+    obey_signals()  # as grasp.py and evaluate.py do
     task, *words = sys.argv[1:]
     if task in ("scores", "buffers"):
         main = partial(write_scores if task == "scores" else count_buffers, *words)
