@@ -1,13 +1,17 @@
-"""Good checkpoint folders of every kind, and the ways in which extras/faults.py breaks them.
+"""Good checkpoint folders of seven kinds, and the ways in which extras/faults.py breaks them.
 
 A damage is a function of (folder, rng) that changes the folder's files and says in words what it did. It may raise
 where it has nothing to break: a .safetensors file in a folder of .pth files, or in one that was broken before.
+
+    record    one of the files in the zip archive that a .pth is: data.pkl (the names and sizes), data/0, data/1, ...
+    header    of a .safetensors: 8 bytes that say how long the JSON after them is, and that JSON,
+              {tensor's name: {"dtype": , "shape": , "data_offsets": [start, end]}}
 """
 import base64
 import io
 import json
+import math
 import os
-import pickle
 import shutil
 import struct
 import zipfile
@@ -16,65 +20,69 @@ import zlib
 import torch
 
 from data.corpus import embedded_text
+from data.tokenizer import load_tokenizer
 from evaluate import TINY
+from extras.export import write_hf
 from model import FeedForward, LowRankLinear, ModelArgs, Transformer, save_checkpoint
 
-NAMES = {"tok_embeddings": "embed_tokens", "output.": "lm_head.", "attention_norm": "input_layernorm",
-         "ffn_norm": "post_attention_layernorm", "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
-         "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj",
-         "feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj"}  # parts of Meta's -> Hugging Face's
-COLUMNS = ("wo.weight", "w2.weight", "tok_embeddings.weight")  # what Meta's shards split over columns
-PAYLOAD = "touch code-was-run; touch model/code-was-run"
+KINDS = "meta", "meta2", "llama3", "mistral", "hf", "hf-sharded", "compressed"
+COLUMNS = "wo.weight", "w2.weight", "tok_embeddings.weight"  # what Meta's shards split over columns
+TOKENIZERS = "tokenizer.model", "tokenizer.model.v3", "tokenizer.json"
+PAYLOAD = b"touch code-was-run; touch model/code-was-run"
 BIG = 2 ** 34  # bytes of a sparse file, and what a bomb asks for
 
 
 # ------------------------------------------------------------------------------------------------ good folders
 
-def good_model(vocab_size, dtype, tied=False, **changes):
-    """A LLaMA of 3 layers and half a million parameters, whose predictions are sure of something."""
+def write_good(kind, folder):
+    """A good folder of one of KINDS, of 0.2 to 0.8 MB; its parent is there."""
+    if kind == "compressed":
+        return save_checkpoint(compressed_model(), folder, {"made": "by extras.faults"}, TINY / "tokenizer.model")
+    folder.mkdir()
+    if kind.startswith("hf"):
+        write_json_tokenizer(folder)
+        dtype, shard = (torch.float32, "5GB") if kind == "hf" else (torch.float16, "100KB")
+        write_hf(good_model(dtype, tied=kind == "hf", vocab_size=600), load_tokenizer(folder), folder, shard)
+        return (folder / "tokenizer_config.json").unlink()  # which no command reads
+    if kind == "llama3":
+        write_tiktoken(folder)
+        return write_meta(folder, good_model(torch.bfloat16, vocab_size=517, rope_theta=5e5), use_scaled_rope=True)
+    shutil.copyfile(TINY / "tokenizer.model", folder / ("tokenizer.model" + ".v3" * (kind == "mistral")))
+    if kind == "mistral":
+        model = good_model(torch.bfloat16)
+        write_meta(folder, model, shards=0, sliding_window=4096)
+        return write_tensors(dict(model.state_dict()), folder / "consolidated.safetensors")
+    write_meta(folder, good_model(torch.float32), 2 if kind == "meta2" else 1, multiple_of=16)
+
+
+def good_model(dtype, tied=False, **changes):
+    """A LLaMA of 3 layers and less than 200,000 parameters, whose predictions are sure of something."""
     torch.manual_seed(0)
     args = ModelArgs(**{**dict(dim=48, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=12, hidden_dim=80, norm_eps=1e-5,
-                               vocab_size=vocab_size, max_seq_len=128), **changes})
+                               vocab_size=1024, max_seq_len=512), **changes})
     model = Transformer(args, tied).requires_grad_(False)
     for name, p in model.named_parameters():
         torch.nn.init.normal_(p, mean=1.0 if name.endswith("norm.weight") else 0.0, std=0.1)
     return model.to(dtype)
 
 
-def meta_table(args, **more):
-    return {name: value for name, value in {**vars(args), **more}.items() if value is not None}
+def compressed_model():
+    """good_model with an MLP of half the channels and two matrices of rank 7."""
+    model = good_model(torch.float32)
+    model.layers[1].feed_forward = FeedForward(ModelArgs(**{**vars(model.args), "hidden_dim": 40}))
+    for matrix in ("layers.2.attention.wq", "layers.2.feed_forward.w1"):
+        m, n = model.get_submodule(matrix).weight.shape
+        model.replace_matrix(matrix, LowRankLinear(torch.randn(m, 7) / 10, torch.randn(7, n) / 5))
+    return model.requires_grad_(False)
 
 
 def write_meta(folder, model, shards=1, **more):
-    (folder / "params.json").write_text(json.dumps(meta_table(model.args, **more)))
+    table = {name: value for name, value in {**vars(model.args), **more}.items() if value is not None}
+    (folder / "params.json").write_text(json.dumps(table))
     for i in range(shards):
         part = {name: p.clone() if p.ndim == 1 else p.chunk(shards, int(name.endswith(COLUMNS)))[i].clone()
                 for name, p in model.state_dict().items()}
-        torch.save(part, folder / f"consolidated.{i:02}.pth")
-
-
-def write_hf(folder, model, shards=1):
-    from safetensors.torch import save_file
-    a = model.args
-    table = {"model_type": "llama", "hidden_size": a.dim, "num_hidden_layers": a.n_layers, "vocab_size": a.vocab_size,
-             "num_attention_heads": a.n_heads, "num_key_value_heads": a.n_kv_heads, "rms_norm_eps": a.norm_eps,
-             "intermediate_size": a.hidden_dim, "max_position_embeddings": a.max_seq_len, "hidden_act": "silu",
-             "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}, "tie_word_embeddings": shards == 1}
-    (folder / "config.json").write_text(json.dumps(table))
-    tensors = {}
-    for name, p in model.named_parameters():
-        if name.endswith(("wq.weight", "wk.weight")):  # each head's pairs -> its two halves
-            p = p.unflatten(0, (-1, a.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
-        for ours, theirs in NAMES.items():
-            name = name.replace(ours, theirs)
-        tensors[name if name.startswith("lm_head") else "model." + name] = p.contiguous()
-    files = ["model.safetensors"] if shards == 1 else [
-        f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
-    for i, file in enumerate(files):
-        save_file({name: tensors[name] for name in list(tensors)[i::shards]}, folder / file, {"format": "pt"})
-    if shards > 1:
-        weight_map = {name: file for i, file in enumerate(files) for name in list(tensors)[i::shards]}
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        write_tensors(part, folder / f"consolidated.{i:02}.pth")
 
 
 def write_json_tokenizer(folder):
@@ -91,130 +99,96 @@ def write_json_tokenizer(folder):
 
 def write_tiktoken(folder):
     words = [bytes([i]) for i in range(256)] + [b"th", b"the", b" the", b"in", b"ing"]
-    folder.joinpath("tokenizer.model").write_bytes(b"".join(
-        base64.b64encode(word) + b" %d\n" % rank for rank, word in enumerate(words)))
+    lines = [base64.b64encode(word) + b" %d\n" % rank for rank, word in enumerate(words)]
+    (folder / "tokenizer.model").write_bytes(b"".join(lines))
 
 
-def write_good(kind, folder):
-    """A good folder of one of faults.KINDS, of 0.2 to 0.8 MB."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if kind.startswith("hf"):
-        write_json_tokenizer(folder)
-        return write_hf(folder, good_model(600, torch.float16 if "-" in kind else torch.float32, "-" not in kind),
-                        3 if "-" in kind else 1)
-    if kind == "llama3":
-        write_tiktoken(folder)
-        return write_meta(folder, good_model(517, torch.bfloat16, rope_theta=5e5), use_scaled_rope=True)
-    name = "tokenizer.model.v3" if kind == "mistral" else "tokenizer.model"
-    if kind == "compressed":
-        model = good_model(1024, torch.float32)
-        model.layers[1].feed_forward = FeedForward(ModelArgs(**{**vars(model.args), "hidden_dim": 40}))
-        model.layers[1].feed_forward.requires_grad_(False)
-        for matrix in ("layers.2.attention.wq", "layers.2.feed_forward.w1"):
-            m, n = model.get_submodule(matrix).weight.shape
-            model.replace_matrix(matrix, LowRankLinear(torch.randn(m, 7) / 10, torch.randn(7, n) / 5))
-        folder.rmdir()
-        return save_checkpoint(model, folder, {"made": "by extras.faults"}, TINY / "tokenizer.model")
-    shutil.copyfile(TINY / "tokenizer.model", folder / name)
-    if kind == "mistral":
-        from safetensors.torch import save_file
-        model = good_model(1024, torch.bfloat16)
-        (folder / "params.json").write_text(json.dumps(meta_table(model.args, sliding_window=4096)))
-        return save_file(dict(model.state_dict()), folder / "consolidated.safetensors")
-    write_meta(folder, good_model(1024, torch.float32), 2 if kind == "meta2" else 1, multiple_of=16)
-
-
-# ------------------------------------------------------------------------------------------------ whole files
-
-def files_of(folder, *endings):
-    """Its files of such names, but none that is vast since the damage before."""
-    return sorted(f for f in folder.iterdir() if f.is_file() and f.name.endswith(endings or "")
-                  and f.stat().st_size < 2 ** 26)
-
+# ------------------------------------------------------------------------------------------------ any file
 
 def pick(folder, rng, *endings):
-    return rng.choice(files_of(folder, *endings))
+    """One of its files of such names, but none that is vast since the damage before."""
+    return rng.choice([file for file in sorted(folder.iterdir()) if file.is_file()
+                       and file.name.endswith(endings or "") and file.stat().st_size < 2 ** 26])
 
 
-def place(rng, size):
-    """A position in a file: anywhere, or near one of its ends, where the headers and directories are."""
-    return rng.choice([rng.randrange(size), rng.randrange(min(size, 600)), size - 1 - rng.randrange(min(size, 1200))])
+def written(rng, file, made):
+    """Write one of {how: content} to the file, and say which."""
+    how = rng.choice(list(made))
+    file.write_bytes(made[how])
+    return f"{file.name}: {how}"
+
+
+def flipped(content, rng):
+    """The content with a bit turned: anywhere, or near one of its ends, where headers and directories are."""
+    size = len(content)
+    at = rng.choice([rng.randrange(size), rng.randrange(min(size, 600)), size - 1 - rng.randrange(min(size, 1200))])
+    return content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1:]
 
 
 def flip(folder, rng):
-    file, count = pick(folder, rng), rng.choice([1, 1, 1, 8, 64])
-    content = bytearray(file.read_bytes())
-    places = [place(rng, len(content)) for _ in range(count)]
-    for at in places:
-        content[at] ^= 1 << rng.randrange(8) if count < 64 else rng.randrange(1, 256)
-    file.write_bytes(content)
-    return f"{file.name} at {places[:3]}"
+    """Bits turned; every other time in the tokenizer's file, which a library in C++ or Rust reads."""
+    file, count = pick(folder, rng, *rng.choice([(), TOKENIZERS])), rng.choice([1, 1, 1, 8, 64])
+    content = file.read_bytes()
+    for _ in range(count):
+        content = flipped(content, rng)
+    return written(rng, file, {f"{count} bits": content})
 
 
 def splice(folder, rng):
-    """Bytes cut out, put in, or moved, so that what follows stands at the wrong place."""
-    file, how = pick(folder, rng), rng.choice(["cut the end", "cut out", "put in", "append", "swap halves"])
-    content = file.read_bytes()
-    at, n = place(rng, len(content)), rng.choice([1, 2, 7, 64, 4096])
-    file.write_bytes({"cut the end": content[:at], "cut out": content[:at] + content[at + n:],
-                      "put in": content[:at] + rng.randbytes(n) + content[at:], "append": content + rng.randbytes(n),
-                      "swap halves": content[at:] + content[:at]}[how])
-    return f"{file.name} {how} at {at}, {n}"
-
-
-def replace_file(folder, rng):
-    """Something else stands where a file stood."""
+    """Bytes cut off or out, put in or appended, so that what follows stands at the wrong place."""
     file = pick(folder, rng)
-    how = rng.choice(["nothing", "empty", "folder", "loop", "far link", "good link", "dangling", "link to folder",
-                      "pipe", "sparse", "zeros", "other", "long link"])
     content = file.read_bytes()
-    other = pick(folder, rng).read_bytes()
-    file.unlink()
-    if how == "good link":  # as Hugging Face's cache is made
-        (folder.parent / "blobs").mkdir(exist_ok=True)
-        (folder.parent / "blobs" / file.name).write_bytes(content)
-        file.symlink_to(f"../blobs/{file.name}")
-    elif how in ("empty", "zeros", "other"):
-        file.write_bytes({"empty": b"", "zeros": bytes(len(content)), "other": other}[how])
-    elif how == "sparse":
-        file.write_bytes(content[:rng.choice([0, 100, len(content)])])
-        os.truncate(file, BIG)
-    elif how == "folder":
-        file.mkdir()
-    elif how == "pipe":
-        os.mkfifo(file)
+    at, n = rng.choice([rng.randrange(len(content)), rng.randrange(600)]), rng.choice([1, 7, 64, 4096])
+    head, tail = content[:at], content[at:]
+    return written(rng, file, {f"cut at {at}": head, f"less {n} at {at}": head + tail[n:],
+                               f"{n} more at {at}": head + rng.randbytes(n) + tail, f"{n} more": content + bytes(n)})
+
+
+LINKS = {"loop": "{}", "dangling": "gone", "link to a device": "/proc/self/mem", "link to its folder": ".",
+         "long link": "x/" * 2000, "good link": "../moved-{}"}
+
+
+def replace(folder, rng):
+    """Something else stands where a file stood, which is beside the folder now: what a good link leads to."""
+    file, other = pick(folder, rng), pick(folder, rng).read_bytes()
+    contents = {"empty": b"", "zeros": bytes(file.stat().st_size), "another": other, "sparse": other[:100]}
+    how = rng.choice(["nothing", "folder", "pipe", *contents, *LINKS])
+    file.rename(folder.parent / f"moved-{file.name}")
+    if how in LINKS:
+        file.symlink_to(LINKS[how].format(file.name))
+    elif how in contents:
+        file.write_bytes(contents[how])
+        os.truncate(file, BIG if how == "sparse" else len(contents[how]))
     elif how != "nothing":
-        file.symlink_to({"loop": file.name, "far link": "/proc/self/mem", "dangling": "gone", "link to folder": ".",
-                         "long link": "x/" * 2000}[how])
+        (os.mkdir if how == "folder" else os.mkfifo)(file)
     return f"{file.name} is {how}"
 
 
 def rename(folder, rng):
-    """Shards and other files under wrong names, doubled or lost."""
-    file, how = pick(folder, rng), rng.choice(["swap", "copy", "move", "double"])
-    if how == "swap":
-        other = rng.choice(files_of(folder, file.suffix))
-        a, b = file.read_bytes(), other.read_bytes()
-        file.write_bytes(b)
-        other.write_bytes(a)
-        return f"{file.name} and {other.name} swapped"
-    to = folder / rng.choice(["consolidated.00.pth", "consolidated.01.pth", "consolidated.02.pth", "params.json",
-                              "consolidated.safetensors", "model.safetensors", "config.json", "tokenizer.json",
-                              "tokenizer.model", "model.safetensors.index.json", "consolidated.é\n.pth"])
-    (shutil.copy if how in ("copy", "double") else shutil.move)(file, to)
-    return f"{file.name} {how} {to.name!r}"
+    """Two files swapped, one copied over the other, or one copied or moved to a name that another has elsewhere."""
+    file = pick(folder, rng)
+    to = rng.choice([pick(folder, rng), *map(folder.joinpath, (
+        "consolidated.00.pth", "consolidated.01.pth", "consolidated.02.pth", "consolidated.safetensors", "params.json",
+        "model.safetensors", "model.safetensors.index.json", "config.json", "consolidated.é\n.pth"))])
+    content, there, moved = file.read_bytes(), to.read_bytes() if to.exists() else None, rng.random() < 0.5
+    if moved:
+        file.unlink() if there is None else file.write_bytes(there)
+    to.write_bytes(content)
+    return f"{file.name} {'swapped with' if moved and there else 'moved to' if moved else 'copied to'} {to.name!r}"
 
 
 # ------------------------------------------------------------------------------------------------ JSON
 
-def json_text(value):
-    return value if isinstance(value, bytes) else json.dumps(value).encode()
-
-
-HARD = (None, True, False, 0, -1, 1, 2, 3, 4, 5, 8, 1.5, 48.0, 47, 96, 1e-300, 1e-5, 1e300, 10 ** 9, 2 ** 31, 2 ** 53,
-        2 ** 63, 10 ** 400, float("nan"), float("inf"), -float("inf"), "", "48", "nan", [], {}, [1], {"a": 1}, [[[[]]]],
-        b"[" * 10 ** 5 + b"]" * 10 ** 5, b'{"a":' * 10 ** 5, b"1" * 10 ** 5, b"-0", b"1e999", b"0x10", b'"\\ud800"',
-        b'"' + b"a" * 10 ** 6 + b'"', "\x00", "../x", "llama3", b'{"factor": 2, "factor": 3}')
+VALUES = [*'null true false 0 -1 1 2 3 4 5 8 47 96 1.5 48.0 -0 0x10 1e-300 1e-5 1e300 1e999 NaN Infinity -Infinity '
+          '1000000000 2147483648 9007199254740992 9223372036854775808 "" "48" "nan" "llama3" "../x" "\\u0000" "\\ud800"'
+          ' "\\n" [] {} [1] [[[[]]]] {"a":1} {"factor":2,"factor":3} {"factor":NaN} {"rope_type":"llama3","factor":2} '
+          '{"rope_type":["llama3"]} {"layers.0.attention.wq":7} {"layers.0.attention.wq":1099511627776} {"layers.0":3} '
+          '{"layers.9.attention.wq":3} {"layers.0.feed_forward":40} {"layers.0.feed_forward":1e9} {"":3}'.split(),
+          "1" + "0" * 400, "1" * 10 ** 5, "[" * 10 ** 5 + "]" * 10 ** 5, '{"a":' * 10 ** 5, f'"{"a" * 10 ** 6}"']
+FACTORS = 2, 0.5, -1, 1.0001, 3, 10
+FIELDS = ("ranks", "moe", "sliding_window", "rope_scaling", "rope_parameters", "rope_theta", "vocab_size", "head_dim",
+          "ffn_dim_multiplier", "multiple_of", "max_seq_len", "use_scaled_rope", "tie_word_embeddings", "hidden_dim",
+          "attention_bias", "quantization_config", "n_kv_heads", "num_key_value_heads", "__class__")
 
 
 def nodes(tree):
@@ -226,350 +200,239 @@ def nodes(tree):
 
 
 def field(folder, rng):
-    """A field of a JSON file, at any depth, is gone, of another type, or of an absurd value."""
-    file = rng.choice([*files_of(folder, "params.json", "config.json") * 6, pick(folder, rng, ".json")])
+    """A field of a JSON file, at any depth or a new one, is gone, renamed, scaled, there twice, or of any value."""
+    file = pick(folder, rng, rng.choice([".json", *["params.json", "config.json"] * 2]))
     tree = json.loads(file.read_text())
-    top = [(tree, key) for key in tree]
-    where, key = rng.choice(rng.choice([top, list(nodes(tree))]))
-    old, how = where[key], rng.choice(["gone", "hard", "hard", "hard", "scaled", "renamed"])
-    value = rng.choice(HARD)
+    where, key = rng.choice(rng.choice([[(tree, key) for key in tree], [(tree, key) for key in FIELDS],
+                                        list(nodes(tree))]))
+    how, value = rng.choice(["gone", "renamed", "scaled", "twice", *["of value"] * 5]), rng.choice(VALUES)
     if how == "gone":
-        where.pop(key)
+        del where[key]
     elif how == "renamed":
-        where["x" + key] = where.pop(key)
-    elif how == "scaled" and isinstance(old, (int, float)):
-        value = where[key] = old * rng.choice([2, 0.5, -1, 1.0001, 3, 10])
+        where[f"x{key}"] = where.pop(key)
+    elif how == "scaled":
+        where[key] *= rng.choice(FACTORS)
     else:
-        where[key] = "THE VALUE" if isinstance(value, bytes) else value
-    text = json.dumps(tree).encode()
-    file.write_bytes(text.replace(b'"THE VALUE"', value) if isinstance(value, bytes) else text)
-    return f"{file.name}: {key} {how} {str(value)[:40]}"
-
-
-def new_field(folder, rng):
-    """Fields that good files may have, or other models' files do, with every kind of value."""
-    file = pick(folder, rng, "params.json", "config.json")
-    names = ("ranks", "moe", "sliding_window", "rope_scaling", "rope_parameters", "vocab_size", "ffn_dim_multiplier",
-             "multiple_of", "head_dim", "max_seq_len", "use_scaled_rope", "tie_word_embeddings", "rope_theta",
-             "attention_bias", "quantization_config", "n_kv_heads", "num_key_value_heads", "hidden_dim", "__class__")
-    value = rng.choice([*HARD, {"layers.0.attention.wq": rng.choice([0, 7, 10 ** 9, 2 ** 40])},
-                        {"layers.9.attention.wq": 3}, {"layers.0.feed_forward": rng.choice([40, 10 ** 9])},
-                        {"rope_type": "llama3", "factor": 2.0}, {"factor": float("nan")}, {"layers.0": 3}, {"": 3},
-                        {"rope_type": ["llama3"]}, -1])
-    name = rng.choice(names)
-    head, tail = json.dumps(name).encode() + b": " + json_text(value), file.read_bytes().strip()
-    file.write_bytes(b"{" + head + b", " + tail[1:] if rng.random() < 0.3 else tail[:-1] + b", " + head + b"}")
-    return f"{file.name} {name} {str(value)[:60]} (also)"
-
-
-def sizes(folder, rng):
-    """Sizes that fit each other, but no memory."""
-    file = pick(folder, rng, "params.json", "config.json")
-    table, hf = json.loads(file.read_text()), file.name == "config.json"
-    big = rng.choice([10 ** 6, 10 ** 9, 2 ** 31, 2 ** 40, 2 ** 52])
-    change = rng.choice([{"n_layers": big}, {"dim": 4 * big, "hidden_dim": big}, {"hidden_dim": big},
-                         {"n_heads": big, "n_kv_heads": big}, {"vocab_size": big}, {"head_dim": 2 * big},
-                         {"multiple_of": big}, {"max_seq_len": big}])
-    names = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
-             "n_kv_heads": "num_key_value_heads", "hidden_dim": "intermediate_size",
-             "max_seq_len": "max_position_embeddings"} if hf else {}
-    file.write_text(json.dumps({**table, **{names.get(name, name): value for name, value in change.items()}}))
-    return f"{file.name} {change}"
+        value += f', "{key}": {json.dumps(where[key])}' if how == "twice" else ""
+        where[key] = "THE VALUE"
+    file.write_text(json.dumps(tree).replace('"THE VALUE"', value))
+    return f"{file.name}: {key} {how} {value[:60]}"
 
 
 def json_file(folder, rng):
     """A JSON file that is another thing as a whole."""
     file = pick(folder, rng, ".json")
     text = file.read_bytes()
-    how = rng.choice(["list", "deep", "bomb", "bom", "utf-16", "nul", "latin", "twice", "number", "spaces", "nan"])
-    file.write_bytes({"list": b"[" + text + b"]", "deep": b'{"a":' * 10 ** 6 + b"1" + b"}" * 10 ** 6,
-                      "bomb": text.rstrip()[:-1] + b', "bomb": [' + b"[]," * 10 ** 7 + b"1]}",
-                      "bom": b"\xef\xbb\xbf" + text, "utf-16": text.decode().encode("utf-16"), "nul": text + b"\0",
-                      "latin": text.replace(b'"', b'"\xe9', 1), "twice": text + text, "number": b"7",
-                      "spaces": b" " * 1000 + text + b"\n" * 1000, "nan": b"NaN"}[how])
-    return f"{file.name} as {how}"
+    return written(rng, file, {
+        "in a list": b"[" + text + b"]", "deep": b'{"a":' * 10 ** 6 + b"1" + b"}" * 10 ** 6, "a number": b"7",
+        "bomb": text.rstrip()[:-1] + b', "bomb": [' + b"[]," * 10 ** 7 + b"1]}", "with NUL": text + b"\0",
+        "byte order mark": b"\xef\xbb\xbf" + text, "UTF-16": text.decode().encode("utf-16"), "twice": text + text,
+        "Latin-1": text.replace(b'"', b'"\xe9', 1), "spaces": b" " * 1000 + text + b"\n" * 1000})
 
 
-def index(folder, rng):
-    """model.safetensors.index.json: names that leave the folder, loop, or are not those of the files."""
-    file = pick(folder, rng, ".index.json")
-    table = json.loads(file.read_text())
-    names = sorted(table["weight_map"])
-    shutil.copy(pick(folder, rng, ".safetensors"), folder.parent / "outside.safetensors")
-    value = rng.choice(["../outside.safetensors", str(folder.parent / "outside.safetensors"), file.name, "gone", "",
-                        ".", "..", "a/../" + table["weight_map"][names[0]], 3, None, ["model"], {}, "x" * 5000, "\0",
-                        "config.json", "line\nline", "\ud800", *sorted(set(table["weight_map"].values()))])
-    for name in rng.choice([names[:1], names, names[:5]]):
-        table["weight_map"][name] = value
-    file.write_text(json.dumps(table))
-    return f"{file.name} names {str(value)[:40]!r}"
+SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}  # a step of a tokenizer.json
+PUT = {  # file: {where in it: what may stand there}
+    "model.safetensors.index.json": {("weight_map", "model.norm.weight"): [
+        "../model/model-00001-of-00003.safetensors", "model-00001-of-00003.safetensors", "gone", "", ".", "..", 3, None,
+        ["model"], "x" * 5000, "\0", "config.json", "line\nline", "\ud800", "model.safetensors.index.json"]},
+    "tokenizer.json": {
+        ("model", "vocab", "e"): [2 ** 31, 2 ** 32 - 1, 2 ** 32, -1, 10 ** 6, 1.5, 0, 600, 599],
+        ("model", "vocab"): [{}, {"e": 0}], ("model", "merges", 0): [["no", "such"], ["a"], ["e", "e"], None],
+        ("model", "type"): ["WordLevel", "Unigram", "WordPiece", "x", None], ("model", "dropout"): [0.5, 2.0, -1, 1.0],
+        ("model", "unk_token"): ["<unk>", "<s>"], ("model", "continuing_subword_prefix"): ["é", "##"],
+        ("model",): [{"type": "Unigram", "unk_id": unk, "vocab": vocab} for unk in (None, 0, 99) for vocab in (
+            [], [["a", 0.0]], [["a", 1e308], ["b", -1e308]])],
+        ("pre_tokenizer",): [None, *({**SPLIT, "pattern": {"Regex": r}} for r in ("(a+)+$", "(", "(x*)*y", ""))],
+        ("normalizer",): [{"type": "Replace", "pattern": {"Regex": r}, "content": content}
+                          for r in ("", "e", "(.*)*") for content in ("", "xx" * 100)],
+        ("added_tokens", 0, "id"): [2 ** 31, 600, 5, -1], ("added_tokens", 0, "content"): ["", "e", "</s>"],
+        ("truncation",): [{"direction": "Right", "max_length": length, "strategy": "LongestFirst", "stride": stride}
+                          for length in (0, 2) for stride in (0, 5)],
+        ("padding",): [{"strategy": {"Fixed": 2 ** 30}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                        "pad_type_id": 0, "pad_token": "<s>"}],
+        ("post_processor", "special_tokens", "<s>", "ids"): [[], [2 ** 31], [5, 6], [700]],
+        ("post_processor",): [None, {"type": "RobertaProcessing", "sep": ["</s>", 1], "cls": ["<s>", 700],
+                                     "trim_offsets": True, "add_prefix_space": False}]}}
+
+
+def put(folder, rng):
+    """One place of a tokenizer.json or an index does not hold together with the others, or leads out of the folder."""
+    file = pick(folder, rng, *PUT)
+    where = rng.choice(list(PUT[file.name]))
+    tree = node = json.loads(file.read_text())
+    for key in where[:-1]:
+        node = node[key]
+    node[where[-1]] = value = rng.choice(PUT[file.name][where])
+    file.write_text(json.dumps(tree))
+    return f"{file.name}: {where} is {str(value)[:40]!r}"
+
+
+def tokenizer_lines(folder, rng):
+    """tiktoken's lines: ranks doubled, absurd or lost, words not base64; in any other tokenizer's file, its lines."""
+    file = pick(folder, rng, *TOKENIZERS)
+    lines = file.read_bytes().split(b"\n")
+    at = rng.randrange(len(lines))
+    made = {"lost": [], "doubled": [lines[at]] * 2, "many digits": [b"IQ== " + b"1" * 10 ** 5], "blank": [b""] * 3,
+            "negative": [b"IQ== -1"], "no base64": [b"= 3"], "swapped": [lines[at], lines[at - 1]],
+            "many": [base64.b64encode(b"x%d" % i) + b" %d" % i for i in range(256, 10 ** 4)]}
+    return written(rng, file, {f"line {at} {how}": b"\n".join(lines[:at] + new + lines[at + 1:])
+                               for how, new in made.items()})
 
 
 # ------------------------------------------------------------------------------------------------ tensors
 
-def changed(t, rng):
-    """(what was done, whatever stands in the place of the tensor t)."""
-    n = t.numel()
-    kinds = {
-        "transposed": lambda: t.t().contiguous(), "transposed view": lambda: t.t(),
-        "strided": lambda: t.repeat(2, 2)[::2, ::2],
-        "int8": lambda: t.to(torch.int8), "int32": lambda: t.to(torch.int32), "bool": lambda: t > 0,
-        "int64": lambda: t.long(), "complex": lambda: t.to(torch.complex64), "fp8": lambda: t.to(torch.float8_e4m3fn),
-        "fp16": lambda: t.half(), "bf16": lambda: t.bfloat16(), "fp32": lambda: t.float(), "fp64": lambda: t.double(),
-        "zero dim": lambda: t[:0], "empty": lambda: t.new_empty(0), "scalar": lambda: t.flatten()[0].clone(),
-        "flat": lambda: t.flatten(), "more dims": lambda: t[None], "less a row": lambda: t[:-1].clone(),
-        "one row more": lambda: torch.cat([t, t[:1]]), "zeros": lambda: torch.zeros_like(t),
-        "permuted": lambda: t.flip(0),
-        "nan": lambda: poked(t, rng, float("nan")), "inf": lambda: poked(t, rng, float("inf")),
-        "huge": lambda: t * torch.finfo(t.dtype).max / 100, "large": lambda: t * 1e18, "tiny": lambda: t * 1e-30,
-        "one weight": lambda: poked(t, rng, 0.5), "many dims": lambda: t.flatten()[0].clone()[(None,) * 60],
-        "expanded": lambda: t.flatten()[:1].expand(n).view(t.shape) if t.ndim == 1 else t[:1].expand(t.shape),
-        "vast": lambda: t.flatten()[:1].expand(2 ** 40), "sparse": lambda: t.to_sparse(),
-        "csr": lambda: t.to_sparse_csr(),
-        "parameter": lambda: torch.nn.Parameter(t), "meta": lambda: t.to("meta"), "list": lambda: t.tolist(),
-        "quantised": lambda: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8), "none": lambda: None,
-        "nested": lambda: torch.nested.nested_tensor([t, t]), "storage": lambda: t.untyped_storage(),
-        "text": lambda: "W",
-        "middle": lambda: torch.cat([t, t, t])[len(t):2 * len(t)], "numpy": lambda: t.float().numpy()}
-    how = rng.choice(list(kinds))
-    return how, kinds[how]()
+CHANGES = {  # how a tensor is changed: what stands in its place
+    **{str(dtype): lambda t, dtype=dtype: t.to(dtype) for dtype in (
+        torch.int8, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.float16, torch.bfloat16,
+        torch.float32, torch.float64)},
+    "transposed": lambda t: t.t().contiguous(), "seen transposed": lambda t: t.t(), "no rows": lambda t: t[:0],
+    "a number": lambda t: t.flatten()[0].clone(), "flat": lambda t: t.flatten(), "a dimension more": lambda t: t[None],
+    "60 dimensions": lambda t: t.flatten()[0].clone()[(None,) * 60], "a row less": lambda t: t[:-1].clone(),
+    "a row more": lambda t: torch.cat([t, t[:1]]), "zeros": torch.zeros_like, "turned": lambda t: t.flip(0),
+    **{f"a row of {x}": lambda t, x=x: t.index_fill(0, torch.tensor(len(t) // 2), x) for x in (math.nan, math.inf, 1)},
+    "huge": lambda t: t * torch.finfo(t.dtype).max / 100, "large": lambda t: t * 1e18, "tiny": lambda t: t * 1e-30,
+    "one row for all": lambda t: t[:1].expand(t.shape), "2^40 times one": lambda t: t.flatten()[:1].expand(2 ** 40),
+    "part of another": lambda t: torch.cat([t, t, t])[len(t):2 * len(t)], "a parameter": torch.nn.Parameter,
+    "sparse": lambda t: t.to_sparse(), "quantised": lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),
+    "on no device": lambda t: t.to("meta"), "a list": lambda t: t.tolist(), "None": lambda t: None}
 
 
-def poked(t, rng, value):
-    t = t.clone()
-    t.view(-1)[rng.randrange(t.numel())] = value
-    return t
-
-
-def tensor(folder, rng):
-    """A file of weights written again, whole and with right checksums, after one of its tensors has changed."""
-    file = pick(folder, rng, ".pth", ".safetensors")
+def read_tensors(file):
+    """{name: tensor} of a .pth or .safetensors file."""
+    from safetensors.torch import load_file
     if file.suffix == ".pth":
-        tensors = torch.load(file, weights_only=True)
-    else:
-        from safetensors.torch import load_file, save_file
-        tensors = load_file(file)
-    name = rng.choice(sorted(tensors))
-    how = rng.choice(["lost", "renamed", "extra", "doubled", "rope.freqs", *["changed"] * 12])
-    if how == "changed":
-        how, tensors[name] = changed(tensors[name], rng)
-    elif how in ("lost", "renamed"):
-        t = tensors.pop(name)
-        tensors.update({name + "x": t} if how == "renamed" else {})
-    else:
-        tensors[{"extra": "x" + name, "doubled": rng.choice(sorted(tensors))}.get(how, how)] = tensors[name].clone()
+        return torch.load(file, weights_only=True)
+    return load_file(file)
+
+
+def write_tensors(tensors, file):
+    """Write such a file anew, whole and with right checksums."""
+    from safetensors.torch import save_file
     if file.suffix == ".pth":
         torch.save(tensors, file)
     else:
-        save_file({k: t.contiguous() for k, t in tensors.items()}, file)
+        save_file({name: t.contiguous() for name, t in tensors.items()}, file)
+
+
+def tensor(folder, rng):
+    """A tensor is lost, renamed, there under a second name, or changed."""
+    file = pick(folder, rng, ".pth", ".safetensors")
+    tensors = read_tensors(file)
+    name, other = rng.sample(sorted(tensors), 2)
+    t = tensors.pop(name)
+    made = {"lost": {}, "renamed": {name + "x": t}, f"also {other}": {name: t, other: t.clone()},
+            "also rope.freqs": {name: t, "rope.freqs": t.clone()}, "twice": {name: t, "x" + name: t.clone()}}
+    how = rng.choice([*made, *CHANGES])
+    write_tensors({**tensors, **(made[how] if how in made else {name: CHANGES[how](t)})}, file)
     return f"{file.name}: {name} {how}"
 
 
-def header(folder, rng):
-    """The header of a .safetensors file, rewritten: offsets, shapes, types and names that may still add up."""
-    file = pick(folder, rng, ".safetensors")
+# ------------------------------------------------------------------------------------------------ .safetensors
+
+def read_header(file):
+    """(the header's table, the bytes after it)."""
     content = file.read_bytes()
     start = 8 + struct.unpack("<Q", content[:8])[0]
-    table, data = json.loads(content[8:start]), content[start:]
-    names = sorted(name for name in table if name != "__metadata__")
-    a, b = rng.sample(names, 2)
-    same = [name for name in names if name != a and table[name]["shape"] == table[a]["shape"]]
-    how = rng.choice(["swap", "swap", "swap", "overlap", "overlap all", "out", "negative", "float", "length", "type",
-                      "type", "shape", "huge shape", "many dims", "double", "double other", "deep", "metadata", "hole",
-                      "odd", "reversed", "null", "checks"])
-    size, length, text = table[a]["data_offsets"], None, None
-    if how in ("swap", "overlap all"):
-        other = rng.choice(same or [b])
-        table[other]["data_offsets"], old = size, table[other]["data_offsets"]
-        table[a]["data_offsets"] = old if how == "swap" else size
-    elif how in ("overlap", "out", "negative", "float", "reversed", "null"):
-        table[a]["data_offsets"] = {"overlap": [size[0] + 4, size[1] + 4], "out": [len(data), len(data) + 64],
-                                    "negative": [-8, size[1]], "float": [float(size[0]), size[1]],
-                                    "reversed": size[::-1], "null": None}[how]
-    elif how == "type":
-        table[a]["dtype"] = rng.choice(["I32", "I16", "F16", "BF16", "F32", "F64", "F8_E4M3", "BOOL", "U8", "C64", "x",
-                                        None, "F4"])
-    elif how in ("shape", "huge shape", "many dims"):
-        table[a]["shape"] = {"shape": rng.choice([table[a]["shape"][::-1], [-1], [], [0, 5], [1.0], None]),
-                             "huge shape": [2 ** 32, 2 ** 32], "many dims": [1] * 10 ** 5 + table[a]["shape"]}[how]
-    elif how == "metadata":
-        table["__metadata__"] = rng.choice([3, {"a": 3}, {"format": "np"}, [], {"format": "pt", "x": "y" * 10 ** 6}])
-    elif how == "hole":
-        data += b"\0" * rng.choice([1, 8])
-    elif how == "odd":
-        text = json.dumps(table) + " " * rng.randrange(1, 9)
-    elif how == "length":
-        length = rng.choice([2 ** 63, 2 ** 64 - 1, 0, 10 ** 8, 10 ** 8 + 1, start, len(content)])
-    text = (text or json.dumps(table)).encode()
-    if how.startswith("double"):
-        text = b"{" + json.dumps({a: table[a if how == "double" else b]}).encode()[1:-1] + b"," + text[1:]
-    elif how == "deep":
-        text = b'{"a":' * 10 ** 5 + text
-    file.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
-    return f"{file.name}: {how} {a}"
+    return json.loads(content[8:start]), content[start:]
 
 
-# ------------------------------------------------------------------------------------------------ pickles
-
-class Code:
-    """What a pickle calls when it is read."""
-    def __init__(self, call, *args):
-        self.call = call, args
-
-    def __reduce__(self):
-        return self.call
+def headed(text, data, length=None):
+    """The content of a file. length: what it is to say of its header, which is `text`; None for the truth."""
+    return struct.pack("<Q", len(text) if length is None else length) + text.encode() + data
 
 
-def copies(rng):
-    """A small pickle whose reader makes a large dict and copies it a hundred thousand times."""
-    table = pickle.dumps({str(i): i for i in range(5000)}, 2)[2:-1]
-    one = b"ccollections\nOrderedDict\nq\xff" + b"h\xfe\x85R0" * 10 ** 5
-    return b"\x80\x02" + table + b"r\xfe\x00\x00\x00" + one.replace(b"q\xff", b"r\xff\x00\x00\x00").replace(
-        b"h\xfe", b"h\xffh\xfe") + b"."
+def header(folder, rng):
+    """What the header says of a tensor, the text that it is, or its length; offsets and shapes may still add up."""
+    file = pick(folder, rng, ".safetensors")
+    table, data = read_header(file)
+    names, text = sorted(table.keys() - {"__metadata__"}), json.dumps(table)
+    a = rng.choice(names)
+    (start, end), shape = table[a]["data_offsets"], table[a]["shape"]
+    b = rng.choice([name for name in names if name != a and table[name]["shape"] == shape] or names)
+    offsets = [table[b]["data_offsets"], [start + 4, end + 4], [len(data), len(data) + 64], [-8, end], [end, start],
+               [float(start), end], None]
+    types = ["I32", "I16", "F16", "BF16", "F32", "F64", "F8_E4M3", "BOOL", "U8", "C64", "F4", "x", None]
+    shapes = [shape[::-1], [-1], [], [0, 5], [1.0], None, [2 ** 32, 2 ** 32], [1] * 10 ** 5 + shape]
+    entries = [{"data_offsets": rng.choice(offsets)}, {"dtype": rng.choice(types)}, {"shape": rng.choice(shapes)}]
+    length = rng.choice([2 ** 63, 2 ** 64 - 1, 0, 10 ** 8, 10 ** 8 + 1, len(text) + 8, len(text) + 8 + len(data)])
+    metadata = rng.choice([3, {"a": 3}, [], {"format": "pt", "x": "y" * 10 ** 6}])
+    made = {f"{a}, {b} swapped": {**table, a: table[b], b: table[a]}, "metadata": {**table, "__metadata__": metadata},
+            **{f"{a} has {str(new)[:60]}": {**table, a: {**table[a], **new}} for new in entries}}
+    return written(rng, file, {
+        **{how: headed(json.dumps(new), data) for how, new in made.items()}, "spaces": headed(text + "   ", data),
+        "deep": headed('{"a":' * 10 ** 5 + text, data), "hole": headed(text, data + bytes(8)),
+        "twice": headed("{" + json.dumps({a: table[b]})[1:-1] + "," + text[1:], data),
+        f"length {length}": headed(text, data, length)})
 
 
-PICKLES = {
-    "system": lambda rng: pickle.dumps({"a": Code(os.system, PAYLOAD)}, rng.choice([0, 2, 4])),
-    "eval": lambda rng: pickle.dumps(Code(eval, f"__import__('os').system('{PAYLOAD}')"), rng.choice([0, 2, 4])),
-    "inst": lambda rng: b"(S'" + PAYLOAD.encode() + b"'\nios\nsystem\n.",
-    "getattr": lambda rng: pickle.dumps(Code(getattr, torch.Tensor, "share_memory_"), 2),
-    "bytearray": lambda rng: b"\x80\x02}X\x01\x00\x00\x00acbuiltins\nbytearray\n\x8a\x05\x00\x00\x00\x00\x04\x85Rs.",
-    "bytearray8": lambda rng: b"\x80\x05\x96" + struct.pack("<Q", BIG) + b".",
-    "long memo": lambda rng: b"\x80\x02}r\xf0\xff\xff\x7f.",
-    "long text": lambda rng: b"\x80\x02X\xff\xff\xff\xff.", "long int": lambda rng: b"\x80\x02\x8b\xff\xff\xff\x7f1.",
-    "copies": copies, "nothing": lambda rng: b"", "stop": lambda rng: b"\x80\x02.",
-    "deep": lambda rng: b"\x80\x02" + b"]" * 10 ** 5 + b"a" * (10 ** 5 - 1) + b".",
-    "deep tuples": lambda rng: b"\x80\x02)" + b"\x85" * 10 ** 6 + b".",
-    "a tensor": lambda rng: b"\x80\x02ctorch\nTensor\n)R.", "list": lambda rng: pickle.dumps([1, 2], 2),
-    "rebuild": lambda rng: b"\x80\x02ctorch._utils\n_rebuild_wrapper_subclass\n)R.",
-    "hub": lambda rng: b"\x80\x02ctorch.hub\nload\nX\x01\x00\x00\x00a\x85R.",
-    "random": lambda rng: b"\x80\x02" + rng.randbytes(rng.randrange(1, 200)) + b"."}
+# ------------------------------------------------------------------------------------------------ .pth
+
+def text(word):
+    """The step that puts a word on the stack (BINUNICODE)."""
+    return b"X" + struct.pack("<I", len(word)) + word
+
+
+SYSTEM, EVALUATED = b"cos\nsystem\n", b"__import__('os').system('" + PAYLOAD + b"')"
+PICKLES = {  # steps of pickles [pickletools]; obeyed, the first six run PAYLOAD
+    "system, protocol 0": SYSTEM + b"(V" + PAYLOAD + b"\ntR.",
+    "system, protocol 2": b"\x80\x02" + SYSTEM + text(PAYLOAD) + b"\x85R.",
+    "system, protocol 4": b"\x80\x04\x8c\x02os\x8c\x06system\x93" + text(PAYLOAD) + b"\x85R.",
+    "system in a table": b"\x80\x02}" + text(b"a") + SYSTEM + text(PAYLOAD) + b"\x85Rs.",
+    "system, INST": b"(S'" + PAYLOAD + b"'\nios\nsystem\n.",
+    "eval": b"\x80\x02cbuiltins\neval\n" + text(EVALUATED) + b"\x85R.",
+    "getattr": b"\x80\x02cbuiltins\ngetattr\nctorch\nTensor\n" + text(b"share_memory_") + b"\x86R.",
+    "hub": b"\x80\x02ctorch.hub\nload\n" + text(b"a") + b"\x85R.", "a class": b"\x80\x02ctorch\nTensor\n)R.",
+    "16 GiB": b"\x80\x02}" + text(b"a") + b"cbuiltins\nbytearray\n\x8a\x05\x00\x00\x00\x00\x04\x85Rs.",
+    "16 GiB said": b"\x80\x05\x96" + struct.pack("<Q", BIG) + b".", "4 GiB said": b"\x80\x02X\xff\xff\xff\xff.",
+    "2 GiB said": b"\x80\x02\x8b\xff\xff\xff\x7f1.", "long memo": b"\x80\x02}r\xf0\xff\xff\x7f.",
+    "copies": b"\x80\x02}(" + b"".join(text(b"%d" % i) + b"K\x01" for i in range(5000)) + b"uq\x00" + (
+        b"ccollections\nOrderedDict\nq\x01" + b"h\x01h\x00\x85R0" * 10 ** 5 + b"."),
+    "deep": b"\x80\x02" + b"]" * 10 ** 5 + b"a" * (10 ** 5 - 1) + b".", "a list": b"\x80\x02](K\x01K\x02e.",
+    "deep tuples": b"\x80\x02)" + b"\x85" * 10 ** 6 + b".", "nothing": b"", "stop": b"\x80\x02."}
+
+
+def read_records(file):
+    with zipfile.ZipFile(file) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def write_records(file, records, packed=zipfile.ZIP_STORED):
+    """An archive of (name, content), with right checksums."""
+    with zipfile.ZipFile(file, "w", packed) as archive:
+        for name, content in records:
+            archive.writestr(name, content)
+
+
+def record(folder, rng):
+    """A record of a .pth becomes another, with the right checksum: code, a bomb, other bits, other lengths."""
+    file = pick(folder, rng, ".pth")
+    records = read_records(file)
+    pickled, *numbers = [name for name in records if "/data" in name and "/." not in name]
+    name, other = rng.sample(numbers, 2)
+    content, bomb = records[name], rng.choice(list(PICKLES))
+    made = {"lost": [], "short": [(name, content[:-4])], "long": [(name, content + bytes(64))],
+            "flipped": [(name, flipped(content, rng))], "another's": [(name, records[other])],
+            "twice": [(name, content)] * 2, "packed": [(name, rng.choice([content, bytes(2 ** 27)]))]}
+    pickles = {"pickle flipped": flipped(records[pickled], rng), f"pickle: {bomb}": PICKLES[bomb]}
+    how = rng.choice([*made, *[*pickles] * 3])
+    if how in pickles:
+        name, made = pickled, {how: [(pickled, pickles[how])]}
+    rest = [item for item in records.items() if item[0] != name]
+    write_records(file, made[how] + rest, zipfile.ZIP_DEFLATED if how == "packed" else zipfile.ZIP_STORED)
+    return f"{file.name}: {name} {how}"
 
 
 def archive(folder, rng):
-    """A .pth file as another archive: a pickle with code or a bomb in it, records lost, doubled, swapped, packed."""
-    file = pick(folder, rng, ".pth")
-    with zipfile.ZipFile(file) as old:
-        records = [(info.filename, old.read(info)) for info in old.infolist()]
-    root = records[0][0].partition("/")[0]
-    how = rng.choice([*PICKLES, *["flip"] * 3, *["flip data.pkl"] * 3, "swap", "lost", "packed", "big endian",
-                      "doubled", "constants.pkl", "script", "legacy", "plain", "comment", "prefix", "no sums", "short",
-                      "long"])
-    packed, order = zipfile.ZIP_STORED, [name for name, _ in records]
-    if how == "legacy":
-        torch.save(torch.load(file, weights_only=True), file, _use_new_zipfile_serialization=False)
-        return f"{file.name}: {how}"
-    if how == "script":
-        torch.jit.script(torch.nn.Linear(2, 2)).save(str(file))
-        return f"{file.name}: {how}"
-    if how == "plain":
-        file.write_bytes(PICKLES[rng.choice(list(PICKLES))](rng))
-        return f"{file.name}: {how}"
-    if how == "no sums":  # as torch.serialization.set_crc32_options(False) writes it
-        content = file.read_bytes()
-        for _, record in records:
-            content = content.replace(struct.pack("<I", zlib.crc32(record)), bytes(4))
-        file.write_bytes(content)
-        return f"{file.name}: {how}"
-    data = dict(records)
-    which = rng.choice([name for name in order if "/data/" in name])
-    if how in PICKLES:
-        data[f"{root}/data.pkl"] = PICKLES[how](rng)
-    elif how.startswith("flip"):  # with the right checksum: other weights, or another pickle
-        name = f"{root}/data.pkl" if how == "flip data.pkl" else which
-        content = bytearray(data[name])
-        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-        data[name] = bytes(content)
-    elif how == "swap":
-        other = rng.choice([name for name in order if "/data/" in name])
-        data[which], data[other] = data[other], data[which]
-    elif how in ("short", "long"):
-        data[which] = data[which][:-4] if how == "short" else data[which] + bytes(64)
-    elif how == "lost":
-        data.pop(rng.choice(order))
-    elif how == "packed":
-        packed = rng.choice([zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
-        data[which] = rng.choice([data[which], bytes(2 ** 27)])
-    elif how == "big endian":
-        data[f"{root}/byteorder"] = rng.choice([b"big", b"", b"odd", b"x" * 1000])
-    elif how == "constants.pkl":
-        data[f"{root}/constants.pkl"] = pickle.dumps(Code(os.system, PAYLOAD))
-    buffer = io.BytesIO(b"prefix" * 100 if how == "prefix" else b"")
-    with zipfile.ZipFile(buffer, "a", packed) as new:
-        for name, content in data.items():
-            pad = -(buffer.tell() + 30 + len(name) + 4) % 64  # torch aligns what it maps
-            info = zipfile.ZipInfo(name)
-            info.compress_type, info.extra = packed, b"FB" + struct.pack("<H", pad) + b"Z" * pad
-            new.writestr(info, content)
-        if how == "doubled":
-            new.writestr(rng.choice([f"{root}/data.pkl", which]), PICKLES["system"](rng))
-        if how == "comment":
-            new.comment = b"PK\5\6" + rng.randbytes(60)
-    file.write_bytes(buffer.getvalue())
-    return f"{file.name}: {how}"
+    """A .pth as another kind of file: without checksums, of torch before 1.6, a pickle alone, or after other bytes."""
+    file, old = pick(folder, rng, ".pth"), io.BytesIO()
+    torch.save(torch.load(file, weights_only=True), old, _use_new_zipfile_serialization=False)
+    content = unsummed = file.read_bytes()
+    for inside in read_records(file).values():  # as torch.serialization.set_crc32_options(False) writes it
+        unsummed = unsummed.replace(struct.pack("<I", zlib.crc32(inside)), bytes(4))
+    return written(rng, file, {
+        "old": old.getvalue(), "a pickle": PICKLES[rng.choice(list(PICKLES))], "prefix": b"prefix" * 100 + content,
+        "no sums": unsummed, "no sums and a bit": flipped(unsummed, rng)})
 
 
-# ------------------------------------------------------------------------------------------------ tokenizers
-
-def tokenizer_bytes(folder, rng):
-    """Many flips in a tokenizer's file, which its library reads in C++ or Rust."""
-    file = rng.choice([f for f in files_of(folder) if f.name.startswith("tokenizer")])
-    content = bytearray(file.read_bytes())
-    start = rng.choice([0, max(0, len(content) - 400)])  # SentencePiece: pieces, then what it was trained with
-    end = rng.choice([min(len(content), start + 400), len(content)])
-    for _ in range(rng.choice([1, 2, 5, 30, 200])):
-        content[rng.randrange(start, end)] = rng.choice([0, 0x7f, 0x80, 0xff, rng.randrange(256)])
-    file.write_bytes(content)
-    return f"{file.name} from {start}"
-
-
-def tokenizer_lines(folder, rng):
-    """tiktoken's lines: ranks doubled, absurd or lost, words not base64; in any other file, its lines."""
-    file = rng.choice([f for f in files_of(folder) if f.name.startswith("tokenizer")])
-    lines = file.read_bytes().split(b"\n")
-    at = rng.randrange(len(lines))
-    how = rng.choice(["lost", "doubled", "digits", "negative", "word", "swap", "blank", "many"])
-    lines[at:at + 1] = {"lost": [], "doubled": [lines[at]] * 2, "digits": [b"IQ== " + b"1" * 10 ** 5],
-                        "blank": [b""] * 3, "negative": [b"IQ== -1"], "word": [b"= 3"], "swap": [lines[at - 1]],
-                        "many": [b"%s %d" % (base64.b64encode(b"x%d" % i), i) for i in range(256, 10 ** 4)]}[how]
-    file.write_bytes(b"\n".join(lines))
-    return f"{file.name} line {at} {how}"
-
-
-def tokenizer_json(folder, rng):
-    """A tokenizer.json with a vocabulary, merges or steps that do not hold together."""
-    file = pick(folder, rng, "tokenizer.json")
-    table = json.loads(file.read_text())
-    vocab, merges = table["model"]["vocab"], table["model"]["merges"]
-    word = rng.choice(sorted(vocab))
-    change = rng.choice([
-        lambda: vocab.update({word: rng.choice([2 ** 31, 2 ** 32 - 1, 2 ** 32, -1, 10 ** 6, 1.5, 0, 600, 599])}),
-        lambda: vocab.pop(word), lambda: merges.pop(rng.randrange(len(merges))), lambda: merges.reverse(),
-        lambda: merges.append(["no", "such"]), lambda: merges.insert(0, merges[-1]), lambda: merges.append(["a"]),
-        lambda: table["model"].update(type=rng.choice(["WordLevel", "Unigram", "WordPiece", "x", None])),
-        lambda: table["model"].update(dropout=rng.choice([0.5, 2.0, -1, 1.0])), lambda: table["model"].update(
-            byte_fallback=True, unk_token=rng.choice(["<unk>", "<s>"])), lambda: vocab.clear(),
-        lambda: table["model"].update(continuing_subword_prefix=rng.choice(["é", "##"]), end_of_word_suffix="</w>"),
-        lambda: table.update(pre_tokenizer={"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {
-            "Regex": rng.choice(["(a+)+$", "(", "(x*)*y", ""])}}),
-        lambda: table.update(pre_tokenizer=None), lambda: table.update(normalizer={"type": "Replace", "pattern": {
-            "Regex": rng.choice(["", "e", "(.*)*"])}, "content": rng.choice(["", "xx" * 100])}),
-        lambda: table["added_tokens"][0].update(id=rng.choice([2 ** 31, 600, 5, -1]),
-                                                content=rng.choice(["", "e", "<s>"])),
-        lambda: table.update(truncation={"direction": "Right", "max_length": rng.choice([0, 2]),
-                                         "strategy": "LongestFirst", "stride": rng.choice([0, 5])}),
-        lambda: table.update(padding={"strategy": {"Fixed": 2 ** 30}, "direction": "Right", "pad_to_multiple_of": None,
-                                      "pad_id": 0, "pad_type_id": 0, "pad_token": "<s>"}),
-        lambda: table["post_processor"].update(special_tokens={"<s>": {
-            "id": "<s>", "ids": rng.choice([[], [2 ** 31], [5, 6], [700]]), "tokens": ["<s>"]}}),
-        lambda: table.update(post_processor={"type": "RobertaProcessing", "sep": ["</s>", 1], "cls": ["<s>", 700],
-                                             "trim_offsets": True, "add_prefix_space": False}),
-        lambda: table.update(model={"type": "Unigram", "unk_id": rng.choice([None, 0, 99]), "vocab": rng.choice(
-            [[], [["a", 0.0]], [["a", 1e308], ["b", -1e308]]]), "byte_fallback": rng.random() < 0.5})])
-    change()
-    file.write_text(json.dumps(table))
-    return f"{file.name} {word!r} {len(vocab)} {len(merges)}"
-
-
-DAMAGES = (*[flip] * 3, splice, replace_file, rename, *[field] * 3, new_field, sizes, json_file, index, *[tensor] * 3,
-           *[header] * 3, *[archive] * 3, *[tokenizer_bytes] * 2, tokenizer_lines, *[tokenizer_json] * 2)
+DAMAGES = (*[flip] * 4, splice, replace, rename, *[field] * 4, json_file, *[put] * 2, tokenizer_lines,
+           *[tensor] * 3, *[header] * 3, *[record] * 3, archive)
