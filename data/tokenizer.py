@@ -6,6 +6,7 @@
 """
 import base64
 import os
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +111,8 @@ def read_tiktoken(file, content):
 
 def read_json_tokenizer(file, content):
     tokenizers = need("tokenizers", f"reading {file}")
+    if re.search(rb'"continuing_subword_prefix"\s*:\s*"[^"]', content):  # on which the library may abort the process
+        raise ValueError(f"{file}: its tokens have a continuing_subword_prefix, as those of no Llama")
     with complaint(f"{file}: not a tokenizer.json"):
         model = tokenizers.Tokenizer.from_buffer(content)
         model.no_truncation()

@@ -262,7 +262,7 @@ def large(work):
             stale.rmdir()
     size = write_random(work / "big")
     words = [ROOT / "grasp.py", "--ckpt", "big", "--layers", 1, "--ratio", 0.2, "--calibration", "embedded",
-             "--samples", 4, "--seq-len", 64, "--eval", "embedded", "--windows", 4, "--batch-size", 1]
+             "--samples", 4, "--seq-len", 64, "--eval", "embedded", "--windows", 1]
     group.mkdir()
     try:
         (group / "memory.limit_in_bytes").write_text(str(int(1.4 * size)))
@@ -274,8 +274,8 @@ def large(work):
     return row, [f"{row}: end {end!r}"] * (end != "0")
 
 
-def write_random(folder, shape=(2048, 15, 16, 4, 5632, 1024, False)):
-    """Write random weights, by default of 2.7e9 bytes, and keep none of them in the machine's cache; their bytes."""
+def write_random(folder, shape=(2048, 17, 16, 4, 5632, 1024, False)):
+    """Write random weights, by default of 3.1e9 bytes, and keep none of them in the machine's cache; their bytes."""
     model = random_weights(shape, torch.float32, "cpu")
     save_checkpoint(model, folder, tokenizer=TINY / "tokenizer.model")
     with open(folder / "consolidated.00.pth", "rb+") as file:

@@ -1,4 +1,5 @@
 """The lesson: a broken checkpoint folder is read rightly or refused in one line; and who says so can say otherwise."""
+import base64
 import json
 import shutil
 import struct
@@ -294,12 +295,19 @@ def json_tokenizer(tmp_path):
     return load
 
 
-def test_a_library_that_panics_is_one_error_and_silent(json_tokenizer, capfd):
-    """A Rust panic is no Exception in Python, and prints several lines of its own."""
-    with pytest.raises(ValueError, match="tokenizer.json: not a tokenizer.json"):
-        json_tokenizer(lambda table: (table["model"].update(continuing_subword_prefix="##"),
-                                      table["model"]["vocab"].update(a=0)))
+def test_a_library_that_panics_is_one_error_and_silent(tmp_path, capfd):
+    """A Rust panic is no Exception in Python, and prints several lines of its own: here over a million spaces."""
+    pytest.importorskip("tiktoken", reason="pip install tiktoken")
+    lines = [base64.b64encode(bytes([i])) + b" %d" % i for i in range(256)]
+    (tmp_path / "tokenizer.model").write_bytes(b"\n".join(lines))
+    with pytest.raises(ValueError, match="tokenizer.model: fails on this text .*StackOverflow"):
+        load_tokenizer(tmp_path).stream(" " * 10 ** 6)
     assert capfd.readouterr().err == ""
+
+
+def test_what_would_abort_the_library_never_reaches_it(json_tokenizer):
+    with pytest.raises(ValueError, match="tokenizer.json: its tokens have a continuing_subword_prefix"):
+        json_tokenizer(lambda table: table["model"].update(continuing_subword_prefix="##"))
 
 
 def test_no_merge_is_left_to_chance(json_tokenizer):
