@@ -18,7 +18,6 @@ Anything else is a failure: a trace, another exit code, death by a signal, NaN, 
 than the run on the undamaged folder or twice that folder, and NOISE on top; and any file of the case's folder, or
 beside it, that is not as it was: code in a pickle would make one.
 """
-import argparse
 import collections
 import io
 import itertools
@@ -45,8 +44,8 @@ import grasp
 from data import need
 from data.checkpoint import HF_FIELDS
 from data.corpus import consecutive_windows, embedded_text, show
-from data.target import check_target
-from evaluate import command, markdown, perplexity, positive
+from data.target import check_target, scratch_folder
+from evaluate import Words, command, markdown, perplexity, positive
 from extras._damage import DAMAGES, KINDS, read_header, write_good
 from model import MATRICES, LowRankLinear, ModelArgs, Transformer
 
@@ -352,7 +351,7 @@ def count_table(head, counts):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    p = Words(__doc__.splitlines()[0])
     p.add_argument("--count", type=positive, metavar="N", default=5000, help="cases (default: 5000)")
     p.add_argument("--seed", type=grasp.seed, default=0, help="of all cases (default: 0)")
     p.add_argument("--only", type=grasp.seed, metavar="I", help="only case I")
@@ -363,8 +362,8 @@ def main():
     numbers, start = range(a.count) if a.only is None else [a.only], time.monotonic()
     kinds, damages, failures = collections.Counter(), collections.Counter(), []
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as temporary:
-        root = (a.keep or Path(temporary) / "cases").resolve()
+    with scratch_folder(Path(tempfile.gettempdir()) / "grasp-faults") as temporary:
+        root = (a.keep or temporary).resolve()
         check_target(root)
         root.mkdir()
         for done, (n, kind, damage, words, outcome, failure) in enumerate(run_cases(numbers, a.seed, root), 1):

@@ -162,7 +162,8 @@ def test_any_words_for_the_extras(name, place, monkeypatch, capsys):
     def refuse(*_, **__):
         raise ValueError("no weights in this test")
 
-    for opening in ("open_checkpoint", "open_weights", "start_harness", "download", "train_tokenizer"):
+    for opening in ("open_checkpoint", "open_weights", "start_harness", "download", "train_tokenizer",
+                    "scratch_folder"):
         if hasattr(module, opening):
             monkeypatch.setattr(module, opening, refuse)
     monkeypatch.setattr(evaluate, "load_checkpoint", refuse)
