@@ -84,6 +84,8 @@ def gather(parts, name, shape, folder):
     """
     if any(part is None for part in parts):
         raise ValueError(f"{folder}: tensor {name} is missing")
+    if len({part.dtype for part in parts}) > 1:
+        raise ValueError(f"{folder}: tensor {name} has not one dtype in all shards")
     if parts[0].shape == shape and (len(parts) == 1 or len(shape) == 1):
         if all(torch.equal(parts[0], part) for part in parts[1:]):
             return parts[0]

@@ -15,8 +15,6 @@ from data import processes
 LARGEST = 2 ** 20  # bytes of names and sizes: of 405 billion parameters they are 200,000
 STORAGES = {"torch HalfStorage": torch.float16, "torch BFloat16Storage": torch.bfloat16,
             "torch FloatStorage": torch.float32, "torch DoubleStorage": torch.float64}
-TABLE, TENSOR, PARAMETER = ("collections OrderedDict", "torch._utils _rebuild_tensor_v2",
-                            "torch._utils _rebuild_parameter")
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 TAKES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "SETITEM": 2, "TUPLE": 0, "SETITEMS": 0}  # from the stack; 0: to a mark
 
@@ -33,6 +31,8 @@ def read_pth(file):
             raise ValueError("two records have one name, or one is compressed")
         if sum(info.file_size for info in infos) > file.stat().st_size:
             raise ValueError("its records lie over each other")
+        for info in infos:
+            archive.open(info).close()  # which compares what the directory and the record itself say
         if not processes.rank() and any(info.CRC for info in infos) and (bad := archive.testzip()):
             raise ValueError(f"wrong CRC-32 of {bad}")
     content = torch.from_file(str(file), size=file.stat().st_size, dtype=torch.uint8)  # mapped
@@ -63,10 +63,10 @@ def read_pth(file):
 
 def take_steps(pickled, storage):
     """What a pickled table of tensors leaves on the stack; storage(*key): the numbers (n,) that a key stands for."""
-    stack, marks, memo = [], [], {}
+    stack, marks, memo, calls = [], [], {}, {**CALLS, "BINPERSID": storage}
     for op, arg, _ in pickletools.genops(pickled):
         step = op.name
-        if step == "GLOBAL" and arg not in (TABLE, TENSOR, PARAMETER, *STORAGES):
+        if step == "GLOBAL" and arg not in (*CALLS, *STORAGES):
             raise ValueError(f"it asks for {arg[:80]}")
         if step in ("GLOBAL", "BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1"):
             stack.append(arg)
@@ -92,11 +92,10 @@ def take_steps(pickled, storage):
             stack.append(memo[arg])
         elif step in ("BINPERSID", "REDUCE"):
             args = stack.pop()
-            call = "a storage" if step == "BINPERSID" else stack.pop()
-            if not isinstance(args, tuple):
-                raise ValueError("what it calls something with is no tuple")
-            stack.append(storage(*args) if call == "a storage" else {} if call == TABLE else
-                         args[0] if call == PARAMETER else strided(*args))
+            name = step if step == "BINPERSID" else stack.pop()
+            if not isinstance(name, str) or name not in calls or not isinstance(args, tuple):
+                raise ValueError("it calls what cannot be called, or with something else than a tuple")
+            stack.append(calls[name](*args))
         elif step == "BUILD":
             stack.pop()  # what torch notes of a module
         elif step not in ("PROTO", "STOP"):
@@ -112,3 +111,7 @@ def strided(flat, offset, size, stride, requires_grad, hooks):
     if not 0 <= offset <= last < len(flat) or math.prod(size) > len(flat):
         raise ValueError("a tensor is not within its storage")
     return flat.as_strided(size, stride, flat.storage_offset() + offset)
+
+
+CALLS = {"collections OrderedDict": lambda: {}, "torch._utils _rebuild_tensor_v2": strided,
+         "torch._utils _rebuild_parameter": lambda tensor, requires_grad, hooks: tensor}

@@ -217,7 +217,7 @@ def test_what_is_strange_is_compressed_and_read_back(what, dtype, nowhere, monke
             W.data = {"zero layer": W * 0, "rank 1": (W[:, :1].float() @ W[:1].float()).to(dtype),
                       "identity": torch.eye(*W.shape).to(dtype), "denormal": W * torch.finfo(dtype).tiny}.get(what, W)
         if what == "large":  # attention then looks at one token alone
-            model.layers[3].attention.wq.weight.data *= 30 if dtype == torch.float16 else 1e30
+            model.layers[3].attention.wq.weight.data *= 30 if dtype == torch.float16 else 1e6
         if what == "zero norm":
             model.layers[3].attention_norm.weight.data.zero_()
         if what == "zero embeddings":
