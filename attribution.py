@@ -41,7 +41,7 @@ def layer_cosines(model, batches):
     cosines = processes.mean(total, count)
     if not finite(cosines):
         layer = int(cosines.isfinite().int().argmin())
-        raise ValueError(f"the cosine of layer {layer} is not a number in {model.dtype}; try --dtype bfloat16 or float32")
+        raise ValueError(f"the cosine of layer {layer} is not a number in {model.dtype}; try --dtype float32")
     return cosines
 
 

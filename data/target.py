@@ -71,7 +71,7 @@ def written_whole(path):
 
 @contextmanager
 def scratch_folder(path):
-    """A path beside `path` to make a file or folder at, which goes at the end, or if killed when the next run begins."""
+    """A path beside `path` to make a file or folder at, which goes at the end, or when the next run begins."""
     path = Path(path).absolute()
     clear_leftovers(path)
     with renaming:  # a signal finds it in `writing`, or finds none
@@ -109,7 +109,7 @@ def locked_folder(path):
 
 
 def clear_leftovers(path):
-    """Take away the scratch folders that killed runs left of `path`: their lock is free, and nothing else is in them."""
+    """Take away the scratch folders that killed runs left of `path`: their lock is free, nothing else is in them."""
     path = Path(path).absolute()
     names = os.listdir(path.parent) if os.access(path.parent, os.R_OK) else []
     for scratch in (path.with_name(name) for name in names if name[:-8] == scratch_prefix(path)):
@@ -137,8 +137,9 @@ def clear(scratch, path):
 def obey_signals():
     """From here on Ctrl-C, SIGTERM and SIGHUP end the process within a moment, with nothing half written left behind.
 
-    Ctrl-C says so in one line, the others say nothing; exit code 128 and the signal's number. A thread waits for them, since Python's own handlers run between two operations of the main thread, and one
-    decomposition may take a minute. Called by a command before it imports torch, which takes seconds.
+    Ctrl-C says so in one line, the others say nothing; exit code 128 and the signal's number. A thread waits for them,
+    since Python's own handlers run between two operations of the main thread, and one decomposition may take a minute.
+    Called by a command before it imports torch, which takes seconds.
     """
     told = os.dup(2) if sys.stderr else -1  # as it is now: while a library works, 2 may point elsewhere
     reader, writer = os.pipe()

@@ -289,6 +289,7 @@ def main():
     p.add_argument("kind", choices=COUNTS)
     p.add_argument("--count", type=positive, metavar="N", help="moments or evaluations (default: 100, 10, 50)")
     a = p.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # started by a shell's &, all commands would ignore it
     with scratch_folder(Path(tempfile.gettempdir()) / "grasp-crashes") as work:
         work.mkdir()
         head, rows, faults = globals()[a.kind](work, a.count or COUNTS[a.kind])

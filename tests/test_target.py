@@ -134,7 +134,7 @@ def test_a_link_to_a_json_file_stays_a_link(tmp_path):
 
 
 def test_what_only_looks_like_a_leftover_stays(tmp_path):
-    """Another target whose name begins or goes on like ours, another number of letters, other content, a link, a file."""
+    """Another target whose name begins or goes on like ours, another number of letters, other content, a link."""
     out, precious = tmp_path / "out", tmp_path / "precious"
     precious.mkdir()
     kept = [leave(tmp_path / "out.state"), leave(tmp_path / "ou"), leave(out, letters="abcdefghi"), precious,
@@ -250,7 +250,7 @@ def test_a_signal_that_was_ignored_stays_ignored(tmp_path):
 
 
 def test_a_librarys_own_signals_end_nothing(tmp_path):
-    started = process("import time; signal.signal(signal.SIGALRM, print); print('there'); signal.alarm(1); time.sleep(2);"
+    started = process("import time; signal.signal(signal.SIGALRM, print); print('there'); signal.alarm(1); time.sleep(2)\n"
                       "print('done')", tmp_path)
     out, err = started.communicate()
     assert started.returncode == 0 and out.endswith("done\n") and not err
