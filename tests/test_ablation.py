@@ -117,7 +117,7 @@ def test_the_ratio_of_a_size_by_hand():
 def test_threshold_and_ratio_are_compared_at_equal_size():
     """No other ratio comes nearer to what the threshold kept."""
     model, windows, texts = setup()
-    pairs = [(name, {**BASE, **change}) for name, change in studies([], [], [], [0.2, 0.5])["budget"]]
+    pairs = [(name, {**BASE, **change}) for name, change in studies([], [], [], [0.3, 0.5])["budget"]]
     rows = list(ablate(model, pairs, windows, texts, SIZES, layers=2))
     assert [row["model"].split()[0] for row in rows] == ["threshold", "ratio"] * 2
     shapes = 2 * [p.shape for name, p in model.layers[0].named_parameters() if "norm" not in name]
