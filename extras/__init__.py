@@ -18,6 +18,9 @@ from evaluate import open_checkpoint
 from grasp import matrices
 
 
+REPORT_BYTES = 2 ** 26  # of a report.json at most: it has the index of every kept component
+
+
 def reset_peak(device):
     """Have evaluate.peak_bytes start again from what is in use now; whether that can be done (CUDA, Linux)."""
     if device.type == "cuda":
@@ -45,7 +48,7 @@ def read_report(folder):
     file = Path(folder) / "report.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder}: no report.json; expected a folder written by grasp.py")
-    report = read_json(file, 2 ** 26)  # it has the index of every kept component
+    report = read_json(file, REPORT_BYTES)
     settings, cosines, redundant, records = (report.get(n) for n in ("settings", "cosines", "redundant", "matrices"))
 
     def check(good, field):

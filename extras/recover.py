@@ -23,6 +23,7 @@ from data.checkpoint import read_json
 from data.corpus import show
 from data.target import check_target, clear_leftovers, written_whole
 from evaluate import Parser, command, open_checkpoint, peak_bytes, positive, sequence_length
+from extras import REPORT_BYTES
 from grasp import matrices, seed
 from model import LowRankLinear, save_checkpoint, upcast
 
@@ -262,7 +263,7 @@ def main():
           f"rate {a.lr}\n"
           f"state        {state_file}, every {a.save_every} steps\n")
     log = train(model, factors, examples, held_out, settings, state_file, a.save_every)
-    old = read_json(a.ckpt / "report.json") if (a.ckpt / "report.json").is_file() else {}
+    old = read_json(a.ckpt / "report.json", REPORT_BYTES) if (a.ckpt / "report.json").is_file() else {}
     report = {**old, "recovery": {"settings": settings, "log": log, "peak_bytes": peak_bytes(model.device)}}
     save_checkpoint(finish(model, dtype), a.out, report, tokenizer.file, a.overwrite)
     state_file.unlink()
