@@ -1,256 +1,218 @@
-"""GRASP: a low-rank layer where a redundant one stood, with no training [arXiv 2501.00339, Algorithm 1].
+"""GRASP: replace the redundant layers of a LLaMA by low-rank ones, without training [arXiv 2501.00339].
 
     python grasp.py --ckpt FOLDER --layers 7 --ratio 0.1
 
-1. find_redundant   the layers whose output is most parallel to their input, by cosine                 [§2.1]
-2. compress         gradients of the loss to their seven matrices, on a little calibration text        [§2.2]
-                    for each matrix: W = U diag(S) Vh, a score for every sigma, the top k kept         [§2.2]
-                    y = W x becomes y = A (B x), A = U_k sqrt(S_k), B = sqrt(S_k) Vh_k                 [§2.3]
+1. find_redundant   the layers whose output is most parallel to their input, by cosine             [§2.1]
+2. compress         gradients dL/dW of their seven matrices, on a little calibration text          [§2.2]
+                    each matrix W = U diag(S) Vh keeps the k largest |sigma dL/d sigma|            [§2.2]
+                    y = W x becomes y = A (B x), A = U_K sqrt(S_K), B = sqrt(S_K) Vh_K             [§2.3]
 
-`sweep(label)` is a fresh iterator over the calibration set's batches (B, T) int64; the label names its progress line.
-attribution.py holds the mathematics.
+By default all gradients come from the dense model, in one sweep (one-shot). Algorithm 1 of the paper is the
+iterative order, `--iterative`; the paper finds them equal (perplexity 37.86 one-shot, 38.39 iterative).
 """
 import argparse
-from functools import partial
-from pathlib import Path
-
-from data.target import check_target, obey_signals
-
-if __name__ == "__main__":
-    obey_signals()  # before torch, whose import takes seconds
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from attribution import (SCORES, angular_distances, decompose, layer_cosines, low_rank_factors, svd, sweep_bytes, top_k,
-                         weight_gradients)
-from data import processes
-from data.corpus import batches, random_windows, text_names, text_or_embedded
-from evaluate import (TINY, Parser, batch_size, command, load_windows, open_checkpoint, peak_bytes, perplexities,
-                      positive, sequence_length, table, timed)
-from model import MATRICES, LowRankLinear, save_checkpoint
+from attribution import (SCORES, angular_distances, importance, layer_cosines, low_rank_factors,
+                         rank_for_ratio, rank_for_threshold, sigma_gradients, svd, top_k, weight_gradients)
+from data.corpus import calibration_windows
+from evaluate import evaluation_windows, result_row, table
+from model import LowRankLinear, Transformer, finite, matrix_names, save_checkpoint
+from runtime import cli, distributed
+from runtime.files import check_output
+
+Sweep = Callable[[str], Iterable[Tensor]]  # label of its progress line -> fresh iterator over batches (B, T)
 
 
-def find_redundant(model, sweep, n, contiguous=False):
-    """(cosine of every layer (n_layers,), ids of the n redundant ones, ascending) [GRASP §2.1].
+def find_redundant(model: Transformer, sweep: Sweep, n: int, contiguous: bool = False) -> tuple[Tensor, list]:
+    """Return (cosine of every layer (n_layers,), ids of the n redundant layers, ascending) [GRASP §2.1].
 
-    contiguous: the n neighbours of smallest angular distance between their two ends instead [Gromov §3.2].
+    contiguous: the n neighbours with the smallest angular distance between their two ends [Gromov §3.2].
     """
+    check_layers(model.args.n_layers, n)
     cosines = layer_cosines(model, sweep("redundancy"))
     if contiguous:
-        first = int(angular_distances(model, sweep("angular distances"), n).argmin())
+        first = int(angular_distances(model, sweep("redundancy"), n).argmin())
         return cosines, list(range(first, first + n))
     return cosines, top_k(cosines, n).tolist()
 
 
-def compress(model, layer_ids, sweep, ratio=None, threshold=None, score="taylor", iterative=False, log=print,
-             seconds=None):
-    """Replace the matrices of the redundant layers, in place: a record for each, as `replace` gives it.
+def compress(model: Transformer, layer_ids: list[int], sweep: Sweep, ratio: float | None = None,
+             threshold: float | None = None, score: str = "taylor", iterative: bool = False,
+             gradients: dict[str, Tensor] | None = None) -> Iterator[dict]:
+    """Replace the dense matrices of these layers by low-rank ones, in place. Yields a record for each.
 
-    ratio: the share of each matrix's parameters to keep; threshold instead: the share of the sum of its scores.
-    One-shot (default): all gradients from the dense model, in one sweep. iterative: from the deepest block to the
-    shallowest, the MLP and then the attention, gradients taken again before each, so that each sees those already
-    replaced [GRASP Alg. 1]. seconds: a dict to add the wall time of each phase to.
+    This is a generator: nothing happens until it is iterated, e.g. by list(compress(...)).
+    ratio: fraction of each matrix's parameters to keep. threshold: instead, fraction of its sum of scores.
+    iterative: from the deepest block to the shallowest, the MLP and then the attention, with fresh gradients
+    before each [GRASP Alg. 1]. gradients: {name: (m, n)} of the dense model, if they are known already.
+    Record: {name, shape [m, n], rank k, kept (k indices)}. If the factors would not be smaller, the matrix
+    stays dense: rank and kept are None. Raises ValueError for arguments out of range.
     """
-    seconds = {} if seconds is None else seconds
-    groups = [matrices(*layer_ids)]
+    check_layers(model.args.n_layers, None, layer_ids)
+    check_settings(sweep, ratio, threshold, score, iterative, gradients)
+    groups = [matrix_names(*layer_ids)]
     if iterative:
-        groups = [[name for name in matrices(layer) if half in name]
+        groups = [[name for name in matrix_names(layer) if half in name]
                   for layer in sorted(layer_ids, reverse=True) for half in ("feed_forward", "attention")]
-    records = []
     for group in groups:
-        dense = [name for name in group if isinstance(model.get_submodule(name), nn.Linear)]
-        for name in group:
-            if name not in dense:
-                log(f"{name:<26} is low-rank already: left as it is")
-        G = {}
-        if dense and score != "magnitude":
-            with timed(seconds, "attribution", model.device):
-                G = weight_gradients(model, dense, sweep("attribution"))
-        size = processes.count()
-        if size > 1:  # each decomposes one at a time: the like beside the like, so that none waits for long
-            dense.sort(key=lambda name: -model.get_submodule(name).weight.numel())
-        for i in range(0, len(dense), size):
-            before = seconds.get("SVD", 0.0)
-            with timed(seconds, "SVD", model.device):
-                done = replace(model, dense[i:i + size], G, ratio, threshold, score)
-            for record in done:
-                log(f"{describe(record)}  {(seconds['SVD'] - before) / len(done):.2f} s")
-            records += done
-    return records
+        names = [name for name in group if isinstance(model.get_submodule(name), nn.Linear)]  # still dense
+        G = gradients
+        if names and G is None and score != "magnitude":
+            G = weight_gradients(model, names, sweep("attribution"))
+        weights = (distributed.whole(model.get_submodule(name).weight) for name in names)
+        for name, (U, S, Vh) in zip(names, distributed.parallel_map(svd, weights)):
+            m, n = len(U), Vh.shape[1]
+            sigma_grad = None if score == "magnitude" else sigma_gradients(U, distributed.whole(G[name]), Vh)
+            scores = importance(S, sigma_grad, score)
+            k = rank_for_threshold(scores, threshold) if threshold else rank_for_ratio(m, n, ratio)
+            if not finite(scores):
+                raise ValueError(f"{name}: a score is not finite; try --dtype float64")
+            kept = top_k(scores, k)
+            record = {"name": name, "shape": [m, n], "rank": None, "kept": None}
+            if k * (m + n) < m * n:
+                A, B = low_rank_factors(U, S, Vh, kept)
+                model.replace_matrix(name, LowRankLinear(A, B).to(model.dtype))
+                record.update(rank=k, kept=kept.tolist())
+            yield record
 
 
-def matrices(*layer_ids):
-    """The names of the layers' matrices, seven each: "layers.22.attention.wq" ..."""
-    return [f"layers.{layer}.{matrix}" for layer in layer_ids for matrix in MATRICES]
+def check_layers(count: int, layers: int | None, layer_ids: list[int] | None = None) -> None:
+    """Raise ValueError if a model of `count` layers has fewer, or if an id is out of range or given twice."""
+    ids = range(layers) if layer_ids is None else layer_ids
+    if not 0 < len(ids) <= count or len(set(ids)) < len(ids) or not all(0 <= layer < count for layer in ids):
+        raise ValueError(f"--layers, --layer-ids: this model has {count} layers, 0 to {count - 1}; asked for "
+                         f"{layers if layer_ids is None else layer_ids}")
 
 
-def replace(model, names, G, ratio, threshold, score):
-    """Put factors where matrices W (m, n) stand, whose gradients leave G: {name, shape, rank, kept} for each of them.
-
-    Each of several processes decomposes one and sends it to all. A matrix whose factors would not be smaller stays
-    dense: rank and kept None. G: {name: (m, n)}, empty where the score needs none.
-    """
-    found, records = [], []
-    for owner, name in enumerate(names):  # first what they need of each other, so that all work at once
-        W = processes.whole(model.get_submodule(name).weight)
-        g = processes.summed(G.pop(name), owner) if G else None
-        if owner == processes.rank():
-            mine = W, g
-    if processes.rank() < len(names):
-        found = decompose(*mine, ratio, threshold, score)
-    for owner, name in enumerate(names):
-        records.append({"name": name, "shape": [*model.get_submodule(name).weight.shape], "rank": None, "kept": None})
-        if done := processes.broadcast(found, owner, model.device):
-            kept, A, B = done
-            model.replace_matrix(name, LowRankLinear(A, B))
-            records[-1].update(rank=len(kept), kept=kept.tolist())
-    return records
+def check_settings(sweep: Sweep, ratio: float | None, threshold: float | None, score: str, iterative: bool,
+                   gradients: dict[str, Tensor] | None) -> None:
+    """Raise ValueError for arguments that compress cannot take."""
+    if score not in SCORES:
+        raise ValueError(f"score {score!r}: expected one of {', '.join(SCORES)}")
+    if (ratio is None) == (threshold is None) or not 0 < (threshold if ratio is None else ratio) <= 1:
+        raise ValueError(f"ratio {ratio}, threshold {threshold}: expected one of them, above 0 and at most 1")
+    if iterative and gradients is not None:
+        raise ValueError("iterative takes fresh gradients before each half block: give it no gradients")
+    if score != "magnitude" and gradients is None and not callable(sweep):
+        raise ValueError(f"sweep is a {type(sweep).__name__}, expected a function that gives batches")
 
 
-def keep(model, name, usv, kept):
-    """Put the factors of the kept components, in the model's dtype, where `name` stands; return what stood there."""
-    A, B = low_rank_factors(*usv, kept)
-    return model.replace_matrix(name, LowRankLinear(A.to(model.dtype), B.to(model.dtype)))
-
-
-def describe(record):
-    (m, n), k = record["shape"], record["rank"]
-    kept = "stays dense: its factors would not be smaller" if k is None else f"kept {100 * k * (m + n) / (m * n):.2f} %"
-    return f"{record['name']:<26} rank {k or min(m, n):4}/{min(m, n):<5} {kept}"
-
-
-def main():
-    a = parse()
-    seconds = {}
-    with timed(seconds, "load"):
-        model, tokenizer = open_checkpoint(a.ckpt, a.device, a.dtype, a.shard)
-    a.device, a.dtype, before, dense_params = model.device, model.dtype, model.n_params, model.n_params_dense
+def main() -> None:
+    a, seconds, rows = parse(), {}, []
+    with cli.timed(seconds, "load"):
+        model, tokenizer = cli.open_checkpoint(a.ckpt, a.device, a.dtype, a.shard)
     check_layers(model.args.n_layers, a.layers, a.layer_ids)
-    windows, calibration = calibration_windows(a, model, tokenizer)
-    size = min(batch_size(a.batch_size, a.seq_len), a.samples)
-    sweep = partial(batches, windows.to(a.device), size)  # on the device at once, so that no sweep waits for the CPU
-    eval_len = sequence_length(None, 2048, model)
-    texts = {} if a.eval == ["none"] else load_windows(a.eval, tokenizer, eval_len, a.ckpt, a.windows, a.data_dir)
+    before, dense_params, n = model.n_params, model.n_params_dense, a.layers or len(a.layer_ids)
+    seq_len, eval_len = cli.sequence_length(a.seq_len, 512, model), cli.sequence_length(None, 2048, model)
+    windows, source = calibration_windows(tokenizer, a.calibration, a.samples, seq_len, a.seed, a.data_dir)
+    texts = evaluation_windows(a.eval, tokenizer, eval_len, a.windows, a.data_dir)
+    size = min(cli.batch_size(a.batch_size, seq_len, model, n), a.samples)
     asked = f"threshold {a.threshold}" if a.threshold else f"ratio {a.ratio}"
-    print(f"calibration  {calibration['text']}; {calibration['tokens']:,} tokens, {a.samples} random windows of "
-          f"{a.seq_len}, seed {a.seed}, batches of {size}\n"
-          f"method       {asked} of {a.layers or len(a.layer_ids)} layers{' in a row' * a.contiguous}, score "
-          f"{a.score}, {'iterative' if a.iterative else 'one-shot'}; to {a.out}\n")
-    with timed(seconds, "redundancy", a.device):
-        cosines, redundant = find_redundant(model, sweep, a.layers or 1, a.contiguous)
-    redundant = sorted(a.layer_ids) if a.layer_ids else redundant
-    for layer, cosine in enumerate(cosines):
-        print(f"layer {layer:3}  cosine {cosine:.4f}{'  redundant' * (layer in redundant)}")
-    parts = sweep_bytes(model, redundant, size, a.seq_len)
-    peak = (f"computed peak {sum(parts.values()) / 2 ** 30:.2f} GiB: "
-            + ", ".join(f"{part} {count / 2 ** 30:.2f}" for part, count in parts.items()))
-    print(f"\nattribution  {peak}\n")
-    rows = []
+    print(f"calibration  {source['protocol']}, batches of {size}\n"
+          f"method       {asked} of {n} layers{' in a row' * a.contiguous}, score {a.score}, "
+          f"{'iterative' if a.iterative else 'one-shot'}; to {a.out}\n")
 
-    def add_row(name, phases):
-        with timed(seconds, "evaluation", a.device):
-            results = perplexities(model, texts, batch_size(a.batch_size, eval_len), name)
-        rows.append({"model": name, "parameters": model.n_params, "perplexity": results,
-                     "seconds": sum(seconds[phase] for phase in phases) if phases else None,
-                     "peak_bytes": peak_bytes(a.device)})
+    def sweep(label):
+        with cli.timed(seconds, label, model.device):
+            yield from cli.batches(windows.to(model.device), size, label)
 
-    add_row("dense" if before == dense_params else "input", [])
-    dense = {name: model.get_submodule(name) for name in matrices(*redundant)} if a.compare else {}
-    try:
-        with timed(seconds, "compression", a.device):
-            records = compress(model, redundant, sweep, a.ratio, a.threshold, a.score, a.iterative, seconds=seconds)
-    except torch.OutOfMemoryError as e:  # which says what was free
-        raise MemoryError(f"{peak}. {e}") from None
+    def add_row(name, *phases):
+        with cli.timed(seconds, "evaluation", model.device):
+            rows.append(result_row(name, model, texts, cli.batch_size(a.batch_size, eval_len, model),
+                                   sum(seconds.get(phase, 0) for phase in phases) if phases else None))
+
+    cosines, redundant = None, sorted(a.layer_ids or [])
+    if a.layers:
+        cosines, redundant = find_redundant(model, sweep, n, a.contiguous)
+        for layer, cosine in enumerate(cosines.tolist()):
+            print(f"layer {layer:3}  cosine {cosine:.4f}{'  redundant' * (layer in redundant)}")
+    add_row("dense" if before == dense_params else "input")
+    dense = {name: model.get_submodule(name) for name in matrix_names(*redundant)} if a.compare else {}
     if a.compare:
-        add_comparisons(model, dense, records, redundant, add_row, seconds)
-    add_row("GRASP" if a.score == "taylor" else f"GRASP, {a.score}", ["redundancy", "compression"])
-    print(f"\n{table(rows, texts, dense_params)}\nasked: {asked} of layers {redundant}; achieved: {model.n_params:,} "
-          f"parameters left of {before:,}, {100 * (1 - model.n_params / before):.1f} % removed")
-    report = {"settings": vars(a), "cosines": cosines.tolist(), "redundant": redundant, "matrices": records,
-              "parameters_before": before, "parameters_after": model.n_params, "calibration": calibration,
-              "protocol": {label: protocol for label, (_, protocol) in texts.items()}, "results": rows,
-              "seconds": seconds, "peak_bytes": peak_bytes(a.device)}
+        with layers_dropped(model, redundant):
+            add_row("layers dropped", "redundancy")
+    with cli.timed(seconds, "compression", model.device):
+        records = compress_and_print(model, redundant, sweep, a.ratio, a.threshold, a.score, a.iterative)
+    seconds["SVD"] = seconds["compression"] - seconds.get("attribution", 0)
+    add_row("GRASP" if a.score == "taylor" else f"GRASP, {a.score}", "redundancy", "compression")
+    if a.compare:
+        with plain_svd(model, dense, records, seconds):
+            add_row("plain SVD", "redundancy", "plain SVD")
+    after = model.n_params
+    print(f"\n{table(rows, texts, dense_params)}\nasked: {asked} of layers {redundant}; achieved: {after:,} "
+          f"parameters left of {before:,}, {100 * (1 - after / before):.1f} % removed")
+    report = {"settings": {**vars(a), "seq_len": seq_len, "device": model.device, "dtype": model.dtype},
+              "cosines": cosines.tolist() if a.layers else None, "redundant": redundant, "matrices": records,
+              "parameters_before": before, "parameters_after": after, "calibration": source,
+              "protocol": {label: p for label, (_, p) in texts.items()}, "results": rows, "seconds": seconds}
     save_checkpoint(model, a.out, report, tokenizer.file, a.overwrite)
     print(f"written to {a.out}")
 
 
-def check_layers(count, layers, layer_ids):
-    if (layers or 1) > count or not all(0 <= layer < count for layer in layer_ids or []):
-        raise ValueError(f"--layers, --layer-ids: this model has {count} layers, 0 to {count - 1}; asked for "
-                         f"{layers or layer_ids}")
+def compress_and_print(model: Transformer, *settings) -> list[dict]:
+    """The records of compress(model, *settings), each printed with the seconds since the start."""
+    records, start = [], time.perf_counter()
+    for record in compress(model, *settings):
+        (m, n), k = record["shape"], record["rank"]
+        kept = f"kept {100 * k * (m + n) / (m * n):.2f} %" if k else "dense: its factors would not be smaller"
+        records, seconds = [*records, record], time.perf_counter() - start
+        print(f"{record['name']:<26} rank {k or min(m, n):4}/{min(m, n):<5} {kept}  {seconds:.1f} s")
+    return records
 
 
-def calibration_windows(a, model, tokenizer):
-    """(windows (samples, seq_len) int64, what they are and where they lie in the token stream)."""
-    name = a.calibration or ("embedded" if a.ckpt == TINY else "wikitext2")
-    _, text, source = text_or_embedded(name, "train", a.data_dir, a.calibration)
-    tokens = tokenizer.stream(text)
-    a.seq_len = sequence_length(a.seq_len, 512, model)
-    windows, offsets = random_windows(tokens, a.samples, a.seq_len, a.seed)
-    return windows, {"text": source, "tokens": len(tokens), "offsets": offsets.tolist()}
-
-
-def add_comparisons(model, dense, records, redundant, add_row, seconds):
-    """Two rows to compare with: redundant layers dropped, and plain SVD of GRASP's ranks; the model stays GRASP's."""
+@contextmanager
+def layers_dropped(model: Transformer, layer_ids: list[int]):
+    """Take these layers out of the model for a comparison."""
     layers = model.layers
-    model.layers = nn.ModuleList(block for layer, block in enumerate(layers) if layer not in redundant)
-    add_row("layers dropped", ["redundancy"])
+    model.layers = nn.ModuleList(block for layer, block in enumerate(layers) if layer not in layer_ids)
+    yield
     model.layers = layers
-    ours = {}
-    with timed(seconds, "plain SVD", model.device):
-        for name, k in ((record["name"], record["rank"]) for record in records if record["rank"]):
-            usv = svd(processes.whole(dense[name].weight))
-            ours[name] = keep(model, name, usv, torch.arange(k, device=model.device))  # the k largest
-    add_row("plain SVD", ["redundancy", "plain SVD"])
+
+
+@contextmanager
+def plain_svd(model: Transformer, dense: dict[str, nn.Module], records: list[dict], seconds: dict):
+    """Let each matrix keep its largest components, as many as GRASP's, for a comparison."""
+    ranks, ours = {record["name"]: record["rank"] for record in records if record["rank"]}, {}
+    with cli.timed(seconds, "plain SVD", model.device):
+        weights = (distributed.whole(dense[name].weight) for name in ranks)
+        for (name, k), (U, S, Vh) in zip(ranks.items(), distributed.parallel_map(svd, weights)):
+            factors = low_rank_factors(U, S, Vh, torch.arange(k, device=U.device))
+            ours[name] = model.replace_matrix(name, LowRankLinear(*factors).to(model.dtype))
+    yield
     for name, module in ours.items():
         model.replace_matrix(name, module)
 
 
-def parse():
-    p, embedded = Parser(__doc__.splitlines()[0]), "with the embedded model, embedded"
-    p.add_texts(shard=True)
-    p.add_argument("--layers", type=positive, metavar="N", help="how many redundant layers to compress")
-    p.add_argument("--layer-ids", type=int, nargs="+", metavar="ID", help="compress these layers instead")
-    p.add_argument("--contiguous", action="store_true", help="take neighbouring layers, by angular distance")
-    p.add_argument("--ratio", type=share, help="share of each matrix's parameters to keep (default: 0.1)")
-    p.add_argument("--threshold", type=share, help="instead: share of the sum of scores that the kept components reach")
-    p.add_argument("--score", choices=SCORES, default="taylor", help="what ranks the components (default: taylor)")
-    p.add_argument("--iterative", action="store_true", help="half a block at a time, with fresh gradients")
-    p.add_argument("--calibration", metavar="TEXT", help=f"{text_names('train')} or a file (default: wikitext2; "
-                   f"{embedded})")
-    p.add_argument("--samples", type=positive, metavar="N", default=512, help="calibration sequences (default: 512)")
-    p.add_argument("--seq-len", type=positive, metavar="T", help="tokens in each (default: 512, or all positions)")
-    p.add_argument("--seed", type=seed, default=42, help="of the windows' random offsets (default: 42)")
-    p.add_argument("--eval", nargs="+", metavar="TEXT", help=f"none, or any of {text_names('test')} and files "
-                   f"(default: wikitext2 ptb; {embedded})")
-    p.add_argument("--compare", action="store_true", help="add rows: the layers dropped, and plain SVD")
-    p.add_argument("--out", type=Path, metavar="FOLDER", help="to write (default: NAME-grasp here)")
-    p.add_argument("--overwrite", action="store_true", help="replace a folder that an earlier run wrote")
+def parse() -> argparse.Namespace:
+    p = cli.Parser(__doc__.splitlines()[0])
+    group = cli.model_flags(p, "what to compress")
+    either = group.add_mutually_exclusive_group(required=True).add_argument
+    either("--layers", type=cli.positive, metavar="N", help="how many redundant layers to compress")
+    either("--layer-ids", type=int, nargs="+", metavar="ID", help="compress these layers instead, from 0 on")
+    group.add_argument("--contiguous", action="store_true", help="take neighbouring layers [Gromov]")
+    either = group.add_mutually_exclusive_group().add_argument
+    either("--ratio", type=cli.fraction, help="fraction of each matrix's parameters to keep (default: 0.1)")
+    either("--threshold", type=cli.fraction, help="instead: fraction of the sum of scores to keep")
+    group.add_argument("--score", choices=SCORES, default="taylor", help="of a component (default: taylor)")
+    group.add_argument("--iterative", action="store_true", help="Algorithm 1's order, half a block at a time")
+    cli.calibration_flags(p)
+    cli.evaluation_flags(p, "--eval").add_argument(
+        "--compare", action="store_true", help="add rows: the layers dropped, and plain SVD")
+    cli.output_flags(p, "grasp")
+    cli.machine_flags(p, batches=True, several=True)
     a = p.parse_args()
-    if (a.layers is None) == (a.layer_ids is None):
-        raise ValueError("give one of --layers N and --layer-ids ID ...")
-    if a.layer_ids and (len(set(a.layer_ids)) < len(a.layer_ids) or a.contiguous):
-        raise ValueError(f"--layer-ids {a.layer_ids}: expected each id once, and no --contiguous")
-    if a.ratio and a.threshold:
-        raise ValueError("give one of --ratio and --threshold")
-    a.ratio = a.ratio or (None if a.threshold else 0.1)
-    a.out = a.out or Path(f"{a.ckpt.name}-grasp")
-    check_target(a.out, a.overwrite, [a.ckpt])
+    if a.layer_ids and a.contiguous:
+        raise ValueError("--contiguous finds the layers itself: it goes with --layers, not with --layer-ids")
+    a.ratio = None if a.threshold else a.ratio or 0.1
+    check_output(a.out, a.overwrite, [a.ckpt])
     return a
 
 
-def share(text):
-    if not 0 < float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected more than 0 and at most 1")
-    return float(text)
-
-
-def seed(text):
-    if not 0 <= int(text) < 2 ** 63:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected 0 to 2^63 - 1")
-    return int(text)
-
-
 if __name__ == "__main__":
-    command(main, parallel=True)
+    cli.command(main, parallel=True)

@@ -1,233 +1,257 @@
-"""What a folder of weights says: its tensors, memory-mapped, and its hyper-parameters, all under Meta's names.
+"""Checkpoint formats: the tensors of a folder, memory-mapped, and its hyper-parameters, under Meta's names.
 
-Meta's raw folders (params.json + consolidated.NN.pth, one file a model-parallel shard), Mistral's (the same, or
-consolidated.safetensors), Hugging Face's (config.json + *.safetensors), and this project's own (Meta's, with ranks).
+    Meta            params.json + consolidated.NN.pth, one file for each model-parallel shard
+    Mistral         the same, or consolidated.safetensors
+    Hugging Face    config.json + model.safetensors, or the files that model.safetensors.index.json names
+    compressed      Meta's, with a table of ranks in params.json
+
+The format is detected from the files; the folder's name does not matter.
 """
 import json
+import re
+import shutil
+import warnings
+import zipfile
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from data import need, processes, read_bytes
-from data.pth import LARGEST, read_pth
+from data import need
+from runtime import distributed
+from runtime.files import atomic_write, check_output, error_prefix, read_json
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 HF_FIELDS = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
-             "n_kv_heads": "num_key_value_heads", "hidden_dim": "intermediate_size", "norm_eps": "rms_norm_eps",
-             "max_seq_len": "max_position_embeddings"}  # Meta's -> Hugging Face's; the others have one name
+             "n_kv_heads": "num_key_value_heads", "hidden_dim": "intermediate_size",
+             "norm_eps": "rms_norm_eps", "max_seq_len": "max_position_embeddings"}  # Meta's -> Hugging Face's
 
 HF_TENSORS = (("model.", ""), ("embed_tokens", "tok_embeddings"), ("lm_head", "output"),
               ("input_layernorm", "attention_norm"), ("post_attention_layernorm", "ffn_norm"),
               ("self_attn.q_proj", "attention.wq"), ("self_attn.k_proj", "attention.wk"),
               ("self_attn.v_proj", "attention.wv"), ("self_attn.o_proj", "attention.wo"),
               ("mlp.gate_proj", "feed_forward.w1"), ("mlp.down_proj", "feed_forward.w2"),
-              ("mlp.up_proj", "feed_forward.w3"))  # parts of a name, Hugging Face's -> Meta's
+              ("mlp.up_proj", "feed_forward.w3"))  # parts of tensor names, Hugging Face's -> Meta's
 
 
-def read_folder(folder):
-    """(fields of ModelArgs, ranks, shards, halves) of any folder of weights.
+def read_folder(folder: Path) -> tuple[dict, dict[str, int], list[dict[str, Tensor]], bool]:
+    """Read any checkpoint folder.
 
-    ranks: {matrix: rank} and {feed-forward: its channels} of a compressed folder. shards: [{name: tensor}], one for
-    each model-parallel part. halves: whether the rows of wq and wk are in Hugging Face's order. Raises
-    FileNotFoundError and ValueError.
+    Returns (fields of ModelArgs, ranks, shards, whether the rows of wq and wk are in Hugging Face's order).
+    ranks: {matrix: rank} and {feed-forward: its channels} of a compressed folder. shards: {name: tensor}, one
+    for each model-parallel shard. Raises FileNotFoundError and ValueError with the file or tensor at fault.
     """
-    raw = [sorted(f for f in folder.glob(f"consolidated*{kind}") if f.is_file()) for kind in (".pth", ".safetensors")]
-    raw = raw[0] or raw[1]
-    for i, f in enumerate(raw if len(raw) > 1 else []):
+    if not folder.is_dir():
+        found = "a file, expected a folder" if folder.exists() else "no such folder"
+        raise FileNotFoundError(f"{folder}: {found}")
+    raw = [f for f in sorted(folder.glob("consolidated*")) if f.is_file()]
+    raw = [f for f in raw if f.suffix == ".pth"] or [f for f in raw if f.suffix == ".safetensors"]
+    hugging_face = not (raw and (folder / "params.json").is_file())
+    file = folder / ("config.json" if hugging_face else "params.json")
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder}: no checkpoint here; looked for params.json with consolidated.* "
+                                "(.pth or .safetensors; Meta, Mistral), and config.json (Hugging Face)")
+    for i, f in enumerate(raw if len(raw) > 1 and not hugging_face else []):
         if f.name != f"consolidated.{i:02}{f.suffix}":
-            raise FileNotFoundError(f"{folder}: found {f.name} where consolidated.{i:02}{f.suffix} was expected")
-    if (folder / "params.json").is_file() and raw:
-        file, shards, names = folder / "params.json", [read_tensors(f) for f in raw], {}
-        params = read_json(file)
-    elif (folder / "config.json").is_file():
-        file, index = folder / "config.json", folder / "model.safetensors.index.json"
-        params, names = check_config(read_json(file), file), HF_FIELDS
-        files = weight_files(folder, read_json(index) if index.is_file() else None)
-        named = [(our_name(name), t) for f in files for name, t in read_tensors(f).items()]
-        shards = [dict(named)]
-        if len(named) > len(shards[0]):
-            raise ValueError(f"{folder}: a tensor stands there twice")
-        if params.get("tie_word_embeddings"):
+            raise FileNotFoundError(f"{folder}: found {f.name}, expected consolidated.{i:02}{f.suffix}")
+    shards = [read_hf_tensors(folder)] if hugging_face else [read_tensors(f) for f in raw]
+    params, embedding = read_json(file), shards[0].get("tok_embeddings.weight")
+    with error_prefix(folder):
+        if embedding is None or embedding.ndim != 2:
+            raise ValueError("the token embeddings are missing, or not a matrix")
+        head, tied = shards[0].get("output.weight"), hugging_face and params.get("tie_word_embeddings")
+        if hugging_face and head is None and not tied:
+            raise ValueError("tensor lm_head.weight is missing, and tie_word_embeddings is not true")
+        if head is not None and len(shards) == 1 and torch.equal(head[:1], embedding[:1]):  # a quick look
+            tied = tied or torch.equal(head, embedding)
+        if tied:
             shards[0].pop("output.weight", None)
-        elif "output.weight" not in shards[0]:
-            raise ValueError(f"{folder}: tensor lm_head.weight is missing, and tie_word_embeddings is not true")
-    else:
-        raise FileNotFoundError(f"{folder}: no checkpoint here; looked for params.json with consolidated.*.pth or "
-                                "consolidated.*.safetensors (Meta, Mistral) and config.json (Hugging Face)")
-    embedding = shards[0].get("tok_embeddings.weight")
-    if embedding is None or embedding.ndim != 2:
-        raise ValueError(f"{folder}: no matrix {'model.embed_tokens' if names else 'tok_embeddings'}.weight in it")
-    ranks = params.get("ranks") or {}
-    if not isinstance(ranks, dict):
-        raise ValueError(f"{file}: ranks is a {type(ranks).__name__}, expected an object")
-    ranks = {name: number(ranks, name, file) for name in ranks}
-    return read_args(params, file, names, shards), ranks, shards, bool(names)
+    with error_prefix(file):
+        args, ranks = read_args(params, hugging_face, shards), params.get("ranks") or {}
+        if not isinstance(ranks, dict):
+            raise ValueError(f"ranks is a {type(ranks).__name__}, expected an object")
+        known = r"layers\.\d+\.(attention\.w[qkvo]|feed_forward(\.w[123])?)"
+        if unknown := [name for name in ranks if not re.fullmatch(known, name)]:
+            raise ValueError(f"ranks names {unknown[0]}, which this model does not have")
+        ranks = {name: number(ranks, name) for name in ranks}
+        found = sum(name.endswith(".attention_norm.weight") for name in shards[0])
+        if found != args["n_layers"]:  # checked before a model of any size is built
+            raise ValueError(f"weights of {found} layers, expected {args['n_layers']}")
+    return args, ranks, shards, hugging_face
 
 
-def our_name(name):
-    """"model.layers.3.self_attn.q_proj.weight" -> "layers.3.attention.wq.weight"."""
-    for theirs, ours in HF_TENSORS:
-        name = name.replace(theirs, ours, 1)
-    return name
-
-
-def pair_rows(W, head_dim):
-    """Rows of wq or wk: each head's x0 x1 .. y0 y1 .. (Hugging Face turns its halves) as x0 y0 x1 y1 .. (Meta)."""
-    return W.view(-1, 2, head_dim // 2, W.shape[1]).transpose(1, 2).reshape(W.shape)
-
-
-def gather(parts, name, shape, folder):
-    """One tensor from its model-parallel shards: vectors are repeated, matrices split over rows (wo, w2: columns).
-
-    The embeddings were split over columns (Llama 1, 2) or rows (Llama 3): seen from where the sizes add up.
-    """
-    if any(part is None for part in parts):
-        raise ValueError(f"{folder}: tensor {name} is missing")
-    if len({part.dtype for part in parts}) > 1:
-        raise ValueError(f"{folder}: tensor {name} has not one dtype in all shards")
-    if parts[0].shape == shape and (len(parts) == 1 or len(shape) == 1):
-        if all(torch.equal(parts[0], part) for part in parts[1:]):
-            return parts[0]
-        raise ValueError(f"{folder}: tensor {name} differs between the shards")
-    sides = (0, 1) if "tok_embeddings" in name else (1,) if name.endswith(("wo.weight", "w2.weight")) else (0,)
-    for dim in sides if all(part.ndim == len(shape) == 2 for part in parts) else ():
-        sizes = {part.shape[:dim] + part.shape[dim + 1:] for part in parts}
-        if sizes == {shape[:dim] + shape[dim + 1:]} and sum(part.shape[dim] for part in parts) == shape[dim]:
-            return torch.cat(parts, dim)
-    found = " and ".join(str(tuple(part.shape)) for part in parts)
-    raise ValueError(f"{folder}: tensor {name} is {found}, expected {tuple(shape)}")
-
-
-def check_config(config, file):
-    """config.json's table with rope_theta and rope_scaling in one place (transformers 5 and 4 write them differently).
-
-    ValueError if it asks for anything that the model of this project does not have.
-    """
-    if config.get("model_type") not in ("llama", "mistral"):
-        raise ValueError(f"{file}: model_type is {config.get('model_type')!r}; supported: llama, mistral")
-    for name, wanted in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
-        if config.get(name, wanted) != wanted:
-            raise ValueError(f"{file}: {name} is {config[name]!r}; supported: {wanted!r}")
-    for name in ("intermediate_size", "max_position_embeddings"):  # Meta's files may leave these out, theirs may not
-        if config.get(name) is None:
-            raise ValueError(f"{file}: lacks {name}")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
-    if kind not in ("default", "llama3"):
-        raise ValueError(f"{file}: the rotary embedding is {rope!r}; supported: rope_type default, llama3")
-    return {**config, "rope_theta": rope.get("rope_theta", config.get("rope_theta")),
-            "rope_scaling": rope if kind == "llama3" else None}
-
-
-def weight_files(folder, index):
-    """The folder's weight files: model.safetensors, or those that the index (a table, or None) names."""
-    names = index.get("weight_map") if index else {"": "model.safetensors"}
-    names = sorted(set(map(str, names.values()))) if isinstance(names, dict) else []
-    for name in names or ["a weight_map of files"]:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder}: no {name}; looked for model.safetensors, or the files that "
+def read_hf_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a Hugging Face folder, under Meta's names."""
+    index, files = folder / "model.safetensors.index.json", ["model.safetensors"]
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        with error_prefix(f"{index}: weight_map"):
+            files = sorted({str(file) for file in weight_map.values()})
+    tensors = {}
+    for file in files:
+        if Path(file).name != file or not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder}: no {file}; looked for model.safetensors, or the files that "
                                     "model.safetensors.index.json names in this folder")
-    return [folder / name for name in names]
+        for theirs, tensor in read_tensors(folder / file).items():
+            name = theirs
+            for old, new in HF_TENSORS:
+                name = name.replace(old, new, 1)
+            if name in tensors:
+                raise ValueError(f"{folder}: duplicate tensor {theirs}")
+            tensors[name] = tensor
+    return tensors
 
 
-def read_tensors(file):
-    """{name: memory-mapped tensor} of one .pth or .safetensors file; nothing but plain float tensors is let in."""
-    try:
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """{name: memory-mapped tensor} of a .pth or .safetensors file. Only dense float tensors are accepted."""
+    with error_prefix(f"{file}: not readable as plain tensors (truncated, corrupt, or other objects)"):
         if file.suffix == ".pth":
             tensors = read_pth(file)
         else:
             with need("safetensors", f"reading {file}").safe_open(file, framework="pt") as f:
                 tensors = {name: f.get_tensor(name) for name in f.keys()}
-    except (ModuleNotFoundError, FileNotFoundError, PermissionError, MemoryError):
-        raise
-    except Exception as e:  # the readers raise many kinds; each means that the file is not what it should be
-        raise ValueError(f"{file}: not readable as plain tensors (cut, corrupt, or holding other objects): "
-                         f"{str(e).strip().splitlines()[0] if str(e) else type(e).__name__}") from e
-    for name, t in tensors.items() if isinstance(tensors, dict) else [("the file", None)]:
-        if not (isinstance(t, torch.Tensor) and t.dtype in FLOATS and t.numel()):
-            found = f"{t.dtype} of shape {tuple(t.shape)}" if isinstance(t, torch.Tensor) else type(t).__name__
-            raise ValueError(f"{file}: {name} is {found}, expected a dense tensor in "
-                             "float16, bfloat16, float32 or float64")
+        for name, t in tensors.items():
+            if not (isinstance(name, str) and isinstance(t, Tensor) and t.layout == torch.strided
+                    and t.dtype in FLOATS and t.numel() and not t.is_nested):
+                raise ValueError(f"{name} is not a dense tensor in one of {', '.join(map(str, FLOATS))}")
+    computed = ("rope.freqs", "rotary_emb.inv_freq")  # not parameters
+    return {name: t for name, t in tensors.items() if not name.endswith(computed)}
+
+
+def read_pth(file: Path) -> dict[str, Tensor]:
+    """{name: memory-mapped tensor} of a file that torch.save wrote. No code in it is run (weights_only).
+
+    Mapping skips the checksums and the sizes of the zip archive's records, so both are compared here.
+    """
+    with zipfile.ZipFile(file) as archive:
+        records = sorted(archive.infolist(), key=lambda record: record.header_offset)
+        sizes = [record.file_size for record in records if "/data/" in record.filename]
+        if any(record.compress_type for record in records):
+            raise ValueError("a record is compressed")
+        if not distributed.index() and (bad := archive.testzip()):
+            raise ValueError(f"wrong CRC-32 of {bad}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors.values()}
+    if [storages[place] for place in sorted(storages)] != sizes:  # in the file's order
+        raise ValueError("the sizes of the tensors' storages are not those of the archive's records")
     return tensors
 
 
-def read_json(file, largest=LARGEST):
-    """The object in a JSON file, as a dict; ValueError if there is anything else, or more than `largest` bytes."""
-    def once(pairs):
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a name stands twice in an object")
-        return dict(pairs)
-
-    content = read_bytes(file, largest)
-    try:
-        table = json.loads(content.decode("utf-8"), object_pairs_hook=once)
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{file}: not JSON ({e})") from None
-    if not isinstance(table, dict):
-        raise ValueError(f"{file}: a JSON {type(table).__name__}, expected an object")
-    return table
-
-
-def number(table, name, file, default=None, kind=int):
-    """table[name], a positive finite number of that kind; ValueError where it is missing or anything else."""
-    if not isinstance(table, dict):
-        raise ValueError(f"{file}: {table!r} where an object with {name} was expected")
-    value = table.get(name) if table.get(name) is not None else default
+def number(table: dict, name: str, default=None, kind: type = int) -> int | float:
+    """table[name], or the default: a positive finite number of that kind. ValueError for anything else."""
+    value = default if table.get(name) is None else table[name]
     if value is None:
-        raise ValueError(f"{file}: lacks {name}")
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 2 ** 53
-    if not good or value != kind(value):
-        raise ValueError(f"{file}: {name} is {value!r}, expected a positive {kind.__name__}")
+        raise ValueError(f"lacks {name}")
+    if type(value) not in (int, float) or not 0 < value < 2 ** 53 or value != kind(value):
+        raise ValueError(f"{name} is {value!r}, expected a positive {kind.__name__}")
     return kind(value)
 
 
-def read_args(p, file, names, shards):
-    """The fields of ModelArgs from the table of a params.json or, with `names` (ours -> theirs), of a config.json."""
-    def get(name, default=None, kind=int):
-        return number(p, names.get(name, name), file, default, kind)
-
+def check_supported(p: dict, hugging_face: bool) -> None:
+    """Raise ValueError if a config asks for anything that the model of this project does not have."""
+    if hugging_face and p.get("model_type") not in ("llama", "mistral"):
+        raise ValueError(f"model_type is {p.get('model_type')!r}; supported: llama, mistral")
+    for name in ("moe", "vision_chunk_size", "yarn", "quantization_args", "quantization_config",
+                 "attention_bias", "mlp_bias", "hidden_act"):
+        if p.get(name) and (name, p[name]) != ("hidden_act", "silu"):
+            raise ValueError(f"{name} is {p[name]!r}, which is an unsupported architecture")
     for name in ("use_scaled_rope", "tie_word_embeddings"):
         if p.get(name) not in (None, True, False):
-            raise ValueError(f"{file}: {name} is {p[name]!r}, expected true or false")
-    for name in ("moe", "vision_chunk_size", "yarn", "quantization_args", "quantization_config"):
-        if p.get(name):
-            raise ValueError(f"{file}: {name} means an unsupported architecture; supported: dense Llama 1-3.2, Mistral")
-    dim, n_heads = get("dim"), get("n_heads")
-    rows, width = shards[0]["tok_embeddings.weight"].shape  # vocab_size -1: Llama 1 and 2 leave it to the tokenizer
-    hidden = int(get("ffn_dim_multiplier", 1.0, float) * int(2 * 4 * dim / 3))
-    multiple = get("multiple_of", 256)
-    scaling = p.get("rope_scaling") or ({} if p.get("use_scaled_rope") else None)
-    factor = 32.0 if (dim, get("n_layers")) in ((2048, 16), (3072, 28)) else 8.0  # Llama 3.2 1B and 3B; 3.1 and others
-    # full attention is a sliding window's attention only within that window
-    limits = [get(name) for name in ("max_seq_len", "sliding_window")
-              if p.get(names.get(name, name)) is not None]
-    args = dict(
-        dim=dim, n_layers=get("n_layers"), n_heads=n_heads, n_kv_heads=get("n_kv_heads", n_heads),
-        head_dim=get("head_dim", dim // n_heads), hidden_dim=get("hidden_dim", -(-hidden // multiple) * multiple),
-        vocab_size=get("vocab_size") if p.get("vocab_size", -1) != -1 else rows * (len(shards) if width == dim else 1),
-        norm_eps=get("norm_eps", kind=float), rope_theta=get("rope_theta", 10000.0, float),
-        rope_scaling=scaling if scaling is None else {  # Llama 3.1's values where the file gives none
-            name: number(scaling, name, file, default, float)
-            for name, default in (("factor", factor), ("low_freq_factor", 1.0), ("high_freq_factor", 4.0),
-                                  ("original_max_position_embeddings", 8192.0))},
-        max_seq_len=min(limits, default=None))
-    rope = args["rope_scaling"]
-    if rope and rope["low_freq_factor"] >= rope["high_freq_factor"]:
-        raise ValueError(f"{file}: low_freq_factor must be less than high_freq_factor, found {rope}")
-    if n_heads % args["n_kv_heads"] or args["head_dim"] % 2:
-        raise ValueError(f"{file}: {n_heads} query heads, {args['n_kv_heads']} key/value heads, head size "
-                         f"{args['head_dim']}: the first must be a multiple of the second, the last even")
-    return args
+            raise ValueError(f"{name} is {p[name]!r}, expected true or false")
 
 
-def whole_storage(p):
-    """p alone in its storage, without a copy: torch.save writes whole storages, and a mapped file is a single one.
+def read_args(p: dict, hugging_face: bool, shards: list[dict[str, Tensor]]) -> dict:
+    """The fields of ModelArgs from the content of Hugging Face's config.json, or of params.json."""
+    def get(name, default=None, kind=int):
+        return number(p, HF_FIELDS.get(name, name) if hugging_face else name, default, kind)
 
-    None on all processes but the one that writes.
+    check_supported(p, hugging_face)
+    dim, n_heads, n_layers = get("dim"), get("n_heads"), get("n_layers")
+    n_kv_heads, head_dim = get("n_kv_heads", n_heads), get("head_dim", dim // n_heads)
+    if n_heads % n_kv_heads or head_dim % 2:
+        raise ValueError(f"{n_heads} query heads, {n_kv_heads} key/value heads, head size {head_dim}: the "
+                         "first must be a multiple of the second, the last even")
+    rows, width = shards[0]["tok_embeddings.weight"].shape
+    vocab_size = rows * (len(shards) if width == dim else 1)
+    hidden, multiple = get("ffn_dim_multiplier", 1.0, float) * int(2 * 4 * dim / 3), get("multiple_of", 256)
+    hidden = None if hugging_face else -(-int(hidden) // multiple) * multiple  # Meta's rule
+    limits = [get(name) for name in ("max_seq_len", "sliding_window")  # within its window, attention is full
+              if hugging_face and name == "max_seq_len" or p.get(name) is not None]
+    factor = 32.0 if (dim, n_layers) in ((2048, 16), (3072, 28)) else 8.0  # Llama 3.2's 1B and 3B; others
+    scaling, theta = read_rope(p, hugging_face, factor)
+    return dict(
+        dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim,
+        hidden_dim=get("hidden_dim", hidden), norm_eps=get("norm_eps", kind=float),
+        vocab_size=vocab_size if p.get("vocab_size", -1) == -1 else get("vocab_size"),  # Llama 1 and 2: -1
+        rope_theta=theta, rope_scaling=scaling, max_seq_len=min(limits, default=None))
+
+
+def read_rope(p: dict, hugging_face: bool, factor: float) -> tuple[dict | None, float]:
+    """Return (rope_scaling, rope_theta). factor: of Meta's files, which say only use_scaled_rope."""
+    rope = p.get("rope_parameters") or p.get("rope_scaling") or {}  # transformers 5; transformers 4 and Meta
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"the rotary embedding is {rope!r}; supported: rope_type default, llama3")
+    theta = number(rope if "rope_theta" in rope else p, "rope_theta", 10000.0, float)
+    if not (kind == "llama3" if hugging_face else rope or p.get("use_scaled_rope")):
+        return None, theta
+    defaults = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192.0}
+    scaling = {name: number(rope, name, default, float) for name, default in defaults.items()}
+    if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise ValueError(f"low_freq_factor must be less than high_freq_factor, found {scaling}")
+    return scaling, theta
+
+
+def pair_rows(W: Tensor, head_dim: int) -> Tensor:
+    """Rows of wq or wk, reordered within each head from halves (Hugging Face) to pairs (Meta)."""
+    return W.view(-1, 2, head_dim // 2, W.shape[1]).transpose(1, 2).reshape(W.shape)
+
+
+def gather(shards: list[dict[str, Tensor]], name: str, shape: torch.Size, head_dim: int | None) -> Tensor:
+    """One tensor from its model-parallel shards. Raises ValueError if they do not fit together.
+
+    head_dim: of a Hugging Face folder, whose rows of wq and wk are brought into Meta's order.
+    Vectors are repeated in all shards. Matrices are split over rows; wo and w2 over columns; the embeddings
+    over columns (Llama 1, 2) or rows (Llama 3), as the sizes tell.
     """
-    t = processes.whole(p.detach())
-    if processes.rank():
-        return None
+    parts = [shard[name] for shard in shards if name in shard]
+    if len(parts) < len(shards):
+        raise ValueError(f"tensor {name} is missing")
+    if len({(part.dtype, part.ndim) for part in parts}) > 1:
+        raise ValueError(f"tensor {name} differs in dtype or dimensions between the shards")
+    tensor = parts[0]
+    if len(parts) > 1 and len(shape) == 2:
+        by_columns = name.endswith(("wo.weight", "w2.weight"))
+        if name == "tok_embeddings.weight":
+            by_columns = tensor.shape[0] == shape[0]
+        tensor = torch.cat(parts, 1 if by_columns else 0)
+    elif not all(torch.equal(tensor, part) for part in parts[1:]):
+        raise ValueError(f"tensor {name} differs between the shards")
+    if tensor.shape != shape:
+        found = " and ".join(str(tuple(part.shape)) for part in parts)
+        raise ValueError(f"tensor {name} is {found}, expected {tuple(shape)}")
+    return pair_rows(tensor, head_dim) if head_dim and name.endswith(("wq.weight", "wk.weight")) else tensor
+
+
+def write_folder(path: str | Path, params: dict, weights: dict[str, Tensor], report: dict | None = None,
+                 tokenizer: str | Path | None = None, overwrite: bool = False) -> None:
+    """Write params.json, consolidated.00.pth, report.json and a copy of the tokenizer's file, atomically."""
+    check_output(path, overwrite)
+    with atomic_write(path) as folder:
+        folder.mkdir()
+        torch.save({name: own_storage(t) for name, t in weights.items()}, folder / "consolidated.00.pth")
+        (folder / "params.json").write_text(json.dumps(params, indent=1) + "\n")
+        if report:
+            (folder / "report.json").write_text(json.dumps(report, indent=1, default=str) + "\n")
+        if tokenizer:
+            shutil.copyfile(tokenizer, folder / Path(tokenizer).name)
+
+
+def own_storage(t: Tensor) -> Tensor:
+    """t on the CPU, contiguous and alone in its storage, because torch.save writes whole storages."""
     t = t.cpu().contiguous()
-    return torch.from_numpy(t.view(torch.uint8).numpy()).view(t.dtype)
+    return t if t.untyped_storage().nbytes() == t.nbytes else t.clone()

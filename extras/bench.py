@@ -11,9 +11,9 @@ The weights are a folder's, and the tokens those of grasp.py; or both are random
     floor       operations / rate; of SVD and scores the bare torch.linalg.svd of the same matrices, in fp32
     turn        all phases and their floors once, side by side; of --repeats turns each phase's and floor's best counts
     peak        of a turn before those; CUDA: allocated, CPU: resident beyond what was before the model was there
-    computed    what the attribution sweep's peak should be, by attribution.sweep_bytes
+    computed    what the attribution sweep's peak should be, by sweep_bytes
 
---autograd adds the algorithm as published, an independent witness: each half of a block has a sweep of its own, in
+--autograd adds the algorithm as published, an independent check: each half of a block has a sweep of its own, in
 which autograd differentiates the singular values. --svd compares ways to the same decompositions. --growth shows, on
 random models, whether seconds over floor stay while tokens, layers and width grow. --memory only computes what the
 known shapes need.
@@ -27,15 +27,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attribution import importance, rank_for_ratio, sigma_gradients, svd, sweep_bytes, top_k, weight_gradients
-from data.corpus import batches
-from data.target import write_json
-from evaluate import (DTYPES, TINY, Parser, batch_size, command, introduce, json_file, markdown, open_checkpoint,
-                      peak_bytes, pick_device, positive, sequence_length, timed)
-from extras import reset_peak
+from attribution import importance, rank_for_ratio, sigma_gradients, svd, top_k, weight_gradients
+from data.corpus import calibration_windows
+from evaluate import markdown
+from extras import keep
 from extras.generate import random_prompt, weight_bytes
-from grasp import calibration_windows, check_layers, compress, find_redundant, keep, matrices, share
-from model import MATRICES, ModelArgs, Transformer, upcast
+from grasp import check_layers, compress, find_redundant
+from model import MATRICES, ModelArgs, Transformer, matrix_names, repeats_heads, upcast
+from runtime import cli
+from runtime.files import write_json
 
 SHAPES = {  # dim, n_layers, n_heads, n_kv_heads, hidden_dim, vocab_size, whether the embeddings are tied
     "llama2-7b": (4096, 32, 32, 32, 11008, 32000, False), "llama3-8b": (4096, 32, 32, 8, 14336, 128256, False),
@@ -111,7 +111,7 @@ def matrix_rate(device, dtype):
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     for _ in range(5):
         one = {}
-        with timed(one, "product", device):
+        with cli.timed(one, "product", device):
             a @ b
         seconds.append(one["product"])
     return 2 * size ** 3 / min(seconds)
@@ -121,20 +121,23 @@ def turn(model, windows, size, n, ratio, peaks=None):
     """(seconds of each phase and of the bare SVDs, the redundant layers); peaks: a dict for bytes of each phase."""
     seconds, device = {}, model.device
 
+    def sweep(label):
+        with cli.timed(seconds, label, device):
+            yield from cli.batches(windows, size, label)
+
     def watched(label):
-        reset_peak(device)
-        yield from batches(windows, size, label)
-        peaks[label] = peak_bytes(device)
-        reset_peak(device)  # for the SVDs, which follow the last sweep
+        cli.reset_peak(device)
+        yield from sweep(label)
+        peaks[label] = cli.peak_bytes(device)
+        cli.reset_peak(device)  # for the SVDs, which follow the last sweep
 
-    sweep = partial(batches, windows, size) if peaks is None else watched
-
-    with timed(seconds, "redundancy", device):
-        _, redundant = find_redundant(model, sweep, n)
-    with borrowed(model, redundant):
-        compress(model, redundant, sweep, ratio, log=lambda line: None, seconds=seconds)
+    look = sweep if peaks is None else watched
+    _, redundant = find_redundant(model, look, n)
+    with borrowed(model, redundant), cli.timed(seconds, "SVD", device):
+        list(compress(model, redundant, look, ratio))
+    seconds["SVD"] -= seconds["attribution"]
     if peaks is not None:
-        peaks["SVD"] = peak_bytes(device)
+        peaks["SVD"] = cli.peak_bytes(device)
     every = device.type == "cpu"  # on CUDA, where it is slow, one of each shape
     seconds["bare SVD"], _ = time_by_shape(bare_svd, model, by_shape(model, redundant), every)
     return seconds, redundant
@@ -143,7 +146,7 @@ def turn(model, windows, size, n, ratio, peaks=None):
 @contextmanager
 def borrowed(model, layer_ids):
     """The dense matrices of these layers are in their places again at the end."""
-    dense = {name: model.get_submodule(name) for name in matrices(*layer_ids)}
+    dense = {name: model.get_submodule(name) for name in matrix_names(*layer_ids)}
     yield
     for name, module in dense.items():
         model.replace_matrix(name, module)
@@ -152,7 +155,7 @@ def borrowed(model, layer_ids):
 def by_shape(model, layer_ids):
     """[[names of these layers' matrices of one shape] ...]."""
     groups = {}
-    for name in matrices(*layer_ids):
+    for name in matrix_names(*layer_ids):
         groups.setdefault(model.get_submodule(name).weight.shape, []).append(name)
     return list(groups.values())
 
@@ -166,7 +169,7 @@ def time_by_shape(f, model, groups, every=True, together=False):
     total, firsts = 0.0, []
     for names in groups:
         seconds, taken = {}, [model.get_submodule(name).weight.float() for name in (names if every else names[:1])]
-        with timed(seconds, "SVD", model.device):
+        with cli.timed(seconds, "SVD", model.device):
             firsts.append((f(taken) if together else [f(W) for W in taken])[0])
         total += seconds["SVD"] * len(names) / len(taken)
     return total, firsts
@@ -210,16 +213,16 @@ def autograd_compress(model, layer_ids, sweep, ratio, seconds):
     only, whose low-rank factors then take their place. seconds: a dict to add "gradients" and "SVD" to.
     """
     kept = {}
-    for half in [[name for name in matrices(layer) if part in name]
+    for half in [[name for name in matrix_names(layer) if part in name]
                  for layer in sorted(layer_ids, reverse=True) for part in ("feed_forward", "attention")]:
-        with timed(seconds, "SVD", model.device):
+        with cli.timed(seconds, "SVD", model.device):
             old = {name: model.replace_matrix(name, Spectral(model.get_submodule(name).weight)) for name in half}
-        with timed(seconds, "gradients", model.device):
+        with cli.timed(seconds, "gradients", model.device):
             for tokens in sweep(f"autograd, {half[0].rpartition('.')[0]}"):
                 tokens = tokens.to(model.device)
                 logits = upcast(model(tokens))[:, :-1].flatten(0, 1)
                 F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum").backward()
-        with timed(seconds, "SVD", model.device):
+        with cli.timed(seconds, "SVD", model.device):
             for name, linear in old.items():
                 (m, n), spectral = linear.weight.shape, model.replace_matrix(name, linear)
                 k, S = rank_for_ratio(m, n, ratio), spectral.S.detach()
@@ -233,13 +236,13 @@ def beside(model, windows, size, ratio, measured, before):
     """Two rows: what `measure` gave of the method with one sweep, and the published way with many, once."""
     _, sweep, _, svds, _ = measured["rows"]
     seconds, redundant = {}, measured["redundant"]
-    reset_peak(model.device)
+    cli.reset_peak(model.device)
     with borrowed(model, redundant):
-        autograd_compress(model, redundant, partial(batches, windows, size), ratio, seconds)
+        autograd_compress(model, redundant, partial(cli.batches, windows, size), ratio, seconds)
     return [{"method": "one sweep", "gradients s": sweep["seconds"], "SVD s": svds["seconds"],
              "peak GiB": max(sweep["peak GiB"], svds["peak GiB"])},
             {"method": "autograd, as published", "gradients s": seconds["gradients"], "SVD s": seconds["SVD"],
-             "peak GiB": (peak_bytes(model.device) - before) / GIB}]
+             "peak GiB": (cli.peak_bytes(model.device) - before) / GIB}]
 
 
 # ------------------------------------------------------------------------------------------------ ways to an SVD
@@ -323,49 +326,75 @@ def in_common(ours, theirs):
 
 # ------------------------------------------------------------------------------------------------ computed alone
 
+def sweep_bytes(model, layer_ids, B, T, gpus=1):
+    """{"weights", "gradients", "activations"}: bytes; their sum is the peak of weight_gradients over these layers.
+
+    B sequences of T tokens a micro-batch; a model on the meta device counts as one on a GPU. No T x T probabilities are
+    counted: fused attention keeps none. Torch 2.5 lacks it for grouped queries on the CPU. Each of several `gpus` has
+    its rows of the blocks' matrices and of the gradient sums; embeddings and head whole; and of the largest matrix,
+    while it is used, all rows (twice: as they come and in their place), its gradient, and that in fp32 at least.
+    """
+    a, s, wide, top = model.args, model.dtype.itemsize, max(4, model.dtype.itemsize), model.args.n_layers - 1
+    matrices = [p.numel() for layer in layer_ids for p in model.layers[layer].parameters() if p.ndim == 2]
+    heads = a.n_heads if repeats_heads(model.device, model.dtype) else a.n_kv_heads
+    q, kv, norm = a.n_heads * a.head_dim, heads * a.head_dim, wide * (a.dim + 1)
+    # What autograd keeps of a token, from the lowest layer up, whose first norm it does not see: both norms' widened
+    # inputs and scales; q, the attention's output, k, v; w1 x, silu(w1 x), w3 x; the attention's log-sum-exps.
+    block = 2 * norm + s * (2 * q + 2 * kv + 3 * a.hidden_dim) + wide * a.n_heads
+    inputs = s * (2 * a.dim + a.hidden_dim)  # of a redundant layer's wq, wk, wv; w1, w3; w2 (wo's is there already)
+    kept = B * T * (block * (top - min(layer_ids) + 1) - norm + inputs * len(layer_ids))
+    # What comes on top of it at the moments that can be the peak, with the final state h and its gradient in each:
+    h, hidden = B * T * s * a.dim, B * T * s * a.hidden_dim
+    widened = wide * (model.device.type == "cpu" and s < wide) * max(matrices)  # a gradient's copy, before it is added
+    moments = (3 * h + min(model.head_chunk, B * T) * 3 * wide * a.vocab_size,  # a chunk's log p and two gradients
+               2 * h + hidden * (2 if top in layer_ids else 3),  # the last SwiGLU's gradients; w2's input may be gone
+               2 * h + s * max(matrices) + max(hidden, widened)  # the first of a matrix; or its copy, w2's input gone
+               - B * T * block * (top - max(layer_ids)))
+    split = sum(p.numel() for p in model.layers.parameters() if p.ndim == 2)
+    use = max(matrices) * (3 * s + wide) if gpus > 1 else 0
+    return {"weights": s * (model.n_params - split + split // gpus), "gradients": wide * sum(matrices) // gpus,
+            "activations": kept + max(moments) + use}
+
+
 def memory(shapes, dtype, layers, T, gpus):
     """Rows of GiB that the attribution sweep takes by sweep_bytes, in micro-batches of 1,024 or of 8,192 tokens.
 
-    The redundant layers begin at two thirds of the depth. Each of `gpus` has its rows of the blocks' matrices and of
-    the gradient sums; embeddings and head whole; and of the largest matrix, while it is used, all rows (twice: as they
-    come and in their place), its gradient, and that in fp32 on its way into the sum.
+    The redundant layers begin at two thirds of the depth. Of several GPUs: what each has under --shard.
     """
     rows = []
     for name, shape in shapes.items():
-        model, wide = meta_model(shape, dtype), max(4, dtype.itemsize)
+        model = meta_model(shape, dtype)
         first = 2 * model.args.n_layers // 3
         ids = range(first, min(first + (layers or model.args.n_layers // 5), model.args.n_layers))
-        few, many = (sweep_bytes(model, ids, batch_size(None, T) * times, T) for times in (1, 8))
-        matrices = [p.numel() for p in model.layers.parameters() if p.ndim == 2]
-        shared = dtype.itemsize * sum(matrices) + few["gradients"]
-        each = sum(few.values()) - shared + shared / gpus + max(matrices) * (3 * dtype.itemsize + wide)
+        few, many, each = (sweep_bytes(model, ids, cli.batch_size(None, T) * times, T, parts)
+                           for times, parts in ((1, 1), (8, 1), (1, gpus)))
         rows.append({"model": name, "layers": f"{ids[0]}-{ids[-1]}", "weights": few["weights"] / GIB,
                      "gradients": few["gradients"] / GIB, "peak, 1,024 tokens": sum(few.values()) / GIB,
-                     "8,192 tokens": sum(many.values()) / GIB, f"on each of {gpus}, 1,024 tokens": each / GIB})
+                     "8,192 tokens": sum(many.values()) / GIB,
+                     f"on each of {gpus}, 1,024 tokens": sum(each.values()) / GIB})
     return rows
 
 
 # ------------------------------------------------------------------------------------------------ the command
 
-def bench(a, model, tokenizer, T, size, before):
+def bench(model, windows, size, n, ratio, repeats, before, autograd, svds):
     """The phases, and what else is asked for, each printed as it is there: the report."""
-    windows = calibration_windows(a, model, tokenizer)[0] if tokenizer else random_prompt(model, a.samples, T, SEED)
-    report = measure(model, windows, size, a.layers or max(1, model.args.n_layers // 4), a.ratio, a.repeats, before)
+    report = measure(model, windows, size, n, ratio, repeats, before)
     print(f"{show(report['rows'])}\n\nredundant {report['redundant']}; floors of the sweeps: "
           f"{' and '.join(f'{work / 1e12:.3f}' for work in report['operations'].values())} Tflop at "
           f"{report['rate'] / 1e12:.3f} Tflop/s\n")
-    if a.autograd:
-        report["autograd"] = beside(model, windows, size, a.ratio, report, before)
+    if autograd:
+        report["autograd"] = beside(model, windows, size, ratio, report, before)
         ours, theirs = (row["gradients s"] + row["SVD s"] for row in report["autograd"])
         print(f"{show(report['autograd'])}\n\nas published it takes {theirs / ours:.1f} times as long; "
               f"{theirs / (ours + report['rows'][0]['seconds']):.1f} times, the redundancy sweep added to ours alone\n")
-    if a.svd:
-        report["svd"] = svd_study(model, report["redundant"], partial(batches, windows, size), a.ratio)
+    if svds:
+        report["svd"] = svd_study(model, report["redundant"], partial(cli.batches, windows, size), ratio)
         print(show(report["svd"]))
     return report
 
 
-def growth(a, smallest, T, size, before):
+def growth(smallest, samples, T, size, ratio, repeats, before):
     """A table for each axis, of models of which a quarter of the layers is redundant: the report."""
     report, before = {}, before + weight_bytes(smallest)  # which only says where and in which dtype
     for axis, (factors, grows) in GROWTH.items():
@@ -373,8 +402,8 @@ def growth(a, smallest, T, size, before):
         for factor in factors:
             shape = [int(factor * x) if i in grows else x for i, x in enumerate(SMALLEST)]
             model = random_weights(shape, smallest.dtype, smallest.device)
-            windows = random_prompt(model, a.samples * (1 if grows else factor), T, SEED)
-            measured = measure(model, windows, size, model.args.n_layers // 4, a.ratio, a.repeats, before)["rows"]
+            windows = random_prompt(model, samples * (1 if grows else factor), T, SEED)
+            measured = measure(model, windows, size, model.args.n_layers // 4, ratio, repeats, before)["rows"]
             phases = {PHASES[row["phase"]][0]: row for row in measured if len(PHASES[row["phase"]]) == 1}
             row = {axis: shape[grows[0]] if grows else windows.numel()}
             for name, phase in phases.items():
@@ -389,60 +418,67 @@ def main():
     a, cpu = parse(), torch.device("cpu")
     if a.memory:
         shapes = {a.shape: SHAPES[a.shape]} if a.shape else SHAPES
-        return print(show(memory(shapes, DTYPES.get(a.dtype, torch.bfloat16), a.layers, a.seq_len or 512, a.memory)))
+        dtype = cli.DTYPES.get(a.dtype, torch.bfloat16)
+        return print(show(memory(shapes, dtype, a.layers, a.seq_len or 512, a.memory)))
     example = random_weights((64, 1, 2, 1, 96, 128, False), torch.float32, cpu)
     turn(example, random_prompt(example, 2, 64, SEED), 2, 1, 0.5)  # what libraries do and take only once, before all
-    resets, resident = reset_peak(cpu), peak_bytes(cpu)
-    model, tokenizer = open_weights(a)
+    resets, resident = cli.reset_peak(cpu), cli.peak_bytes(cpu)
+    model, tokenizer = open_weights(a.ckpt, a.shape, a.growth, a.device, a.dtype)
     before = resident if model.device.type == "cpu" else 0
-    check_layers(model.args.n_layers, a.layers, None)
-    T = sequence_length(a.seq_len, 512, model)
-    size = min(batch_size(a.batch_size, T), a.samples)
+    n, T = a.layers or max(1, model.args.n_layers // 4), cli.sequence_length(a.seq_len, 512, model)
+    check_layers(model.args.n_layers, n)
+    size = min(cli.batch_size(a.batch_size, T, model, n), a.samples)
     text = "as grasp.py takes them" if tokenizer else "random"
     print(f"tokens       {a.samples} x {T}, {text}, batches of {size}; ratio {a.ratio}; best of {a.repeats} turns\n"
           f"peak GiB     {'of each phase' if resets or not before else 'of the process so far'}\n")
-    report = growth(a, model, T, size, before) if a.growth else bench(a, model, tokenizer, T, size, before)
+    if a.growth:
+        report = growth(model, a.samples, T, size, a.ratio, a.repeats, before)
+    else:
+        windows = (calibration_windows(tokenizer, a.calibration, a.samples, T, a.seed)[0] if tokenizer else
+                   random_prompt(model, a.samples, T, SEED))
+        report = bench(model, windows, size, n, a.ratio, a.repeats, before, a.autograd, a.svd)
     if a.json:
-        write_json(a.json, {"settings": vars(a), "dtype": str(model.dtype), "device": str(model.device), **report})
+        write_json(a.json, {"settings": {**vars(a), "seq_len": T}, "dtype": str(model.dtype),
+                            "device": str(model.device), **report})
 
 
-def open_weights(a):
-    """(the dense model that the flags name, its tokenizer or None); with --growth the smallest model."""
-    if a.growth or a.shape:
-        shape, usual = (SHAPES[a.shape], torch.bfloat16) if a.shape else (SMALLEST, torch.float32)
-        device, why = pick_device(a.device)
-        model = random_weights(shape, DTYPES.get(a.dtype, usual), device)
-        introduce(f"{a.shape or 'the smallest'}, random weights", model, why, "by default, or as asked")
+def open_weights(ckpt, shape, smallest, device, dtype):
+    """(the dense model that the flags name, its tokenizer or None); smallest: the one that --growth starts from."""
+    if smallest or shape:
+        sizes, usual = (SHAPES[shape], torch.bfloat16) if shape else (SMALLEST, torch.float32)
+        device, why = cli.pick_device(device)
+        model = random_weights(sizes, cli.DTYPES.get(dtype, usual), device)
+        cli.introduce(f"{shape or 'the smallest'}, random weights", model, why, "by default, or as asked")
         return model, None
-    model, tokenizer = open_checkpoint(a.ckpt, a.device, a.dtype)
+    model, tokenizer = cli.open_checkpoint(ckpt, device, dtype)
     if model.n_params < model.n_params_dense:
-        raise ValueError(f"{a.ckpt}: is compressed already, expected a dense folder")
+        raise ValueError(f"{ckpt}: is compressed already, expected a dense folder")
     return model, tokenizer
 
 
 def parse():
-    p = Parser(__doc__.splitlines()[0])
-    add = p.add_argument
+    p = cli.Parser(__doc__.splitlines()[0])
+    add = cli.model_flags(p, "what to measure").add_argument
     add("--shape", choices=SHAPES, help="random weights of this shape instead, in bfloat16 unless --dtype is given")
-    add("--layers", type=positive, metavar="N", help="how many are redundant (default: a quarter)")
-    add("--ratio", type=share, default=0.1, help="share of each matrix's parameters to keep (default: 0.1)")
-    add("--samples", type=positive, metavar="N", default=16, help="calibration sequences (default: 16)")
-    add("--seq-len", type=positive, metavar="T", help="tokens in each (default: 512, or all positions)")
-    add("--batch-size", type=positive, metavar="N", help="sequences in a micro-batch (default: of 1,024 tokens)")
-    add("--repeats", type=positive, metavar="N", default=3, help="turns, of which the best counts (default: 3)")
+    add("--layers", type=cli.positive, metavar="N", help="how many are redundant (default: a quarter)")
+    add("--ratio", type=cli.fraction, default=0.1, help="fraction of each matrix's parameters to keep (default: 0.1)")
+    add("--repeats", type=cli.positive, metavar="N", default=3, help="turns, of which the best counts (default: 3)")
     add("--autograd", action="store_true", help="the algorithm as published beside it, once")
     add("--svd", action="store_true", help="ways to the same SVDs beside each other, once")
     add("--growth", action="store_true", help="instead: small random models, as tokens, layers and width grow")
-    add("--memory", type=positive, metavar="GPUS", help="instead: compute what known shapes need, alone and on GPUS")
-    add("--json", type=json_file, metavar="FILE", help="write all figures there too")
-    p.set_defaults(calibration=None, data_dir=None, seed=42)  # grasp.py's
+    add("--memory", type=cli.positive, metavar="GPUS",
+        help="instead: compute what known shapes need, alone and on GPUS")
+    cli.calibration_flags(p, samples=16)
+    p.add_argument_group("output").add_argument("--json", type=cli.json_file, metavar="FILE",
+                                                help="write all figures there too")
+    cli.machine_flags(p, batches=True)
     a = p.parse_args()
-    if a.shape and a.ckpt != TINY:
+    if a.shape and a.ckpt != cli.TINY:
         raise ValueError("give one of --ckpt and --shape")
-    if a.growth and (a.shape or a.ckpt != TINY or a.layers or a.autograd or a.svd):
+    if a.growth and (a.shape or a.ckpt != cli.TINY or a.layers or a.autograd or a.svd):
         raise ValueError("--ckpt, --shape, --layers, --autograd, --svd have no use with --growth and its own models")
     return a
 
 
 if __name__ == "__main__":
-    command(main)
+    cli.command(main)

@@ -2,25 +2,22 @@
 
     python -m extras.compare --ckpt FOLDER --layers 7 --ratio 0.1 --methods shortgpt svd grasp
 
-The budget is what GRASP removes from the N redundant layers at that ratio, or --budget SHARE of all blocks' parameters.
-svd, fwsvd, asvd, svd-llm, kfac and grasp work on the N redundant layers, which each finds for itself, in its own
-seconds; with -all behind them on every layer. What a method is, its file in extras/rivals/ says. kfac (low-rank, one
-ratio), kfac-all (low-rank, one ranking) and fisher (channels of the MLPs too) are extras/fisher.py's.
+The budget is what GRASP removes from the N redundant layers at that ratio, or --budget, a fraction of all blocks'
+parameters. svd, fwsvd, asvd, svd-llm, kfac and grasp work on the N redundant layers, which each finds for itself, in
+its own seconds; with -all behind them on every layer. What a method is, its file in extras/rivals/ says. kfac
+(low-rank, one ratio), kfac-all (low-rank, one ranking) and fisher (channels of the MLPs too) are extras/fisher.py's.
 
 Every method starts from a freshly loaded dense model and a freshly seeded generator, so that no row depends on the rows
 before it. Its seconds and its peak memory are the method's own: loading comes before them, evaluation after.
 """
 import gc
 from functools import partial
-from pathlib import Path
 
 import torch
 
-from data.corpus import batches, text_names
-from data.target import write_json
-from evaluate import (Parser, batch_size, command, json_file, load_windows, markdown, open_checkpoint, peak_bytes,
-                      perplexities, positive, sequence_length, table, timed)
-from extras import fisher, reset_peak
+from data.corpus import calibration_windows
+from evaluate import evaluation_windows, markdown, perplexities, table
+from extras import fisher
 from extras.ablation import held, ratio_of_size
 from extras.rivals import block_params
 from extras.rivals.decomposition import asvd, fwsvd, plain_svd, svd_llm
@@ -30,8 +27,10 @@ from extras.rivals.pruner import llm_pruner
 from extras.rivals.removal import laco, shortgpt, sleb
 from extras.rivals.slicegpt import slicegpt
 from extras.rivals.streamline import streamline
-from grasp import calibration_windows, check_layers, compress, find_redundant, matrices, seed, share
-from model import load_checkpoint
+from grasp import check_layers, compress, find_redundant
+from model import load_checkpoint, matrix_names
+from runtime import cli
+from runtime.files import write_json
 
 
 def methods(n):
@@ -60,7 +59,7 @@ def grasp(model, sweep, budget, layers):
     most = held(shapes) - held(shapes, 0)  # of rank 1
     if budget > most:
         raise ValueError(f"cannot remove {budget:,} parameters: GRASP of {len(layers)} layers removes {most:,} at most")
-    compress(model, layers, sweep, ratio_of_size(shapes, held(shapes) - budget), log=lambda line: None)
+    list(compress(model, layers, sweep, ratio_of_size(shapes, held(shapes) - budget)))
     return model
 
 
@@ -72,11 +71,11 @@ def second_order(model, sweep, budget, layers=None, **settings):
 
 def matrix_shapes(model, layers):
     """[(m, n)] of all matrices of these layers."""
-    return [model.get_submodule(name).weight.shape for layer in layers for name in matrices(layer)]
+    return [model.get_submodule(name).weight.shape for name in matrix_names(*layers)]
 
 
 def budget_of(model, n, ratio, part=None):
-    """How many parameters to remove: as GRASP does from n layers at `ratio`; or the share `part` of all blocks' own."""
+    """How many parameters to remove: as GRASP does from n layers at `ratio`; or the fraction `part` of all blocks'."""
     if part:
         return round(part * model.args.n_layers * block_params(model))
     shapes = matrix_shapes(model, range(n))  # all layers are alike
@@ -90,11 +89,11 @@ def measure(name, method, model, sweep, budget, texts, size):
     method that cannot do it, or whose perplexity is no number (ValueError, LinAlgError), {method, error}.
     """
     before, seconds = model.n_params, {}
-    reset_peak(model.device)
+    cli.reset_peak(model.device)
     try:
-        with timed(seconds, name, model.device):
+        with cli.timed(seconds, name, model.device):
             model = method(model, sweep, budget)
-        peak, removed = peak_bytes(model.device), before - model.n_params
+        peak, removed = cli.peak_bytes(model.device), before - model.n_params
         return {"method": name, "removed": removed, "off": removed / budget - 1,
                 "perplexity": perplexities(model, texts, size, name), "seconds": seconds[name], "peak_bytes": peak}
     except (ValueError, torch.linalg.LinAlgError) as e:
@@ -125,28 +124,28 @@ def compared(rows, texts, notes):
 
 def main():
     a = parse()
-    model, tokenizer = open_checkpoint(a.ckpt, a.device, a.dtype)
-    check_layers(model.args.n_layers, a.layers, None)
+    model, tokenizer = cli.open_checkpoint(a.ckpt, a.device, a.dtype)
+    check_layers(model.args.n_layers, a.layers)
     if model.n_params < model.n_params_dense:
         raise ValueError(f"{a.ckpt}: is compressed already, expected a dense folder")
-    windows, calibration = calibration_windows(a, model, tokenizer)
-    eval_len = sequence_length(None, 2048, model)
-    texts = load_windows(a.eval, tokenizer, eval_len, a.ckpt, a.windows, a.data_dir)
-    size, eval_size = batch_size(a.batch_size, a.seq_len), batch_size(a.batch_size, eval_len)
+    seq_len, eval_len = cli.sequence_length(a.seq_len, 512, model), cli.sequence_length(None, 2048, model)
+    windows, calibration = calibration_windows(tokenizer, a.calibration, a.samples, seq_len, a.seed, a.data_dir)
+    texts = evaluation_windows(a.eval, tokenizer, eval_len, a.windows, a.data_dir)
+    size, eval_size = cli.batch_size(a.batch_size, seq_len), cli.batch_size(a.batch_size, eval_len, model)
     budget = budget_of(model, a.layers, a.ratio, a.budget)
     if not budget:
         raise ValueError("--ratio, --budget: leave nothing to remove")
     of = f"{100 * a.budget:g} % of its blocks" if a.budget else f"as GRASP of {a.layers} layers at ratio {a.ratio}"
     notes = [f"calibration  {calibration['text']}; {calibration['tokens']:,} tokens, {a.samples} random windows of "
-             f"{a.seq_len}, seed {a.seed}, batches of {size}",
+             f"{seq_len}, seed {a.seed}, batches of {size}",
              f"budget       {budget:,} parameters, {100 * budget / model.n_params:.1f} % of the model, {of}",
              "measured     seconds of the method alone, peak GiB "
-             f"{'too' if reset_peak(model.device) else 'of the process so far'}"]
+             f"{'too' if cli.reset_peak(model.device) else 'of the process so far'}"]
     print("\n".join(notes) + "\n")
     rows, report = [], {
-        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(a).items()},
-        "dtype": str(model.dtype), "parameters": model.n_params, "budget": budget, "calibration": calibration,
-        "notes": notes, "protocol": {label: protocol for label, (_, protocol) in texts.items()}}
+        "settings": {**vars(a), "seq_len": seq_len}, "dtype": str(model.dtype), "parameters": model.n_params,
+        "budget": budget, "calibration": calibration, "notes": notes,
+        "protocol": {label: protocol for label, (_, protocol) in texts.items()}}
 
     def add(row):
         rows.append(row)
@@ -156,7 +155,7 @@ def main():
             write_json(a.json, {**report, "results": rows})
 
     add({"method": "dense", "removed": 0, "perplexity": perplexities(model, texts, eval_size, "dense")})
-    load, sweep = partial(load_checkpoint, a.ckpt, model.dtype, model.device), partial(batches, windows, size)
+    load, sweep = partial(load_checkpoint, a.ckpt, model.dtype, model.device), partial(cli.batches, windows, size)
     del model
     for name in a.methods:
         torch.manual_seed(a.seed)
@@ -166,22 +165,19 @@ def main():
 
 
 def parse():
-    p, embedded = Parser(__doc__.splitlines()[0]), "with the embedded model, embedded"
-    p.add_texts()
-    known = list(methods(1))
-    p.add_argument("--methods", nargs="+", choices=known, default=known, metavar="NAME",
-                   help=f"in this order (default: {' '.join(known)})")
-    p.add_argument("--layers", type=positive, metavar="N", required=True, help="how many layers are redundant")
-    p.add_argument("--ratio", type=share, help="share of their matrices that GRASP would keep (default: 0.1)")
-    p.add_argument("--budget", type=share, metavar="SHARE", help="instead: share of all blocks' parameters to remove")
-    p.add_argument("--calibration", metavar="TEXT", help=f"{text_names('train')} or a file (default: wikitext2; "
-                   f"{embedded})")
-    p.add_argument("--samples", type=positive, metavar="N", default=32, help="calibration sequences (default: 32)")
-    p.add_argument("--seq-len", type=positive, metavar="T", help="tokens in each (default: 512, or all positions)")
-    p.add_argument("--seed", type=seed, default=42, help="of the windows' random offsets (default: 42)")
-    p.add_argument("--eval", nargs="+", metavar="TEXT", help=f"any of {text_names('test')} and files (default: "
-                   f"wikitext2 ptb; {embedded})")
-    p.add_argument("--json", type=json_file, metavar="FILE", help="write everything there too, after every row")
+    p, known = cli.Parser(__doc__.splitlines()[0]), list(methods(1))
+    add = cli.model_flags(p, "what to compress").add_argument
+    add("--methods", nargs="+", choices=known, default=known, metavar="NAME",
+        help=f"in this order (default: {' '.join(known)})")
+    add("--layers", type=cli.positive, metavar="N", required=True, help="how many layers are redundant")
+    add("--ratio", type=cli.fraction, help="fraction of their matrices that GRASP would keep (default: 0.1)")
+    add("--budget", type=cli.fraction, metavar="FRACTION",
+        help="instead: fraction of all blocks' parameters to remove")
+    cli.calibration_flags(p, samples=32)
+    cli.evaluation_flags(p, "--eval")
+    p.add_argument_group("output").add_argument("--json", type=cli.json_file, metavar="FILE",
+                                                help="write everything there too, after every row")
+    cli.machine_flags(p, batches=True)
     a = p.parse_args()
     if a.ratio and a.budget:
         raise ValueError("give one of --ratio and --budget")
@@ -190,4 +186,4 @@ def parse():
 
 
 if __name__ == "__main__":
-    command(main)
+    cli.command(main)

@@ -14,11 +14,10 @@ import torch
 from torch import nn
 
 from attribution import svd
-from data.target import check_target
-from evaluate import Parser, command, open_checkpoint
-from extras import open_dense, read_report
-from grasp import keep, seed
+from extras import keep, open_dense, read_report
 from model import save_checkpoint
+from runtime import cli
+from runtime.files import check_output
 
 
 def drop_layers(model, layer_ids):
@@ -46,20 +45,23 @@ def randomize(model, seed):
 
 
 def main():
-    p = Parser(__doc__.splitlines()[0], default=None, required=True, help="a compressed folder")
+    p = cli.Parser(__doc__.splitlines()[0])
     p.add_argument("kind", choices=["dropped", "svd", "random"])
-    p.add_argument("--dense", type=Path, metavar="FOLDER", help="it was made from (default: as its report says)")
-    p.add_argument("--out", type=Path, metavar="FOLDER", help="to write (default: NAME-KIND here)")
-    p.add_argument("--overwrite", action="store_true", help="replace a folder that an earlier run wrote")
-    p.add_argument("--seed", type=seed, default=42, help="of random's factors (default: 42)")
+    add = cli.model_flags(p, "what it is a control of", default=None, required=True,
+                          help="a compressed folder").add_argument
+    add("--dense", type=Path, metavar="FOLDER", help="it was made from (default: as its report says)")
+    add("--seed", type=cli.seed, default=42, help="of random's factors (default: 42)")
+    cli.output_flags(p, "KIND")
+    p.suffix = None  # main knows the kind
+    cli.machine_flags(p)
     a = p.parse_args()
     if a.dense and a.kind == "random":
         raise ValueError("--dense has no use with random, which draws in the place of the compressed folder's factors")
     report = read_report(a.ckpt)
     out = a.out or Path(f"{a.ckpt.name}-{a.kind}")
-    check_target(out, a.overwrite, [a.ckpt, a.dense and Path(os.path.realpath(a.dense))])
+    check_output(out, a.overwrite, [a.ckpt, a.dense and Path(os.path.realpath(a.dense))])
     if a.kind == "random":
-        model, tokenizer = open_checkpoint(a.ckpt, a.device, a.dtype)
+        model, tokenizer = cli.open_checkpoint(a.ckpt, a.device, a.dtype)
     else:
         _, model, tokenizer = open_dense(report, a.dense, a.device, a.dtype)
     dense_params = model.n_params_dense
@@ -74,4 +76,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command(main)
+    cli.command(main)

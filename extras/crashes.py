@@ -1,12 +1,13 @@
-"""Faults made on purpose: whatever interrupts a command, what it writes stands there whole or not at all (Linux).
+"""Faults made on purpose: whatever interrupts a command, what it writes is whole, absent or as before (Linux).
 
     python -m extras.crashes signals    SIGINT, SIGTERM and SIGKILL at 100 moments of each of four commands
     python -m extras.crashes disk       one that is full, one that is read-only, a folder that vanishes (root)
     python -m extras.crashes load       50 evaluations at once; a folder of 3 GB in 1.4 times as much memory (cgroup v1)
 
-A third of the moments is aimed at a write, which takes milliseconds: 0 to 30 ms after a scratch folder of
-data/target.py appears; the others lie anywhere from obey_signals on. After SIGKILL one command in four runs again, to
-its end; for the others only the step is taken that it begins with, clear_leftovers. Two commands run at a time.
+A third of the moments is aimed at a write, which takes milliseconds: 0 to 30 ms after a temporary path of
+runtime/files.py appears. The others lie anywhere from where cli.command has its handlers in place. After SIGKILL one
+command in four runs again, to its end, which must take away what the killed one left. Killed between the two renames
+of an overwrite, a target may be absent if the old folder waits, complete, beside it. Two commands run at a time.
 """
 import ctypes
 import hashlib
@@ -30,21 +31,31 @@ from threading import Thread
 
 import torch
 
-from data.corpus import embedded_text, show
-from data.target import clear_leftovers, scratch_folder
-from evaluate import TINY, Words, command, markdown, positive
+from data.corpus import embedded_text
+from evaluate import markdown
 from extras.bench import random_weights
 from model import save_checkpoint
+from runtime import cli
+from runtime.cli import TINY
+from runtime.files import remove
 
 ROOT = Path(__file__).resolve().parent.parent
 COUNTS = {"signals": 100, "disk": 10, "load": 50}
-SIGNALS = {"SIGINT": "130 interrupted", "SIGTERM": "143", "SIGKILL": "-9"}  # the end of a command that obeys
+SIGNALS = {"SIGINT": "(130|-2) interrupted", "SIGTERM": "143", "SIGKILL": "-9"}  # the end of a command that obeys;
+# -2 is 130 in a shell: Python ends so if what is interrupted is an exec() of a text, in an import for instance
+TEMPORARY = ".partial-"  # in the names of runtime/files.py's temporary paths
 ERROR = "2 error: .*"  # one line: a dot is no newline
-Command = namedtuple("Command", "words before whole pages writes seconds")  # states before and after, its files' pages
-DOWNLOAD = """from data.target import *; obey_signals()
-import sys, evaluate, data.corpus as corpus
-corpus.CACHE, corpus.WIKITEXT, corpus.SHA256["wikitext-2-raw/wiki.test.raw"] = Path("there"), *sys.argv.pop(1).split()
-evaluate.command(evaluate.main)"""
+# states before and after, its files' pages, temporary paths, seconds from the handlers to the last of them
+Command = namedtuple("Command", "words before whole pages writes seconds")
+DOWNLOAD = """import sys, time, evaluate, data.corpus as corpus
+def slowly(path, content):
+    with open(path, "wb") as file:
+        for start in range(0, len(content), 2 ** 14):
+            time.sleep(file.write(content[start:start + 2 ** 14]) / 2 ** 21)
+corpus.Path.write_bytes = slowly
+corpus.CACHE, corpus.WIKITEXT, corpus.SHA256["wikitext-2-raw/wiki.test.raw"] = (
+    corpus.Path("there"), *sys.argv.pop(1).split())
+evaluate.cli.command(evaluate.main)"""
 
 
 class Slow(SimpleHTTPRequestHandler):
@@ -85,27 +96,36 @@ def start(words, folder, **how):
 
 
 def ended(process):
+    """The exit code and what stderr says, but for the line that tells of a download."""
     _, err = process.communicate()
+    err = re.sub("downloading .*\n", "", err)
     return f"{process.returncode} {err.strip()}".strip()
 
 
-def scratch_folders(folder):
-    return [Path(path, name) for path, names, _ in os.walk(folder) for name in names if ".tmp-" in name]
+def obeys(process):
+    """Wait until a command has put its handlers in place (SIGTERM is caught, see man 5 proc), or has ended."""
+    status, caught = Path(f"/proc/{process.pid}/status"), r"SigCgt:\s*\w*[4567cdef]\w{3}\n"
+    while process.poll() is None and not re.search(caught, status.read_text()):
+        time.sleep(0.001)
+
+
+def temporaries(folder):
+    return [Path(path, name) for path, *names in os.walk(folder) for name in sum(names, []) if TEMPORARY in name]
 
 
 def writes(process, folder):
-    """Yield whenever a scratch folder appears, for as long as the process runs."""
+    """Yield whenever a temporary path appears, for as long as the process runs."""
     seen = set()
     while process.poll() is None:
-        new = {path for path in scratch_folders(folder) if path.name[-1] != "-"} - seen  # so one is named that goes
-        seen |= new
-        yield from new
+        now = {path for path in temporaries(folder) if not path.name.endswith("-old")}
+        yield from now - seen
+        seen = now
         time.sleep(0.001)
 
 
 def state(folder):
-    """{path: content} of all files but a sound `.state`; of a scratch folder None, of JSON what is not measured."""
-    found = {str(scratch.relative_to(folder)): None for scratch in scratch_folders(folder)}
+    """{path: content} of all files but a sound `.state`; of a temporary path None, of JSON what is not measured."""
+    found = {str(path.relative_to(folder)): None for path in temporaries(folder) if path.is_dir()}
     for path in filter(Path.is_file, folder.rglob("*")):
         name, content = str(path.relative_to(folder)), path.read_bytes()
         with suppress(Exception):  # neither, or cut: many kinds
@@ -139,12 +159,15 @@ def measured(work, names):
     """{name: Command} of those commands, as many at a time as there are later."""
     def measure(name):
         there = new_case(work, name)
-        before, begun, process = state(there), time.monotonic(), start(words[name], there.parent)
-        count, end, seconds = sum(1 for _ in writes(process, there)), ended(process), time.monotonic() - begun
+        before, process = state(there), start(words[name], there.parent)
+        obeys(process)
+        begun = time.monotonic()
+        seconds = [time.monotonic() - begun for _ in writes(process, there)] or [time.monotonic() - begun]
+        end = ended(process)
         pages = sum(-(-path.stat().st_size // 4096) for path in there.rglob("*") if path.is_file())
         if end != "0" or state(there) == before:
             raise ValueError(f"{name}: not even without a fault: {end}")
-        return Command(words[name], before, state(there), pages, max(count, 1), seconds)
+        return Command(words[name], before, state(there), pages, len(seconds), seconds[-1])
 
     words = commands(work)
     with ThreadPoolExecutor(2) as pool:
@@ -157,7 +180,7 @@ def tried(function, plan):
     with ThreadPoolExecutor(2) as pool:
         for result in pool.map(lambda job: function(*job), plan):
             done.append(result)
-            show(f"{len(done)}/{len(plan)}", last=len(done) == len(plan))
+            cli.show(f"{len(done)}/{len(plan)}", last=len(done) == len(plan))
     for job in dict.fromkeys(job[:2] for job in plan):
         what, fault, *others = zip(*(result for other, result in zip(plan, done) if other[:2] == job))
         others = [f"{sorted(c)[len(c) // 2]:.2f}, {max(c):.2f}" if type(c[0]) is float else sum(c) for c in others]
@@ -174,31 +197,33 @@ def signals(work, count):
         forms = sum(other.split()[0] == name.split()[0] for other in made)
         for i in range(-(-count // forms)):
             write = 0 if i // 3 % 3 else draw.randint(1, this.writes)
-            delay = 0.03 * draw.random() ** 3 if write else this.seconds * draw.random()  # half within 4 ms
+            delay = 0.03 * draw.random() ** 3 if write else 1.2 * this.seconds * draw.random()  # half within 4 ms
             plan.append((name, [*SIGNALS][i % 3], write, delay, draw.random() < 0.25))
     return tried(lambda name, *job: hit(work, name, made[name], *job), plan)
 
 
 def hit(work, name, made, kind, write, delay, again):
-    """(what, fault, writing, left, again, seconds) of a signal `delay` s after obey_signals or, if not 0, a `write`.
+    """(what, fault, writing, left, again, seconds) of a signal `delay` s after the handlers or, if not 0, a `write`.
 
-    writing, left: there was a scratch folder at the signal, and after the end. seconds: from the one to the other.
+    writing, left: there was a temporary path at the signal, and after the end. seconds: from the one to the other.
     """
     there, number, again = new_case(work, name), getattr(signal, kind), again and kind == "SIGKILL"
     process = start(made.words, there.parent)
-    status, caught = Path(f"/proc/{process.pid}/status"), r"SigCgt:\s*\w*[4567cdef]\w{3}\n"  # SIGTERM: proc(5)
-    while process.poll() is None and not re.search(caught, status.read_text()):
-        time.sleep(0.001)
+    obeys(process)
     list(zip(range(write), writes(process, there)))
     time.sleep(delay)
-    writing, begun = bool(scratch_folders(there)), time.monotonic()
+    writing, begun = bool(temporaries(there)), time.monotonic()
     process.send_signal(number)
-    end, seconds, left = ended(process), time.monotonic() - begun, scratch_folders(there)
+    end, seconds, left = ended(process), time.monotonic() - begun, temporaries(there)
     right = f"{SIGNALS[kind]}|0|-{number:d}", SIGNALS[kind]  # whole, it may have been on its way out of Python
     if again:
         end, right = ended(start(made.words, there.parent)), (f"0|{ERROR}exists; choose another.*", "")
-    for scratch in left if kind == "SIGKILL" and not again else []:
-        clear_leftovers(scratch.with_name(scratch.name[1:].rpartition(".tmp-")[0]))
+    for path in left if kind == "SIGKILL" and not again else []:
+        target = path.with_name(path.name[1:].rpartition(TEMPORARY)[0])
+        if path.name.endswith("-old") and not target.exists():
+            path.rename(target)  # killed between the two renames
+        else:
+            remove(path)
     what, fault = judge(made, state(there), end, *right)
     shutil.rmtree(there.parent)
     return what, fault, writing, bool(left), again, seconds
@@ -233,6 +258,7 @@ def faulty_disk(work, name, made, kind, at):
     mount("-o", {"full": f"remount,size={size:.0f}", "read-only": "remount,ro", "vanishes": "remount"}[kind], place)
     process, right = start(made.words, there.parent), ("0", ERROR)
     if kind == "vanishes":
+        obeys(process)
         time.sleep(at)
         while there.exists():
             shutil.rmtree(there, ignore_errors=True)
@@ -285,17 +311,16 @@ def write_random(folder, shape=(2048, 17, 16, 4, 5632, 1024, False)):
 
 
 def main():
-    p = Words(__doc__.splitlines()[0])
+    p = cli.Parser(__doc__.splitlines()[0])
     p.add_argument("kind", choices=COUNTS)
-    p.add_argument("--count", type=positive, metavar="N", help="moments or evaluations (default: 100, 10, 50)")
+    p.add_argument("--count", type=cli.positive, metavar="N", help="moments or evaluations (default: 100, 10, 50)")
     a = p.parse_args()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # started by a shell's &, all commands would ignore it
-    with scratch_folder(Path(tempfile.gettempdir()) / "grasp-crashes") as work:
-        work.mkdir()
-        head, rows, faults = globals()[a.kind](work, a.count or COUNTS[a.kind])
+    with tempfile.TemporaryDirectory(prefix="grasp-crashes-") as work:
+        head, rows, faults = globals()[a.kind](Path(work).resolve(), a.count or COUNTS[a.kind])
     print("\n".join([markdown(head, [[*map(str, row)] for row in rows]), "", *(f"fault: {fault}" for fault in faults)]))
     sys.exit(bool(faults))
 
 
 if __name__ == "__main__":
-    command(main)
+    cli.command(main)

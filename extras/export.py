@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 
 from data import need
-from data.checkpoint import HF_FIELDS, HF_TENSORS, read_args, whole_storage
+from data.checkpoint import HF_FIELDS, HF_TENSORS, own_storage, read_args
 from data.corpus import embedded_text
-from data.target import check_target, write_json, written_whole
-from evaluate import Parser, command, open_checkpoint
 from model import LowRankLinear, Transformer, upcast
+from runtime import cli
+from runtime.files import atomic_write, check_output, write_json
 
 # Llama 3's special tokens by their places after the ranks; the other 251 are numbered. Its file does not hold them.
 # (3.1 named three of the numbered ones; the ids are the same.)
@@ -58,13 +58,13 @@ def is_tied(model):
 
 
 def export(model, tokenizer, out, layout="hf", shard="5GB"):
-    """Write `model` with dense matrices as a new folder `out`, all or nothing; layout: "hf" or "meta".
+    """Write `model` with dense matrices as a new folder `out`, atomically; layout: "hf" or "meta".
 
     shard: how large a safetensors file may be, and so about the memory that this takes besides the model.
     ValueError where the layout cannot say what the model is, OSError where `out` cannot be written.
     """
-    check_target(out)
-    with written_whole(out) as folder:
+    check_output(out)
+    with atomic_write(out) as folder:
         folder.mkdir()
         if layout == "hf":
             write_hf(model, tokenizer, folder, shard)
@@ -108,7 +108,7 @@ def hf_weight(model, name):
     W = dense_weight(model, name)
     if name.endswith(("wq.weight", "wk.weight")):
         W = halve_rows(W, model.args.head_dim)
-    return whole_storage(W.detach().cpu())
+    return own_storage(W.detach())
 
 
 def halve_rows(W, head_dim):
@@ -235,7 +235,7 @@ def with_special(made, special, bos_id):
 def write_meta(model, tokenizer, folder):
     """params.json, consolidated.00.pth and the tokenizer's file. A tied head is named too: Meta's code asks for it."""
     write_json(folder / "params.json", meta_params(model.args))
-    tensors = {name: whole_storage(dense_weight(model, name).detach().cpu()) for name in dense_shapes(model)}
+    tensors = {name: own_storage(dense_weight(model, name).detach()) for name in dense_shapes(model)}
     torch.save({"output.weight": tensors["tok_embeddings.weight"], **tensors}, folder / "consolidated.00.pth")
     content = tokenizer.file.read_bytes()
     if is_json(content):
@@ -257,7 +257,7 @@ def meta_params(args):
     if args.rope_scaling:
         params["use_scaled_rope"] = True
     embedding = torch.empty(args.vocab_size, args.dim, device="meta")
-    read = read_args(params, "--format meta: Meta's params.json", {}, [{"tok_embeddings.weight": embedding}])
+    read = read_args(params, False, [{"tok_embeddings.weight": embedding}])
     for name, value in asdict(args).items():
         if name != "max_seq_len" and read[name] != value:  # Meta's callers give that one themselves
             raise ValueError(f"--format meta: Meta's params.json cannot say {name} {value}; this model's would be read "
@@ -266,15 +266,18 @@ def meta_params(args):
 
 
 def main():
-    p = Parser(__doc__.splitlines()[0], default=None, required=True,
-               help="to export: a compressed folder, or a dense one of Meta's, Mistral's or Hugging Face's")
-    p.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="to write, a new one")
-    p.add_argument("--format", choices=("hf", "meta"), default="hf", help="Hugging Face's or Meta's (default: hf)")
+    p = cli.Parser(__doc__.splitlines()[0])
+    cli.model_flags(p, "what to export", default=None, required=True,
+                    help="a compressed folder, or a dense one of Meta's, Mistral's or Hugging Face's")
+    add = p.add_argument_group("output").add_argument
+    add("--out", type=Path, required=True, metavar="FOLDER", help="to write, a new one")
+    add("--format", choices=("hf", "meta"), default="hf", help="Hugging Face's or Meta's (default: hf)")
+    cli.machine_flags(p)
     a = p.parse_args()
-    check_target(a.out)
+    check_output(a.out)
     for package in ("safetensors", "huggingface_hub", "tokenizers") if a.format == "hf" else ():
         need(package, "--format hf")  # before the long work
-    model, tokenizer = open_checkpoint(a.ckpt, a.device, a.dtype)
+    model, tokenizer = cli.open_checkpoint(a.ckpt, a.device, a.dtype)
     export(model, tokenizer, a.out, a.format)
     before, after = (f"{n:,} parameters, {n * model.dtype.itemsize / 2 ** 30:.3g} GiB"
                      for n in (model.n_params, model.n_params_dense))
@@ -288,4 +291,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command(main)
+    cli.command(main)

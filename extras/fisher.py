@@ -16,21 +16,21 @@ channel: row c of w1 and w3, column c of w2.
 """
 import math
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from attribution import SCORES, backward, importance, sigma_gradients, top_k, weight_gradients
-from data.corpus import batches, text_names
-from data.target import check_target
-from evaluate import (Parser, batch_size, command, load_windows, open_checkpoint, peak_bytes, perplexities, positive,
-                      sequence_length, table, timed)
+from data.corpus import calibration_windows
+from evaluate import evaluation_windows, result_row, table
+from extras import keep
 from extras.rivals import block_params, input_of, linear, uniform_ranks, watch_inputs
-from grasp import calibration_windows, check_layers, find_redundant, keep, matrices, seed, share
-from model import save_checkpoint, upcast
+from grasp import check_layers, find_redundant
+from model import matrix_names, save_checkpoint, upcast
+from runtime import cli
+from runtime.files import check_output
 
 BASES = ("plain", "whitened", "kfac")
-DAMPING = 0.03  # share of a moment's mean diagonal that is added to it: few tokens leave it singular
+DAMPING = 0.03  # fraction of a moment's mean diagonal that is added to it: few tokens leave it singular
 
 
 def compress(model, sweep, budget, layers=None, basis="kfac", allocate="global", score="magnitude", channels=True):
@@ -44,7 +44,7 @@ def compress(model, sweep, budget, layers=None, basis="kfac", allocate="global",
     if channels and (basis, allocate, score) != ("kfac", "global", "magnitude"):
         raise ValueError("MLPs by channels need basis kfac, allocation global and score magnitude; got "
                          f"{basis}, {allocate}, {score}")
-    names = [name for layer in (range(len(model.layers)) if layers is None else layers) for name in matrices(layer)]
+    names = matrix_names(*range(len(model.layers)) if layers is None else layers)
     if channels:  # w1 and w3 go with their channel, and all that it costs is to be seen at w2
         names = [name for name in names if not name.endswith((".w1", ".w3"))]
     moments = second_moments(model, names, sweep("second moments"), basis) if basis != "plain" else {}
@@ -216,37 +216,33 @@ def global_ranks(costs, sizes, budget):
 def main():
     a = parse()
     seconds = {}
-    model, tokenizer = open_checkpoint(a.ckpt, a.device, a.dtype)
-    a.device, a.dtype, before, dense_params = model.device, model.dtype, model.n_params, model.n_params_dense
+    model, tokenizer = cli.open_checkpoint(a.ckpt, a.device, a.dtype)
+    before, dense_params = model.n_params, model.n_params_dense
     if before < dense_params:
         raise ValueError(f"{a.ckpt}: is compressed already, expected a dense folder")
-    check_layers(model.args.n_layers, a.layers, a.layer_ids)
-    windows, calibration = calibration_windows(a, model, tokenizer)
-    eval_len = sequence_length(None, 2048, model)
-    texts = {} if a.eval == ["none"] else load_windows(a.eval, tokenizer, eval_len, a.ckpt, a.windows, a.data_dir)
+    if a.layers or a.layer_ids:
+        check_layers(model.args.n_layers, a.layers, a.layer_ids)
+    seq_len, eval_len = cli.sequence_length(a.seq_len, 512, model), cli.sequence_length(None, 2048, model)
+    windows, calibration = calibration_windows(tokenizer, a.calibration, a.samples, seq_len, a.seed, a.data_dir)
+    texts = evaluation_windows(a.eval, tokenizer, eval_len, a.windows, a.data_dir)
     budget = round(a.budget * model.args.n_layers * block_params(model))
     if not budget:
         raise ValueError(f"--budget {a.budget}: leaves nothing to remove")
-    size = batch_size(a.batch_size, a.seq_len)
+    size, eval_size = cli.batch_size(a.batch_size, seq_len), cli.batch_size(a.batch_size, eval_len, model)
     what = f"{a.basis} basis, {a.allocate} allocation, score {a.score}, MLPs by {a.mlp}"
     print(f"calibration  {calibration['text']}; {calibration['tokens']:,} tokens, {a.samples} random windows of "
-          f"{a.seq_len}, seed {a.seed}, batches of {size}\nmethod       {what}; {budget:,} parameters to remove\n")
-    sweep, rows = partial(batches, windows, size), []
-
-    def add_row(name, spent):
-        rows.append({"model": name, "parameters": model.n_params, "seconds": spent, "peak_bytes": peak_bytes(a.device),
-                     "perplexity": perplexities(model, texts, batch_size(a.batch_size, eval_len), name)})
-
-    add_row("dense", None)
-    with timed(seconds, "compression", a.device):
+          f"{seq_len}, seed {a.seed}, batches of {size}\nmethod       {what}; {budget:,} parameters to remove\n")
+    sweep, rows = partial(cli.batches, windows, size), [result_row("dense", model, texts, eval_size)]
+    with cli.timed(seconds, "compression", model.device):
         layers = find_redundant(model, sweep, a.layers)[1] if a.layers else a.layer_ids
         kept = compress(model, sweep, budget, layers, a.basis, a.allocate, a.score, a.mlp == "channels")
     for name, indices in kept.items():
         print(f"{name:<26} keeps {len(indices):5} {'channels' if name.endswith('feed_forward') else 'components'}")
-    add_row("compressed", seconds["compression"])
+    rows.append(result_row("compressed", model, texts, eval_size, seconds["compression"]))
     print(f"\n{table(rows, texts, dense_params)}\nasked: {budget:,} parameters less; achieved: {model.n_params:,} left "
           f"of {before:,}, {100 * (1 - model.n_params / before):.1f} % removed")
-    report = {"settings": vars(a), "layers": layers, "kept": kept, "calibration": calibration, "results": rows,
+    report = {"settings": {**vars(a), "seq_len": seq_len, "device": model.device, "dtype": model.dtype},
+              "layers": layers, "kept": kept, "calibration": calibration, "results": rows,
               "parameters_before": before, "parameters_after": model.n_params, "seconds": seconds,
               "protocol": {label: protocol for label, (_, protocol) in texts.items()}}
     save_checkpoint(model, a.out, report, tokenizer.file, a.overwrite)
@@ -254,25 +250,20 @@ def main():
 
 
 def parse():
-    p, embedded = Parser(__doc__.splitlines()[0]), "with the embedded model, embedded"
-    p.add_texts()
-    add = p.add_argument
-    add("--budget", type=share, required=True, help="share of all blocks' parameters to remove")
-    add("--layers", type=positive, metavar="N", help="remove them from the N redundant layers (default: from all)")
+    p = cli.Parser(__doc__.splitlines()[0])
+    add = cli.model_flags(p, "what to compress").add_argument
+    add("--budget", type=cli.fraction, required=True, help="fraction of all blocks' parameters to remove")
+    add("--layers", type=cli.positive, metavar="N", help="remove them from the N redundant layers (default: from all)")
     add("--layer-ids", type=int, nargs="+", metavar="ID", help="remove them from these layers instead")
     add("--basis", choices=BASES, default="kfac", help="of the decompositions (default: kfac)")
     add("--allocate", choices=["ratio", "global"], default="global", help="one ratio, or one ranking (default: global)")
     add("--mlp", choices=["channels", "components"], help="what an MLP loses (default: channels, where "
         "basis and ranking allow it)")
     add("--score", choices=SCORES, default="magnitude", help="what ranks the components (default: magnitude)")
-    add("--calibration", metavar="TEXT", help=f"{text_names('train')} or a file (default: wikitext2; {embedded})")
-    add("--samples", type=positive, metavar="N", default=512, help="calibration sequences (default: 512)")
-    add("--seq-len", type=positive, metavar="T", help="tokens in each (default: 512, or all positions)")
-    add("--seed", type=seed, default=42, help="of the windows' random offsets (default: 42)")
-    add("--eval", nargs="+", metavar="TEXT", help=f"none, or any of {text_names('test')} and files (default: wikitext2 "
-        f"ptb; {embedded})")
-    add("--out", type=Path, metavar="FOLDER", help="to write (default: NAME-fisher here)")
-    add("--overwrite", action="store_true", help="replace a folder that an earlier run wrote")
+    cli.calibration_flags(p)
+    cli.evaluation_flags(p, "--eval")
+    cli.output_flags(p, "fisher")
+    cli.machine_flags(p, batches=True)
     a = p.parse_args()
     fit = a.basis == "kfac" and a.allocate == "global" and a.score == "magnitude"
     if a.mlp == "channels" and not fit:
@@ -282,10 +273,9 @@ def parse():
         raise ValueError("give one of --layers N and --layer-ids ID ...")
     if len(set(a.layer_ids or [])) < len(a.layer_ids or []):
         raise ValueError(f"--layer-ids {a.layer_ids}: expected each id once")
-    a.out = a.out or Path(f"{a.ckpt.name}-fisher")
-    check_target(a.out, a.overwrite, [a.ckpt])
+    check_output(a.out, a.overwrite, [a.ckpt])
     return a
 
 
 if __name__ == "__main__":
-    command(main)
+    cli.command(main)

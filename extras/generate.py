@@ -22,11 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data.corpus import show
-from evaluate import TINY, Parser, command, markdown, open_checkpoint, peak_bytes, positive, timed
+from evaluate import markdown
 from extras import short_names
-from grasp import seed, share
 from model import LowRankLinear, apply_rotary, rotary_frequencies
+from runtime import cli
 
 
 def generate(model, prompt, max_new_tokens, temperature=0.0, top_k=None, top_p=None, seed=0):
@@ -155,13 +154,13 @@ def throughput(models, batch_sizes, lengths, max_new_tokens, repeats, seed):
         turns = [[] for _ in models]
         for turn in range(repeats + 1):
             for (name, model), mine in zip(models, turns):
-                show(f"batch {B}, prompt {T}: {name}, turn {turn}/{repeats}", last=False)
+                cli.show(f"batch {B}, prompt {T}: {name}, turn {turn}/{repeats}", last=False)
                 mine.append(measure(model, random_prompt(model, B, T, seed), max_new_tokens))
         for (name, model), (_, *mine) in zip(models, turns):  # the first, to warm up, does not count
             first, rate, peak = map(statistics.median, zip(*mine))
             rows.append([name, f"{B}", f"{T}", f"{first:.4f}", f"{rate:,.1f}", f"{weight_bytes(model) / 2 ** 30:.3f}",
                          f"{peak / 2 ** 30:.3f}", f"{multiply_adds(model, T) / 1e6:,.2f}"])
-    show("", last=True)
+    cli.show("", last=True)
     return markdown(["model", "batch", "prompt", "first token s", "tokens/s", "weights GiB", "peak GiB",
                      "M multiply-adds"], rows)
 
@@ -180,13 +179,13 @@ def measure(model, prompt, max_new_tokens):
         torch.cuda.reset_peak_memory_stats(device)
         others = torch.cuda.memory_allocated(device) - weight_bytes(model)
     tokens = generate(model, prompt, max_new_tokens)
-    with timed(seconds, "first", device):
+    with cli.timed(seconds, "first", device):
         next(tokens)
-    with timed(seconds, "rest", device):
+    with cli.timed(seconds, "rest", device):
         for _ in tokens:
             pass
     rate = len(prompt) * (max_new_tokens - 1) / seconds["rest"]
-    return seconds["first"], rate, peak_bytes(device) - others
+    return seconds["first"], rate, cli.peak_bytes(device) - others
 
 
 def weight_bytes(model):
@@ -208,9 +207,10 @@ def main():
     a = parse()
     if not a.throughput:
         with redirect_stdout(sys.stderr):  # standard output is for the text
-            model, tokenizer = open_checkpoint(a.ckpt[0], a.device, a.dtype)
+            model, tokenizer = cli.open_checkpoint(a.ckpt[0], a.device, a.dtype)
         return write(model, tokenizer, a.prompt, a.max_new_tokens, a.temperature, a.top_k, a.top_p, a.seed)
-    models = [(name, open_checkpoint(ckpt, a.device, a.dtype)[0]) for name, ckpt in zip(short_names(a.ckpt), a.ckpt)]
+    models = [(name, cli.open_checkpoint(ckpt, a.device, a.dtype)[0])
+              for name, ckpt in zip(short_names(a.ckpt), a.ckpt)]
     print("\n" + throughput(models, a.batch_sizes, a.lengths, a.max_new_tokens, a.repeats, a.seed))
     whose = "the row's own" if models[0][1].device.type == "cuda" else "this process's so far, with all folders"
     print(f"\ngreedy, {a.max_new_tokens} new tokens after a prompt of random ones (seed {a.seed}); medians of "
@@ -219,20 +219,23 @@ def main():
 
 
 def parse():
-    p = Parser(__doc__.splitlines()[0], nargs="+", default=[TINY])
-    p.add_argument("--prompt", metavar="TEXT", default="", help="to go on from (default: none but the tokenizer's BOS)")
-    p.add_argument("--max-new-tokens", type=positive, metavar="N", default=100,
-                   help="at most; with --throughput exactly (default: 100)")
-    p.add_argument("--temperature", type=temperature, metavar="X", default=0.0, help="0 is greedy (default: 0)")
-    p.add_argument("--top-k", type=positive, metavar="K", help="draw among the K most probable (default: all)")
-    p.add_argument("--top-p", type=share, metavar="P", help="draw among the fewest that reach P (default: all)")
-    p.add_argument("--seed", type=seed, default=0, help="of the draws, or of random prompts (default: 0)")
-    p.add_argument("--throughput", action="store_true", help="measure instead, one or more folders")
-    p.add_argument("--batch-sizes", type=positive, nargs="+", metavar="B", default=[1, 8],
-                   help="sequences at a time (default: 1 8)")
-    p.add_argument("--lengths", type=positive, nargs="+", metavar="T", default=[32, 128],
-                   help="tokens in a prompt (default: 32 128)")
-    p.add_argument("--repeats", type=positive, metavar="N", default=3, help="turns that count (default: 3)")
+    p = cli.Parser(__doc__.splitlines()[0])
+    add = cli.model_flags(p, "what to generate", nargs="+", default=[cli.TINY]).add_argument
+    add("--prompt", metavar="TEXT", default="", help="to go on from (default: none but the tokenizer's BOS)")
+    add("--max-new-tokens", type=cli.positive, metavar="N", default=100,
+        help="at most; with --throughput exactly (default: 100)")
+    add("--temperature", type=temperature, metavar="X", default=0.0, help="0 is greedy (default: 0)")
+    add("--top-k", type=cli.positive, metavar="K", help="draw among the K most probable (default: all)")
+    add("--top-p", type=cli.fraction, metavar="P", help="draw among the fewest that reach P (default: all)")
+    add("--seed", type=cli.seed, default=0, help="of the draws, or of random prompts (default: 0)")
+    add = p.add_argument_group("throughput").add_argument
+    add("--throughput", action="store_true", help="measure instead, one or more folders")
+    add("--batch-sizes", type=cli.positive, nargs="+", metavar="B", default=[1, 8],
+        help="sequences at a time (default: 1 8)")
+    add("--lengths", type=cli.positive, nargs="+", metavar="T", default=[32, 128],
+        help="tokens in a prompt (default: 32 128)")
+    add("--repeats", type=cli.positive, metavar="N", default=3, help="turns that count (default: 3)")
+    cli.machine_flags(p)
     a = p.parse_args()
     mode, foreign = "without --throughput", ("batch_sizes", "lengths", "repeats")
     if a.throughput:
@@ -256,4 +259,4 @@ def temperature(text):
 
 
 if __name__ == "__main__":
-    command(main)
+    cli.command(main)

@@ -6,15 +6,17 @@ reference that every Python carries; the last tenth of that text is held out.
 import math
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import sentencepiece
 import torch
 
 from data.corpus import consecutive_windows, embedded_text, random_windows
-from data.target import check_target, scratch_folder
 from data.tokenizer import load_tokenizer
-from evaluate import Words, command, perplexity
+from evaluate import perplexity
 from model import ModelArgs, Transformer, save_checkpoint
+from runtime import cli
+from runtime.files import check_output
 
 ARGS = ModelArgs(dim=96, n_layers=8, n_heads=6, n_kv_heads=2, head_dim=16, hidden_dim=256, vocab_size=1024,
                  norm_eps=1e-5, max_seq_len=256)
@@ -57,15 +59,14 @@ def train(model, tokens, held_out):
 
 
 def main():
-    p = Words(__doc__.splitlines()[0])
+    p = cli.Parser(__doc__.splitlines()[0])
     p.add_argument("folder", type=Path, metavar="FOLDER", help="to write, a new one")
     folder = p.parse_args().folder
-    check_target(folder)
+    check_output(folder)
     torch.manual_seed(42)
     text, held_out = embedded_text("train"), embedded_text("test")
-    with scratch_folder(folder) as scratch:
-        scratch.mkdir()
-        tokenizer = train_tokenizer(text, scratch)
+    with TemporaryDirectory() as scratch:
+        tokenizer = train_tokenizer(text, Path(scratch))
         tokens = tokenizer.stream(text)
         windows = consecutive_windows(tokenizer.stream(held_out), ARGS.max_seq_len)
         counts = torch.bincount(tokens, minlength=ARGS.vocab_size) + 1.0
@@ -81,4 +82,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command(main)
+    cli.command(main)

@@ -1,6 +1,6 @@
 """Pictures of what a compression did and why: `python -m extras.plot FOLDER`, a folder that grasp.py wrote.
 
-    cosines.png          the cosine of every layer, the redundant ones marked                              [GRASP §2.1]
+    cosines.png          the cosine of every layer, the redundant ones marked; not with --layer-ids        [GRASP §2.1]
     spectra-LAYER.png    the singular values of a layer's seven matrices, the kept ones marked             [§2.2]
     groups-MATRIX.png    with --matrix: ten singular values at a time set to zero, against the perplexity  [Fig. 2]
     groups-MATRIX.json   the numbers of that experiment, as `zero_groups` gives them
@@ -18,13 +18,12 @@ from torch import nn
 
 from attribution import importance, sigma_gradients, svd, weight_gradients
 from data import need
-from data.corpus import batches, text_names
-from data.target import write_json, written_whole
-from evaluate import (TINY, Parser, batch_size, command, load_windows, perplexity, positive, sequence_length,
-                      timed)
+from data.corpus import text_names
+from evaluate import evaluation_windows, perplexity
 from extras import open_dense, read_report
-from grasp import matrices
-from model import upcast
+from model import matrix_names, upcast
+from runtime import cli
+from runtime.files import atomic_write, write_json
 
 GROUP = 10  # singular values set to zero together, as in the paper's figure
 DARK, LIGHT, GREY = "#00437a", "#f5a623", "#8c8c8c"  # blue, orange: apart for colour-blind eyes and in grey print
@@ -69,7 +68,7 @@ def plot_cosines(cosines, redundant, model_name):
 def plot_spectra(layer, records, spectra, model_name, score):
     """Figure of a layer's matrices, a panel each: all singular values, those kept, and where plain SVD would cut.
 
-    records: grasp.replace's {name, shape, rank, kept}, at most seven; spectra: {name: singular values (r,)}.
+    records: grasp.compress's {name, shape, rank, kept}, at most seven; spectra: {name: singular values (r,)}.
     """
     figure = new_figure(12, 6, f"{model_name}, layer {layer}: which singular components are kept (score: {score})")
     panels = figure.subplots(2, 4).flat
@@ -111,16 +110,17 @@ def zero_groups(model, name, windows, size):
     W, seconds = linear.weight, {}
     U, S, Vh = svd(W)
     groups = torch.arange(len(S), device=W.device).split(GROUP)
-    with timed(seconds, "sweep"):
-        dense = perplexity(model, batches(windows, size, f"{name}  as it is"))
+    with cli.timed(seconds, "sweep"):
+        dense = perplexity(model, cli.batches(windows, size, f"{name}  as it is"))
     print(f"{name}  perplexity {dense:.4f}; {len(groups)} groups, about {len(groups) * seconds['sweep'] / 60:.1f} min")
-    G = weight_gradients(model, [name], batches(windows, size, f"{name}  gradient"))[name]
+    G = weight_gradients(model, [name], cli.batches(windows, size, f"{name}  gradient"))[name]
     sigma_grad, change = sigma_gradients(U, G, Vh), []
     try:
         for i, g in enumerate(groups):
             without = W - (U[:, g] * S[g]) @ Vh[g]
             linear.weight = nn.Parameter(without.to(W.dtype), requires_grad=False)
-            change.append(perplexity(model, batches(windows, size, f"{name}  group {i + 1}/{len(groups)}")) - dense)
+            part = cli.batches(windows, size, f"{name}  group {i + 1}/{len(groups)}")
+            change.append(perplexity(model, part) - dense)
     finally:
         linear.weight = W
     sums = {"predicted": -dense * S * sigma_grad, "score": importance(S, sigma_grad), "sigma": S}
@@ -166,15 +166,15 @@ def plot_groups(result, model_name, text):
 
 
 def write(file, content):
-    """Put a Figure (as PNG) or a dict (as JSON) into a file, whole or not at all."""
+    """Write a Figure (as PNG) or a dict (as JSON) to a file, atomically."""
     if isinstance(content, dict):
         write_json(file, content)
     else:
         from PIL import Image  # matplotlib brings it
         png = io.BytesIO()
         content.savefig(png, format="png")
-        with written_whole(file) as partial:
-            Image.open(png).convert("RGB").quantize(64).save(partial, format="png", optimize=True)  # a quarter
+        with atomic_write(file) as new:
+            Image.open(png).convert("RGB").quantize(64).save(new, format="png", optimize=True)  # a quarter
     print(f"written: {file}")
 
 
@@ -182,23 +182,28 @@ def main():
     a = parse()
     report = read_report(a.ckpt)
     records = {record["name"]: record for record in report["matrices"]}
-    layers = {layer: [records[name] for name in matrices(layer) if name in records] for layer in report["redundant"]}
+    layers = {layer: [records[name] for name in matrix_names(layer) if name in records]
+              for layer in report["redundant"]}
     compressed = [layer for layer in layers if layers[layer]]  # others came to grasp.py as low-rank ones
-    check_flags(a, compressed, len(report["cosines"]))
+    if not set(a.layer_ids or []) <= set(compressed):
+        raise ValueError(f"--layer-ids {a.layer_ids}: {a.ckpt} has compressed layers {compressed}")
     need("matplotlib", "extras.plot")
     dense, model, tokenizer = open_dense(report, a.dense, a.device, a.dtype, a.matrix)
     if a.matrix:
-        seq_len = sequence_length(a.seq_len, 2048, model)
-        name = a.data or ("embedded" if dense == TINY else "wikitext2")
-        (label, (windows, protocol)), = load_windows([name], tokenizer, seq_len, dense, a.windows, a.data_dir).items()
+        seq_len = cli.sequence_length(a.seq_len, 2048, model)
+        name = a.data or ("embedded" if dense == cli.TINY else "wikitext2")
+        (label, (windows, protocol)), = evaluation_windows([name], tokenizer, seq_len, a.windows, a.data_dir).items()
     a.out.mkdir(exist_ok=True)
-    write(a.out / "cosines.png", plot_cosines(report["cosines"], report["redundant"], dense.name))
+    if report["cosines"]:
+        write(a.out / "cosines.png", plot_cosines(report["cosines"], report["redundant"], dense.name))
+    else:
+        print(f"no cosines.png: {a.ckpt} was made with --layer-ids and has no cosines")
     for layer in a.layer_ids or compressed:
         spectra = {r["name"]: singular_values(model, r["name"]) for r in layers[layer]}
         write(a.out / f"spectra-{layer}.png",
               plot_spectra(layer, layers[layer], spectra, dense.name, report["settings"]["score"]))
     for name in a.matrix:
-        result = zero_groups(model, name, windows, batch_size(a.batch_size, seq_len))
+        result = zero_groups(model, name, windows, cli.batch_size(a.batch_size, seq_len, model))
         result["rank_correlation"] = {by: rank_correlation(result[by], result["change"])
                                       for by in ("predicted", "score", "sigma")}
         print(f"{name}  rank correlation with the change of perplexity: "
@@ -213,40 +218,36 @@ def singular_values(model, name):
     return torch.linalg.svdvals(upcast(model.get_submodule(name).weight)).cpu()
 
 
-def check_flags(a, compressed, n_layers):
-    """ValueError if the folder lacks what is asked for, PermissionError if --out cannot be written."""
-    if not set(a.layer_ids or []) <= set(compressed):
-        raise ValueError(f"--layer-ids {a.layer_ids}: {a.ckpt} has compressed layers {compressed}")
-    unknown = set(a.matrix) - {name for layer in range(n_layers) for name in matrices(layer)}
-    if unknown:
-        raise ValueError(f"--matrix {min(unknown)}: expected a name like {matrices(n_layers - 1)[0]}; this model has "
-                         f"{n_layers} layers, 0 to {n_layers - 1}")
-    if not a.matrix and any((a.data, a.data_dir, a.seq_len, a.windows, a.batch_size)):
-        raise ValueError("--data, --data-dir, --seq-len, --windows, --batch-size: these need --matrix NAME")
-    folder = a.out if a.out.exists() else a.out.absolute().parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(f"--out {a.out}: {folder} is not a folder or read-only")
-
-
 def parse():
-    p = Parser(__doc__.splitlines()[0], default=None, help="another way to give FOLDER, as other commands do")
-    p.add_texts()
+    p = cli.Parser(__doc__.splitlines()[0])
     p.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="that grasp.py wrote")
-    p.add_argument("--dense", type=Path, metavar="DENSE", help="it was made from (default: as its report says)")
-    p.add_argument("--layer-ids", type=int, nargs="+", metavar="ID", help="draw spectra of these only (default: all)")
-    p.add_argument("--matrix", nargs="+", metavar="NAME", default=[], help="experiment on these, minutes for each, "
-                   "such as layers.5.feed_forward.w2; half precision takes --dtype float32 (default: none)")
-    p.add_argument("--data", metavar="TEXT", help=f"of the experiment: one of {text_names('test')} or a file (default: "
-                   "wikitext2; with the embedded model, embedded)")
-    p.add_argument("--seq-len", type=positive, metavar="T", help="tokens in a window (default: 2048, or all positions)")
-    p.add_argument("--out", type=Path, metavar="DIR", help="to draw into (default: NAME-plots here)")
+    add = cli.model_flags(p, "what to draw", default=None,
+                          help="another way to give FOLDER, as other commands do").add_argument
+    add("--dense", type=Path, metavar="DENSE", help="it was made from (default: as its report says)")
+    add("--layer-ids", type=int, nargs="+", metavar="ID", help="draw spectra of these only (default: all)")
+    add = p.add_argument_group("experiment").add_argument
+    add("--matrix", nargs="+", metavar="NAME", default=[], help="experiment on these, minutes for each, such as "
+        "layers.5.feed_forward.w2; half precision takes --dtype float32 (default: none)")
+    add("--data", metavar="TEXT", help=f"one of {text_names('test')} or a file (default: wikitext2; with the embedded "
+        "model, embedded)")
+    add("--seq-len", type=cli.positive, metavar="T", help="tokens in a window (default: 2048, or all positions)")
+    add("--windows", type=cli.positive, metavar="N", help="only the first N windows (default: all)")
+    add("--data-dir", metavar="DIR", help="with wikitext-2-raw/ and ptb/ (default: $GRASP_DATA, cache, download)")
+    p.add_argument_group("output").add_argument("--out", type=Path, metavar="DIR",
+                                                help="to draw into (default: NAME-plots here)")
+    cli.machine_flags(p, batches=True)
     a = p.parse_args()
     if (a.folder is None) == (a.ckpt is None):
         raise ValueError("give one FOLDER, that grasp.py wrote")
     a.ckpt = a.folder or a.ckpt
     a.out = a.out or Path(f"{a.ckpt.name}-plots")
+    if not a.matrix and any((a.data, a.data_dir, a.seq_len, a.windows, a.batch_size)):
+        raise ValueError("--data, --data-dir, --seq-len, --windows, --batch-size: these need --matrix NAME")
+    folder = a.out if a.out.exists() else a.out.absolute().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"--out {a.out}: {folder} is not a folder or read-only")
     return a
 
 
 if __name__ == "__main__":
-    command(main)
+    cli.command(main)

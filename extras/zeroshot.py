@@ -16,8 +16,8 @@ import argparse
 import json
 import logging
 import os
-import tempfile
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +25,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data import need
 from data.checkpoint import read_folder
-from data.corpus import batches, show
-from data.target import scratch_folder, write_json
-from evaluate import TINY, Parser, batch_size, command, json_file, markdown, open_checkpoint, positive
+from evaluate import markdown
 from extras import short_names
 from extras.generate import generate
 from model import upcast
+from runtime import cli
+from runtime.files import write_json
 
 # What the harness reads of a record, in the hub's layout. `str` means: a string that is not blank; a string: one that
 # contains it; a tuple: one of these values; a list: a list of such things.
@@ -67,7 +67,7 @@ def log_likelihoods(model, pairs, max_len, sequences=None, label="requests"):
     ids = [torch.tensor((context + continuation)[-max_len - 1:]) for context, continuation in pairs]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     sizes, results = batch_sizes([len(ids[i]) - 1 for i in order], sequences), [None] * len(ids)
-    for batch in batches(torch.tensor(order), sizes, label):
+    for batch in cli.batches(torch.tensor(order), sizes, label):
         batch = batch.tolist()
         counts = [len(pairs[i][1]) for i in batch]
         ends = torch.tensor([len(ids[i]) - 1 for i in batch])[:, None]                       # (B, 1)
@@ -92,7 +92,7 @@ def batch_sizes(lengths, sequences):
     """How many sequences each batch takes: `sequences`, or 1,024 tokens of them; lengths descend."""
     sizes, start = [], 0
     while start < len(lengths):
-        sizes.append(min(batch_size(sequences, lengths[start]), len(lengths) - start))
+        sizes.append(min(cli.batch_size(sequences, lengths[start]), len(lengths) - start))
         start += sizes[-1]
     return sizes
 
@@ -171,7 +171,7 @@ def adapter(model, tokenizer, sequences=None, label="requests"):
             tell_cut(label, [len(prompt) > room for prompt, room, *_ in asked])
             for prompt, room, new, until in asked:
                 texts.append(greedy_text(self.model, self.tokenizer, prompt[-room:], new, until))
-                show(f"{label}  {len(texts)}/{len(asked)} texts", last=len(texts) == len(asked))
+                cli.show(f"{label}  {len(texts)}/{len(asked)} texts", last=len(texts) == len(asked))
             return texts
 
     return Adapter(model, tokenizer)
@@ -320,13 +320,13 @@ def main():
     for ckpt in a.ckpt:
         read_folder(ckpt)  # a folder that is not one is seen now, not after hours spent on those before it
     rows = []
-    with scratch_folder(Path(tempfile.gettempdir()) / "grasp-zeroshot") as scratch:
-        scratch.mkdir()
+    with TemporaryDirectory(prefix="grasp-zeroshot-") as folder:
+        scratch = Path(folder)
         version = start_harness(scratch if a.local else None)
         print(f"harness      lm-eval {version}, records from {a.local or 'the hub'}")
         tasks = load_tasks(a.tasks, a.local, scratch)
         for name, ckpt in zip(short_names(a.ckpt), a.ckpt):
-            model, tokenizer = open_checkpoint(ckpt, a.device, a.dtype)
+            model, tokenizer = cli.open_checkpoint(ckpt, a.device, a.dtype)
             rows.append({"model": name, "parameters": model.n_params, "tasks": measure(
                 adapter(model, tokenizer, a.batch_size, name), tasks, a.metric, a.limit)})
             del model
@@ -336,15 +336,18 @@ def main():
 
 
 def parse():
-    p = Parser(__doc__.splitlines()[0], nargs="+", default=[TINY], help="folders of weights of any kind; the first is "
-               "what the others are compared with (default: the embedded model)")
-    p.add_argument("--tasks", type=task_names, default=SEVEN, metavar="A,B", help=f"of {', '.join(TASKS)} (default: "
-                   "all but gsm8k)")
-    p.add_argument("--local", metavar="DIR", help="take TASK.jsonl there, no network (default: Hugging Face's hub)")
-    p.add_argument("--metric", choices=["acc", "acc_norm"], default="acc", help="where a task has it (default: acc)")
-    p.add_argument("--limit", type=positive, metavar="N", help="only the first N records of each task (default: all)")
-    p.add_argument("--batch-size", type=positive, metavar="N", help="sequences in a batch (default: of 1,024 tokens)")
-    p.add_argument("--json", type=json_file, metavar="FILE", help="write the results there too")
+    p = cli.Parser(__doc__.splitlines()[0])
+    cli.model_flags(p, "what to evaluate", nargs="+", default=[cli.TINY], help="folders of weights of any kind; the "
+                    "first is what the others are compared with (default: the embedded model)")
+    add = p.add_argument_group("evaluation").add_argument
+    add("--tasks", type=task_names, default=SEVEN, metavar="A,B",
+        help=f"of {', '.join(TASKS)} (default: all but gsm8k)")
+    add("--local", metavar="DIR", help="take TASK.jsonl there, no network (default: Hugging Face's hub)")
+    add("--metric", choices=["acc", "acc_norm"], default="acc", help="where a task has it (default: acc)")
+    add("--limit", type=cli.positive, metavar="N", help="only the first N records of each task (default: all)")
+    add("--json", type=cli.json_file, metavar="FILE", help="write the results there too")
+    cli.machine_flags(p).add_argument("--batch-size", type=cli.positive, metavar="N",
+                                      help="sequences in a batch (default: of 1,024 tokens)")
     return p.parse_args()
 
 
@@ -357,4 +360,4 @@ def task_names(text):
 
 
 if __name__ == "__main__":
-    command(main)
+    cli.command(main)

@@ -1,4 +1,4 @@
-"""What the lessons share: small random models, and the real data where it is at hand."""
+"""What the tests share: small random models, and the real data where it is at hand."""
 import os
 import subprocess
 import sys
@@ -7,18 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
-import evaluate
 from data import corpus
 from model import ModelArgs, Transformer
+from runtime import cli
 
-torch.set_num_threads(1)  # matrices this small are not worth sharing, least of all on a busy machine
+torch.set_num_threads(1)  # matrices this small gain nothing from a second thread
 
 ROOT = Path(__file__).parent.parent
 
 
 def random_model(dtype=torch.float64, tied=False, seed=0, **changes):
-    """A LLaMA small enough to think about: 4 blocks, grouped queries, m != n everywhere but in wq and wo."""
-    fields = dict(dim=16, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=4, hidden_dim=24, vocab_size=50, norm_eps=1e-5)
+    """A small random LLaMA: 4 blocks, grouped queries, m != n for all matrices but wq and wo."""
+    fields = dict(dim=16, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=4, hidden_dim=24, vocab_size=50,
+                  norm_eps=1e-5)
     torch.manual_seed(seed)
     model = Transformer(ModelArgs(**{**fields, **changes}), tied).to(dtype).requires_grad_(False)
     for name, p in model.named_parameters():
@@ -31,7 +32,7 @@ def random_tokens(model, B, T, seed=1):
 
 
 def folder_in(variable, otherwise):
-    """The folder that an environment variable names; without it the test is skipped, saying what it needs."""
+    """The folder that an environment variable names. Without it the test is skipped, with what it needs."""
     if not os.environ.get(variable):
         pytest.skip(otherwise)
     return Path(os.environ[variable])
@@ -40,20 +41,23 @@ def folder_in(variable, otherwise):
 @pytest.fixture
 def data_dir():
     """The folder with wikitext-2-raw/ and ptb/."""
-    return folder_in("GRASP_DATA", "needs real text: set GRASP_DATA to a folder with wikitext-2-raw/ and ptb/")
+    return folder_in("GRASP_DATA",
+                     "needs real text: set GRASP_DATA to a folder with wikitext-2-raw/ and ptb/")
 
 
 @pytest.fixture
 def smollm2():
     """The folder that `python -m extras.smollm2` wrote."""
-    return folder_in("GRASP_SMOLLM2", "needs a real model: python -m extras.smollm2 FOLDER, then GRASP_SMOLLM2=FOLDER")
+    return folder_in("GRASP_SMOLLM2",
+                     "needs a real model: python -m extras.smollm2 FOLDER, then GRASP_SMOLLM2=FOLDER")
 
 
 @pytest.fixture
 def nowhere(tmp_path, monkeypatch):
-    """A folder with nothing in it, and neither data nor a network."""
+    """An empty folder to work in, without data and without a network."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("GRASP_DATA", raising=False)
+    for variable in ("GRASP_DATA", "GRASP_DEBUG"):
+        monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(corpus, "CACHE", tmp_path / "no-cache")
 
     def refuse(url):
@@ -64,14 +68,16 @@ def nowhere(tmp_path, monkeypatch):
 
 
 def run(script, *words, cwd):
-    return subprocess.run([sys.executable, str(ROOT / script), *map(str, words)], cwd=cwd, capture_output=True, text=True)
+    return subprocess.run([sys.executable, str(ROOT / script), *map(str, words)], cwd=cwd,
+                          capture_output=True, text=True)
 
 
 def error_of(main, words, monkeypatch, capsys):
     """The one line that a mistake prints."""
     monkeypatch.setattr(sys, "argv", ["command", *words.split()])
+    monkeypatch.delenv("GRASP_DEBUG", raising=False)
     with pytest.raises(SystemExit) as stop:
-        evaluate.command(main)
+        cli.command(main)
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
     return err

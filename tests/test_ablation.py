@@ -1,6 +1,7 @@
 """The lesson: one setting varies, everything else is the same; so each variant is what grasp.py makes of it alone."""
 import json
 import re
+import shutil
 import sys
 from contextlib import nullcontext
 from functools import partial
@@ -11,9 +12,10 @@ import torch
 import evaluate
 import grasp
 from conftest import ROOT, error_of, random_model, random_tokens
-from data.corpus import batches, random_windows
+from data.corpus import random_windows
 from extras import ablation
 from extras.ablation import ablate, held, in_common, ratio_of_size, spread, studies
+from runtime import cli
 
 BASE = {"calibration": "a", "samples": 4, "seed": 42, "score": "taylor", "iterative": False, "ratio": 0.4,
         "threshold": None}
@@ -39,10 +41,9 @@ def test_each_variant_is_grasp_alone_on_a_fresh_model():
     for row, change in zip(rows, changes):
         s = {**BASE, **change}
         alone, _, _ = setup()
-        sweep = partial(batches, windows[s["calibration"], 4, 42], 2)
+        sweep = partial(cli.batches, windows[s["calibration"], 4, 42], 2)
         _, redundant = grasp.find_redundant(alone, sweep, 2)
-        records = grasp.compress(alone, redundant, sweep, s["ratio"], s["threshold"], s["score"], s["iterative"],
-                                 log=lambda line: None)
+        records = list(grasp.compress(alone, redundant, sweep, s["ratio"], s["threshold"], s["score"], s["iterative"]))
         assert row["redundant"] == redundant and row["matrices"] == records and row["settings"] == s
         assert row["parameters"] == alone.n_params < model.n_params
         assert row["perplexity"]["text"] == evaluate.perplexity(alone, texts["text"][0].split(2))
@@ -61,7 +62,7 @@ def test_the_dense_model_is_whole_after_every_variant_and_after_an_error(monkeyp
     changes = [{}, {"iterative": True}, {"score": "magnitude"}, {"calibration": "b"}]
     for row in ablate(model, variants(changes), windows, texts, SIZES, layers=2):
         assert row["parameters"] < model.n_params and untouched()
-    monkeypatch.setattr(ablation, "perplexities", lambda *words: 1 / 0)
+    monkeypatch.setattr(ablation, "result_row", lambda *words: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         next(ablate(model, variants([{}]), windows, texts, SIZES, layers=2))
     assert untouched()
@@ -92,7 +93,7 @@ def test_what_is_swept_once_counts_in_the_seconds_of_each_that_uses_it(monkeypat
         seconds[phase] = seconds.get(phase, 0) + {"redundancy": 1, "attribution": 10, "compression": 100}[phase]
         return nullcontext()
 
-    monkeypatch.setattr(ablation, "timed", slow)
+    monkeypatch.setattr(cli, "timed", slow)
     changes = [{}, {"score": "gradient"}, {"score": "magnitude"}, {"iterative": True}]
     rows = ablate(model, variants(changes), windows, texts, SIZES, layers=2)
     assert [row["seconds"] for row in rows] == [111, 111, 101, 101]
@@ -150,7 +151,7 @@ def test_spread_by_hand():
 
 def test_layers_that_are_low_rank_already_cannot_be_varied():
     model, windows, texts = setup()
-    grasp.compress(model, [1], lambda label: [windows["a", 4, 42]], ratio=0.4, log=lambda line: None)
+    list(grasp.compress(model, [1], lambda label: [windows["a", 4, 42]], ratio=0.4))
     with pytest.raises(ValueError, match=r"layers \[1\] are low-rank already"):
         next(ablate(model, variants([{}]), windows, texts, SIZES, layer_ids=[1]))
     row = next(ablate(model, variants([{}]), windows, texts, SIZES, layer_ids=[1, 2]))
@@ -164,7 +165,7 @@ QUICK = ["--seq-len", "64", "--windows", "4"]
 
 def report(main, words, monkeypatch, file):
     monkeypatch.setattr(sys, "argv", ["command", *QUICK, *words.split()])
-    evaluate.command(main)
+    cli.command(main)
     return json.loads(file.read_text())
 
 
@@ -214,9 +215,9 @@ def test_a_row_is_the_row_of_the_command_grasp(nowhere, monkeypatch, capsys):
     ("score --layers 2 --json .", "--json: .: not a file"),
     ("samples --layers 2 --samples 4", "--samples: the samples study takes at least 2, each once; got [4]"),
     ("samples --layers 2 --samples 4 4", "at least 2, each once; got [4, 4]"),
-    ("seeds --layers 2 --seeds -1 2", "argument --seeds: '-1', expected 0 to 2^63 - 1"),
+    ("seeds --layers 2 --seeds -1 2", "argument --seeds: '-1', expected a whole number from 0 to 2^63 - 1"),
     ("budget --layers 2 --ratio 0.1", "--ratio: the budget study finds its ratios itself, by --thresholds"),
-    ("budget --layers 2 --thresholds 1.5", "--thresholds: '1.5', expected more than 0 and at most 1"),
+    ("budget --layers 2 --thresholds 1.5", "--thresholds: '1.5', expected a number above 0 and at most 1"),
     ("calibration --layers 2", "--calibration: the calibration study takes at least 2, each once; got none"),
     ("calibration --layers 2 --calibration embedded nowhere", "no text 'nowhere': expected wikitext2, ptb, embedded"),
     ("calibration --layers 2 --calibration embedded short", "the calibration text has 3 tokens, too few"),
@@ -224,13 +225,13 @@ def test_a_row_is_the_row_of_the_command_grasp(nowhere, monkeypatch, capsys):
 ])
 def test_mistakes_are_one_line_before_any_sweep(words, message, nowhere, monkeypatch, capsys):
     (nowhere / "short").write_text("if x")
-    monkeypatch.setattr(ablation, "perplexities", None)
+    monkeypatch.setattr(ablation, "result_row", None)
     assert message in error_of(ablation.main, words, monkeypatch, capsys)
 
 
 def test_texts_that_the_study_compares_are_never_replaced(nowhere, monkeypatch, capsys):
-    monkeypatch.setattr(ablation, "TINY", None)  # the embedded model is one like any other
-    error = error_of(ablation.main, "calibration --layers 2", monkeypatch, capsys)
+    shutil.copytree(cli.TINY, "dense")  # a model like any other
+    error = error_of(ablation.main, "calibration --layers 2 --ckpt dense", monkeypatch, capsys)
     assert "wikitext-2-raw/wiki.train.raw: not in --data-dir" in error
 
 

@@ -1,10 +1,10 @@
 """The lesson: a singular value's gradient needs no autograd of its own.
 
-With W = U diag(sigma) V^T the loss is a function of sigma through W alone, and dW/d sigma_k = u_k v_k^T, so
+With W = U diag(sigma) V^T the loss depends on sigma through W alone, and dW/d sigma_k = u_k v_k^T. Therefore
 
     dL/d sigma_k = <dL/dW, u_k v_k^T> = u_k^T G v_k.
 
-G comes from one ordinary backward pass. Here autograd, which knows nothing of that line, is asked for the same numbers.
+G comes from one ordinary backward pass. Here autograd computes the same numbers without that formula.
 """
 import math
 
@@ -16,14 +16,13 @@ from torch import nn
 from attribution import (angular_distances, importance, layer_cosines, low_rank_factors,
                          rank_for_ratio, rank_for_threshold, sigma_gradients, svd, top_k, weight_gradients)
 from conftest import random_model, random_tokens
-from model import MATRICES, LowRankLinear
+from model import LowRankLinear, matrix_names
 
-NAMES = [f"layers.{layer}.{matrix}" for layer in (1, 3) for matrix in MATRICES]
+NAMES = matrix_names(1, 3)
 
 
 class Spectral(nn.Module):
     """y = U diag(sigma) V^T x, with sigma a leaf that autograd differentiates."""
-
     def __init__(self, W):
         super().__init__()
         self.U, S, self.Vh = torch.linalg.svd(W, full_matrices=False)
@@ -34,7 +33,7 @@ class Spectral(nn.Module):
 
 
 def autograd_sigma_gradients(model, names, tokens):
-    """The same through autograd, from logits and a loss written out here: the independent witness."""
+    """{name: dL/d sigma} by autograd, from the logits and a loss written out here: an independent check."""
     old = {name: model.replace_matrix(name, Spectral(model.get_submodule(name).weight)) for name in names}
     log_p = torch.log_softmax(model(tokens), dim=-1)
     B, T = tokens.shape
@@ -56,9 +55,8 @@ def test_sigma_gradients_of_one_matrix_are_autograds():
         assert torch.allclose(sigma_gradients(layer.U, G, layer.Vh), layer.S.grad, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("hidden_dim", [24, 1030])  # of the taller ones the gradients are summed in parts
-def test_sigma_gradients_through_the_whole_model_are_autograds(hidden_dim):
-    model = random_model(hidden_dim=hidden_dim)
+def test_sigma_gradients_through_the_whole_model_are_autograds():
+    model = random_model()
     tokens = random_tokens(model, 3, 12)
     truth = autograd_sigma_gradients(model, NAMES, tokens)
     G = weight_gradients(model, NAMES, tokens.split(2))
@@ -69,7 +67,7 @@ def test_sigma_gradients_through_the_whole_model_are_autograds(hidden_dim):
 
 
 def test_sigma_gradients_predict_what_a_nudge_does():
-    """Central differences, which know neither autograd nor the formula."""
+    """Central differences use neither autograd nor the formula."""
     model, name = random_model(), "layers.2.feed_forward.w2"
     tokens = random_tokens(model, 2, 10)
     W = model.get_submodule(name).weight
@@ -88,7 +86,7 @@ def test_sigma_gradients_predict_what_a_nudge_does():
 
 
 def test_the_three_members_of_a_singular_group_agree():
-    """u . dL/du = v . dL/dv = sigma dL/d sigma, so the score of the whole group orders as sigma's alone [App. A.1]."""
+    """u . dL/du = v . dL/dv = sigma dL/d sigma: the whole group's score orders as sigma's [App. A.1]."""
     torch.manual_seed(1)
     W, X = torch.randn(6, 4, dtype=torch.float64), torch.randn(4, 20, dtype=torch.float64)
     U, S, Vh = (t.clone().requires_grad_() for t in torch.linalg.svd(W, full_matrices=False))
@@ -98,7 +96,7 @@ def test_the_three_members_of_a_singular_group_agree():
 
 
 def test_gradients_are_linear_over_batches():
-    """G of the whole set is the mean of its parts' by tokens, whatever the micro-batches."""
+    """G of the whole set is the mean of its parts', weighted by tokens. The micro-batches do not matter."""
     model = random_model()
     tokens = random_tokens(model, 6, 9)
     whole, again = (weight_gradients(model, NAMES, tokens.split(size)) for size in (6, 1))
@@ -116,11 +114,11 @@ def test_autograd_stops_at_the_lowest_redundant_block():
     model.layers[3].attention.wv.register_forward_pre_hook(lambda module, x: seen.append(x[0].requires_grad))
     weight_gradients(model, ["layers.2.feed_forward.w1"], [tokens])
     assert seen == [False, True]  # below block 2 no graph is built
-    assert all(p.grad is None and not p.requires_grad for p in model.parameters())  # and nothing is left behind
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters())  # and nothing is left over
 
 
 def test_half_precision_gradients_are_summed_wide():
-    """300 batches whose bf16 sum would stop growing: each adds less than half a unit in its last place."""
+    """A bf16 sum of 300 batches would stop growing: each adds less than half a unit in its last place."""
     model = random_model(torch.bfloat16)
     tokens, name = random_tokens(model, 1, 8), "layers.3.feed_forward.w2"
     once = weight_gradients(model, [name], [tokens])[name]
@@ -148,7 +146,7 @@ def test_cuda_gives_the_same_gradients():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_no_sweep_waits_for_the_gpu():
-    """Once the first micro-batch has started it, nothing asks for a value before the last one is on its way."""
+    """After the first micro-batch, nothing waits for a value until the last one has been started."""
     def watched(tokens):
         for i, part in enumerate(tokens.to("cuda").split(1)):
             torch.cuda.set_sync_debug_mode("error" if i else "default")
@@ -161,36 +159,89 @@ def test_no_sweep_waits_for_the_gpu():
     assert len(weight_gradients(model, NAMES, watched(tokens))) == len(NAMES)
 
 
-# ------------------------------------------------------------------------------------------------ the SVD
+# ------------------------------------------------------------------------------------------------ the batches
+
+def empty():
+    return iter(())
+
+
+def used_up():
+    batches = iter([torch.zeros(1, 4, dtype=torch.int64)])
+    next(batches)
+    return batches
+
+
+@pytest.mark.parametrize("batches", [list, empty, used_up])
+def test_a_sweep_without_batches_is_an_error(batches):
+    """An iterator can be used once; without this check the second sweep would divide by zero."""
+    model = random_model()
+    with pytest.raises(ValueError, match="no batches"):
+        layer_cosines(model, batches())
+    with pytest.raises(ValueError, match="no batches"):
+        angular_distances(model, batches(), 2)
+    with pytest.raises(ValueError, match="no batches"):
+        weight_gradients(model, NAMES, batches())
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_a_sequence_of_minus_100_is_not_counted():
+    """An idle process of several gets one such sequence for each of its steps."""
+    model = random_model()
+    tokens, idle = random_tokens(model, 3, 8), torch.full((1, 8), -100)
+    for batches in ([tokens, idle], [torch.cat((idle, tokens))]):
+        for ours, right in ((layer_cosines(model, batches), layer_cosines(model, [tokens])),
+                            (angular_distances(model, batches, 2), angular_distances(model, [tokens], 2))):
+            assert torch.allclose(ours, right, rtol=0, atol=1e-14)
+        expected = weight_gradients(model, NAMES, [tokens])
+        for name, G in weight_gradients(model, NAMES, batches).items():
+            assert torch.allclose(G, expected[name], rtol=0, atol=1e-14), name
+
+
+# ---------------------------------------------------------------------------------------------------- the SVD
 
 @pytest.mark.parametrize("m, n", [(40, 40), (60, 20), (20, 60)])
 def test_the_svd_by_the_gram_matrix_is_an_svd(m, n, monkeypatch):
-    """Held against LAPACK in fp64; its own fp32 SVD must not be what answers."""
+    """The reference is LAPACK in fp64. LAPACK's fp32 SVD is switched off, so that it cannot answer."""
     monkeypatch.setattr(torch.linalg, "svd", None)
     torch.manual_seed(3)
-    W = torch.randn(m, n) * torch.logspace(0, -4, n)  # from the largest to the smallest column, four decades
+    W = torch.randn(m, n) * torch.logspace(0, -3, n)  # the columns' sizes span three decades
     U, S, Vh = svd(W)
     monkeypatch.undo()
     r, exact = min(m, n), torch.linalg.svdvals(W.double())
     assert U.shape == (m, r) and Vh.shape == (r, n) and S.dtype == torch.float32
     assert (S - exact).abs().max() < 1e-6 * exact[0] and (S.diff() <= 0).all()
     assert torch.allclose(U @ S.diag() @ Vh, W, rtol=0, atol=1e-5 * exact[0])
-    assert torch.allclose(Vh @ Vh.T, torch.eye(r), atol=1e-5) and torch.allclose(U.T @ U, torch.eye(r), atol=1e-5)
+    for Q in (U.T, Vh):
+        assert torch.allclose(Q @ Q.T, torch.eye(r), atol=1e-5)
+
+
+@pytest.mark.parametrize("m, n", [(60, 20), (20, 60)])
+def test_singular_vectors_are_orthogonal_where_the_smallest_value_is_tiny(m, n):
+    """At 3e-6 of the largest value the Gram matrix no longer gives orthogonal columns; LAPACK does."""
+    torch.manual_seed(5)
+    U, V = (torch.linalg.qr(torch.randn(size, 20, dtype=torch.float64)).Q for size in (m, n))
+    S = torch.logspace(0, math.log10(3e-6), 20, dtype=torch.float64)
+    U, _, Vh = svd((U @ S.diag() @ V.T).float())
+    for Q in (U.T, Vh):
+        assert (Q @ Q.T - torch.eye(20)).abs().max() <= 5e-6
 
 
 @pytest.mark.parametrize("W", [torch.zeros(5, 3), torch.ones(4, 6), torch.eye(6)[:, :4] * 1e-20,
                                torch.diag(torch.tensor([1.0, 1e-3, 1e-9]))])
-def test_the_svd_of_what_lacks_rank_is_still_an_svd(W):
+def test_the_svd_of_a_matrix_without_full_rank(W):
     U, S, Vh = svd(W)
     assert torch.allclose(U @ S.diag() @ Vh, W, rtol=1e-5, atol=1e-12)
     for Q in (U.T, Vh):
         assert torch.allclose(Q @ Q.T, torch.eye(min(W.shape)), atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------ which to keep
+# ---------------------------------------------------------------------------------------------- which to keep
 
 def test_importance_is_not_magnitude():
-    """By hand: W = diag(3, 2, 1), G = diag(0.1, 0, -5). The smallest sigma matters most, the middle one not at all."""
+    """By hand: W = diag(3, 2, 1), G = diag(0.1, 0, -5).
+
+    The smallest sigma matters most, the middle one not at all.
+    """
     W, G = torch.diag(torch.tensor([3.0, 2.0, 1.0])), torch.diag(torch.tensor([0.1, 0.0, -5.0]))
     U, S, Vh = svd(W)
     gradient = sigma_gradients(U, G, Vh)
@@ -213,8 +264,9 @@ def test_the_absolute_value_comes_after_the_sum():
     assert (whole < (each[0] + each[1]) / 2 - 1e-6).any()  # somewhere they pull opposite ways
 
 
-@pytest.mark.parametrize("m, n, rank", [(4096, 4096, 204), (1024, 4096, 81), (11008, 4096, 298), (14336, 4096, 318),
-                                        (4096, 14336, 318), (3, 3, 1)])
+@pytest.mark.parametrize("m, n, rank", [
+    (4096, 4096, 204), (1024, 4096, 81), (11008, 4096, 298), (14336, 4096, 318), (4096, 14336, 318),
+    (3, 3, 1)])
 def test_rank_for_ratio(m, n, rank):
     assert rank_for_ratio(m, n, 0.1) == rank
     assert rank == 1 or rank * (m + n) <= 0.1 * m * n < (rank + 1) * (m + n)
@@ -236,7 +288,7 @@ def test_ties_go_to_the_earlier():
 
 
 def test_factors_are_the_kept_part_of_the_sum():
-    """A B = sum over the kept k of sigma_k u_k v_k^T; its squared error is that of the dropped sigmas [Eckart-Young]."""
+    """A B = sum over the kept k of sigma_k u_k v_k^T. Its squared error is that of the dropped sigmas."""
     torch.manual_seed(2)
     W = torch.randn(9, 6, dtype=torch.float64)
     U, S, Vh = svd(W)
@@ -257,7 +309,7 @@ def test_full_rank_leaves_the_logits():
     assert torch.allclose(model(tokens), before, rtol=0, atol=1e-11)
 
 
-# ------------------------------------------------------------------------------------------------ redundant layers
+# ------------------------------------------------------------------------------------------- redundant layers
 
 def test_a_layer_that_does_nothing_has_cosine_1():
     model = random_model()
@@ -268,7 +320,7 @@ def test_a_layer_that_does_nothing_has_cosine_1():
 
 
 def test_half_precision_streams_are_compared_wide():
-    """In bf16 two nearly parallel vectors would have cosine 1 or 0.996, nothing between."""
+    """In bf16 two nearly parallel vectors would have cosine 1 or 0.996, and nothing in between."""
     model = random_model(torch.bfloat16)
     tokens = random_tokens(model, 2, 9)
     states = [h.double() for h in model.residual_stream(tokens)]
@@ -277,7 +329,7 @@ def test_half_precision_streams_are_compared_wide():
 
 
 class Stream:
-    """A model of which only the residual stream is known: two blocks, two sequences of two tokens, dim 2."""
+    """A model that has only a residual stream: two blocks, two sequences of two tokens, dim 2."""
     device = "cpu"
     h = torch.tensor([[[[1.0, 0.0], [0.0, 2.0]], [[3.0, 0.0], [1.0, 1.0]]],
                       [[[0.0, 1.0], [0.0, 9.0]], [[3.0, 3.0], [1.0, 0.0]]],
@@ -289,7 +341,8 @@ class Stream:
 
 def test_cosines_and_angles_by_hand():
     tokens, root = torch.zeros(2, 2, dtype=torch.int64), math.sqrt(0.5)
-    assert layer_cosines(Stream(), [tokens]).tolist() == pytest.approx([(0 + 1 + root + root) / 4, (-1 + 1 + 0 + 1) / 4])
+    expected = [(0 + 1 + root + root) / 4, (-1 + 1 + 0 + 1) / 4]
+    assert layer_cosines(Stream(), [tokens]).tolist() == pytest.approx(expected)
     # on the last tokens only: angles 0 and 45 degrees, then 0 and 0; from end to end 0 and 45
     assert angular_distances(Stream(), [tokens], 1).tolist() == pytest.approx([0.125, 0.0])
     assert angular_distances(Stream(), [tokens], 2).tolist() == pytest.approx([0.125])

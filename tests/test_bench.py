@@ -8,14 +8,14 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import evaluate
 from attribution import layer_cosines, svd, weight_gradients
 from conftest import error_of, random_model, random_tokens
 from extras import bench
 from extras.bench import (GIB, autograd_compress, batched, borrowed, by_shape, in_common, measure, operations,
                           random_weights, svd_study, time_by_shape, turn)
-from grasp import compress, find_redundant, matrices
-from model import LowRankLinear, load_checkpoint, save_checkpoint
+from grasp import compress, find_redundant
+from model import LowRankLinear, load_checkpoint, matrix_names, save_checkpoint
+from runtime import cli
 
 TINY_SHAPE = 16, 4, 4, 2, 24, 50, False
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
@@ -35,7 +35,7 @@ def run(nowhere, monkeypatch, capsys):
     """The command: (what it printed, what it wrote with --json)."""
     def run(words):
         monkeypatch.setattr(sys, "argv", ["command", *words.split(), "--json", "a.json"])
-        evaluate.command(bench.main)
+        cli.command(bench.main)
         return capsys.readouterr().out, json.loads((nowhere / "a.json").read_text())
     return run
 
@@ -54,7 +54,7 @@ def test_operations_are_what_torch_counts(redundant):
     """Every matrix product, exactly; of attention, here as plain products over all T x T pairs, the causal half."""
     model, (B, T) = random_model(), (3, 12)
     tokens, expected = random_tokens(model, B, T), operations(random_model(), redundant, B, T)
-    names = [name for layer in redundant for name in matrices(layer)]
+    names = matrix_names(*redundant)
     for sweep, work in (("redundancy", partial(layer_cosines, model)),
                         ("attribution", partial(weight_gradients, model, names))):
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -126,7 +126,7 @@ def test_autograd_of_the_dense_model_keeps_the_same_components(monkeypatch):
     with borrowed(model, [1, 2]):
         monkeypatch.setattr(bench, "keep", lambda *words: None)  # W goes back: all gradients are the dense model's
         theirs = autograd_compress(model, [1, 2], lambda label: windows.split(2), 0.3, seconds)
-        ours = compress(model, [1, 2], lambda label: windows.split(3), 0.3, log=lambda line: None)
+        ours = list(compress(model, [1, 2], lambda label: windows.split(3), 0.3))
     assert {record["name"]: record["kept"] for record in ours} == {name: kept.tolist() for name, kept in theirs.items()}
     assert len(theirs) == 14 and set(seconds) == {"gradients", "SVD"}
 
@@ -139,7 +139,7 @@ def test_autograd_as_published_sees_what_it_replaced(monkeypatch):
     monkeypatch.setattr(bench, "keep", lambda *words: None)
     same = autograd_compress(dense, [1, 3], lambda label: [windows], 0.5, {})
     low_rank = {name for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
-    assert low_rank == set(kept) == {name for layer in (1, 3) for name in matrices(layer)}
+    assert low_rank == set(kept) == set(matrix_names(1, 3))
     assert not any(isinstance(module, LowRankLinear) for module in dense.modules())
     agree = {name: torch.equal(kept[name], same[name]) for name in kept}
     assert all(agree[name] for name in agree if name.startswith(last)) and not all(agree.values())
@@ -245,15 +245,15 @@ def test_growth_is_a_table_for_each_axis(device, run):
     ("--growth --svd", "have no use with --growth"),
     ("--layers 9", "this model has 8 layers, 0 to 7; asked for 9"),
     ("--seq-len 257", "--seq-len 257: expected 2 to 256"),
-    ("--ratio 2", "--ratio: 2, expected more than 0 and at most 1"),
+    ("--ratio 2", "--ratio: 2, expected a number above 0 and at most 1"),
     ("--repeats 0", "--repeats: 0, expected"),
     ("--device nonsense", "--device nonsense: "),
     ("--json no/such/file", "no/such/file: cannot be written"),
     ("--ckpt small", "small: is compressed already, expected a dense folder")])
 def test_mistakes_are_one_line(words, message, nowhere, monkeypatch, capsys):
-    model = load_checkpoint(evaluate.TINY)
-    compress(model, [3], lambda label: [], 0.1, score="magnitude", log=lambda line: None)
-    save_checkpoint(model, nowhere / "small", tokenizer=evaluate.TINY / "tokenizer.model")
+    model = load_checkpoint(cli.TINY)
+    list(compress(model, [3], lambda label: [], 0.1, score="magnitude"))
+    save_checkpoint(model, nowhere / "small", tokenizer=cli.TINY / "tokenizer.model")
     monkeypatch.setattr(bench, "measure", None)
     error = error_of(bench.main, words, monkeypatch, capsys)
     assert message in error.replace("'", "")

@@ -1,4 +1,5 @@
-"""The lesson: the commands as a user meets them, first when all goes well, then when it does not."""
+"""The lesson: the commands as a user meets them, first without mistakes, then with them."""
+import copy
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import torch
 import evaluate
 import grasp
 from conftest import ROOT, error_of, run
+from runtime import cli
 
 QUICK = ["--layers", "2", "--samples", "6", "--seq-len", "64", "--windows", "4"]
 
@@ -25,38 +27,41 @@ def test_the_whole_job_and_its_evaluation(tmp_path):
         "consolidated.00.pth", "params.json", "report.json", "tokenizer.model"]
     report = json.loads((tmp_path / "small/report.json").read_text())
     rows = {row["model"]: row for row in report["results"]}
-    assert list(rows) == ["dense", "layers dropped", "plain SVD", "GRASP"]
+    assert list(rows)[:2] == ["dense", "layers dropped"] and {*list(rows)[2:]} == {"plain SVD", "GRASP"}
     assert all(name in done.stdout for name in rows)
     assert len(report["cosines"]) == 8 and len(report["redundant"]) == 2 and len(report["matrices"]) == 14
     assert len(report["calibration"]["offsets"]) == 6 and report["settings"]["ratio"] == 0.2
     assert report["parameters_after"] == rows["GRASP"]["parameters"] == rows["plain SVD"]["parameters"]
     assert rows["layers dropped"]["parameters"] < report["parameters_after"] < report["parameters_before"]
     assert all(len(r["kept"]) == r["rank"] for r in report["matrices"])
-    assert {"load", "redundancy", "attribution", "SVD", "compression", "evaluation", "plain SVD"} <= report["seconds"].keys()
+    assert {"load", "redundancy", "attribution", "SVD", "compression", "evaluation",
+            "plain SVD"} <= {*report["seconds"]}
     for r in report["matrices"]:
-        assert len(r["kept"]) == r["rank"] and r["kept"] == sorted(set(r["kept"])) and r["kept"][-1] < min(r["shape"])
+        assert r["kept"] == sorted(set(r["kept"])) and r["kept"][-1] < min(r["shape"])
 
     kept = f"{100 * report['parameters_after'] / report['parameters_before']:.1f}"
-    again = run("evaluate.py", "--ckpt", "small", "--data", "embedded", "--windows", 4, "--json", "e.json", cwd=tmp_path)
+    again = run("evaluate.py", "--ckpt", "small", "--data", "embedded", "--windows", 4, "--json", "e.json",
+                cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     result = json.loads((tmp_path / "e.json").read_text())
-    assert result["perplexity"]["embedded"] == pytest.approx(rows["GRASP"]["perplexity"]["embedded"], rel=1e-6)
+    assert result["perplexity"]["embedded"] == pytest.approx(rows["GRASP"]["perplexity"]["embedded"],
+                                                             rel=1e-6)
     assert f"{result['perplexity']['embedded']:.2f}" in again.stdout and f" {kept} " in again.stdout
     assert result["parameters"] == report["parameters_after"]
 
 
 def test_the_embedded_model_by_any_path_and_layers_by_hand(tmp_path):
-    done = run("grasp.py", "--ckpt", ROOT / "data/../data/tiny", "--layer-ids", 6, 2, "--threshold", 0.5, "--samples", 4,
-               "--compare", "--windows", 2, "--iterative", cwd=tmp_path)
+    done = run("grasp.py", "--ckpt", ROOT / "data/../data/tiny", "--layer-ids", 6, 2, "--threshold", 0.5,
+               "--samples", 4, "--compare", "--windows", 2, "--iterative", cwd=tmp_path)
     assert done.returncode == 0 and "embedded ppl" in done.stdout, done.stderr
     report = json.loads((tmp_path / "tiny-grasp/report.json").read_text())
     assert report["redundant"] == [2, 6] and report["matrices"][0]["name"] == "layers.6.feed_forward.w1"
-    svd, ours = report["results"][2:]
+    svd, ours = sorted(report["results"][2:], key=lambda row: row["model"] == "GRASP")
     assert svd["parameters"] == ours["parameters"]  # plain SVD gets the ranks that the threshold gave GRASP
     assert svd["perplexity"] != ours["perplexity"]
 
 
-def test_dtype_is_what_is_computed_in_and_written(tmp_path):
+def test_dtype_is_the_dtype_of_the_written_weights(tmp_path):
     done = run("grasp.py", *QUICK, "--dtype", "bfloat16", "--eval", "none", cwd=tmp_path)
     assert done.returncode == 0 and "dtype bfloat16 (as asked)" in done.stdout, done.stderr
     table = torch.load(tmp_path / "tiny-grasp/consolidated.00.pth", weights_only=True)
@@ -70,23 +75,66 @@ def test_one_seed_gives_identical_folders(tmp_path):
     for file in ("consolidated.00.pth", "params.json", "tokenizer.model"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
     a, b = (json.loads((tmp_path / out / "report.json").read_text()) for out in "ab")
-    for measured in ("seconds", "peak_bytes", "results", "settings"):  # times, and --out itself
+    for measured in ("seconds", "results", "settings"):  # times, memory, and --out
         a.pop(measured), b.pop(measured)
     assert a == b
 
 
 def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path):
-    process = subprocess.Popen([sys.executable, "-u", ROOT / "grasp.py", "--layers", "2", "--samples", "100000"],
-                               cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    words = ["--layers", "2", "--samples", "100000"]
+    process = subprocess.Popen([sys.executable, "-u", ROOT / "grasp.py", *words], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         while not process.stdout.readline().startswith("method"):
             pass
         time.sleep(0.3)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate()
+        _, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130 and err.strip() == "interrupted" and list(tmp_path.iterdir()) == []
+    assert process.returncode == 130 and err == "\ninterrupted\n" and list(tmp_path.iterdir()) == []
+
+
+# grasp.py with a sweep that prints "there" and then takes a second
+SLOW = """
+import sys, time
+import grasp
+from runtime import cli
+def sweep(windows, *_):
+    print("there", flush=True)
+    time.sleep(seconds)
+    yield windows
+cli.batches, seconds = sweep, float(sys.argv[1])
+sys.argv[1:] = "--layers 2 --samples 1 --seq-len 8 --eval none --out out".split()
+cli.command(grasp.main, parallel=True)
+"""
+
+
+def slow_command(folder, seconds, **how):
+    process = subprocess.Popen([sys.executable, "-u", "-c", SLOW, str(seconds)], cwd=folder, text=True, **how,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env={**os.environ, "PYTHONPATH": str(ROOT)})
+    while (line := process.stdout.readline()) != "there\n":
+        assert line, process.communicate()
+    return process
+
+
+@pytest.mark.parametrize("number, exit_code, told", [(signal.SIGINT, 130, "\ninterrupted\n"),
+                                                     (signal.SIGTERM, 143, ""), (signal.SIGHUP, 129, "")])
+def test_a_signal_ends_a_sweep(number, exit_code, told, tmp_path):
+    """Ctrl-C says so, on its own line. The others are silent. test_files.py has signals during a write."""
+    process = slow_command(tmp_path, 600)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (exit_code, told) and list(tmp_path.iterdir()) == []
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path):
+    """nohup starts a command with SIGHUP ignored."""
+    process = slow_command(tmp_path, 1, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process.send_signal(signal.SIGHUP)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "written to out" in out, err
 
 
 def test_help_shows_the_defaults():
@@ -95,25 +143,83 @@ def test_help_shows_the_defaults():
         assert shown.returncode == 0 and "default: the embedded model" in shown.stdout
 
 
-# ------------------------------------------------------------------------------------------------ mistakes
+def test_help_shows_the_flags_in_groups():
+    shown = run("grasp.py", "--help", cwd=ROOT).stdout
+    titles = ["what to compress:", "calibration:", "evaluation:", "output:", "machine:"]
+    assert [line for line in shown.splitlines() if line in titles] == titles
+    compress, calibration, evaluation, output, machine = shown.split("what to compress:")[1].split("\n\n")
+    for flags, group in (("--ckpt --layers --ratio", compress), ("--samples --seed", calibration),
+                         ("--eval --windows --data-dir", evaluation), ("--out --overwrite", output),
+                         ("--device --dtype --batch-size", machine)):
+        assert all(f"  {flag}" in group for flag in flags.split()), flags
+
+
+def test_layers_by_hand_need_no_redundancy_sweep(nowhere, monkeypatch, capsys):
+    monkeypatch.setattr(grasp, "layer_cosines", lambda *_: pytest.fail("a redundancy sweep"))
+    monkeypatch.setattr(sys, "argv", "grasp.py --layer-ids 3 --samples 2 --seq-len 16 --eval none".split())
+    cli.command(grasp.main)
+    assert "cosine" not in capsys.readouterr().out
+    report = json.loads((nowhere / "tiny-grasp/report.json").read_text())
+    assert report["cosines"] is None and report["redundant"] == [3] and "redundancy" not in report["seconds"]
+
+
+@pytest.mark.parametrize("main, words", [
+    (grasp.main, "--layers 2 --samples 3 --compare"),
+    (grasp.main, "--layer-ids 3 --samples 1 --batch-size 2"),
+    (grasp.main, "--layers 1 --threshold 0.5 --contiguous --samples 1 --eval none"),
+    (evaluate.main, "--json e.json"), (evaluate.main, "--data none --dtype bfloat16")])
+def test_nothing_changes_the_settings_after_parsing(main, words, nowhere, monkeypatch, capsys):
+    """What a command was asked for is what it does and what its report says."""
+    parsed = []
+
+    def watch(place, name):
+        parse = getattr(place, name)
+
+        def watched(*words):
+            a = parse(*words)
+            parsed.append((a, copy.deepcopy(vars(a))))
+            return a
+        monkeypatch.setattr(place, name, watched)
+
+    watch(*((grasp, "parse") if main is grasp.main else (cli.Parser, "parse_args")))
+    monkeypatch.setattr(sys, "argv", ["command", *words.split(), "--windows", "1"])
+    cli.command(main)
+    (a, before), = parsed
+    assert vars(a) == before
+
+
+def test_a_stack_trace_on_request(tmp_path):
+    """A mistake is one line.
+
+    With GRASP_DEBUG=1 it is a stack trace, for whoever looks for a fault in the code.
+    """
+    for debug in ("", "1"):
+        done = subprocess.run([sys.executable, ROOT / "grasp.py", "--layers", "9"], cwd=tmp_path,
+                              capture_output=True, text=True, env={**os.environ, "GRASP_DEBUG": debug})
+        assert done.returncode == (1 if debug else 2) and "asked for 9" in done.stderr.splitlines()[-1]
+        assert ("Traceback (most recent call last)" in done.stderr) == bool(debug)
+        assert debug or done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+# --------------------------------------------------------------------------------------------------- mistakes
 
 @pytest.mark.parametrize("words, message", [
-    ("", "give one of --layers N and --layer-ids"),
-    ("--layers 2 --layer-ids 1", "give one of --layers N and --layer-ids"),
+    ("", "one of the arguments --layers --layer-ids is required"),
+    ("--layers 2 --layer-ids 1", "argument --layer-ids: not allowed with argument --layers"),
     ("--layers 0", "--layers: '0', expected a whole number from 1 to"),
     ("--layers two", "--layers: 'two', expected a whole number"),
     ("--layers 9", "this model has 8 layers, 0 to 7; asked for 9"),
     ("--layer-ids 3 8", "this model has 8 layers, 0 to 7; asked for [3, 8]"),
     ("--layer-ids 3 -1", "this model has 8 layers"),
-    ("--layer-ids 3 3", "expected each id once"),
-    ("--layer-ids 3 --contiguous", "no --contiguous"),
-    ("--layers 2 --ratio 0", "--ratio: '0', expected more than 0 and at most 1"),
-    ("--layers 2 --ratio 1.5", "--ratio: '1.5', expected more than 0 and at most 1"),
+    ("--layer-ids 3 3", "asked for [3, 3]"),
+    ("--layer-ids 3 --contiguous", "not with --layer-ids"),
+    ("--layers 2 --ratio 0", "--ratio: '0', expected a number above 0 and at most 1"),
+    ("--layers 2 --ratio 1.5", "--ratio: '1.5', expected a number above 0 and at most 1"),
     ("--layers 2 --ratio nan", "--ratio: 'nan', expected"),
-    ("--layers 2 --ratio much", "--ratio: invalid share value: 'much'"),
-    ("--layers 2 --ratio 0.1 --threshold 0.5", "give one of --ratio and --threshold"),
+    ("--layers 2 --ratio much", "--ratio: 'much', expected a number above 0 and at most 1"),
+    ("--layers 2 --ratio 0.1 --threshold 0.5", "argument --threshold: not allowed with argument --ratio"),
     ("--layers 2 --score sigma", "--score: invalid choice: 'sigma'"),
-    ("--layers 2 --seed -1", "argument --seed: '-1', expected 0 to"),
+    ("--layers 2 --seed -1", "--seed: '-1', expected a whole number from 0 to 2^63 - 1"),
     ("--layers 2 --samples 0", "--samples: '0', expected"),
     ("--layers 2 --samples 2000000000", "2,000,000,000 sequences of 256 tokens are too many"),
     ("--layers 2 --seq-len 257", "--seq-len 257: expected 2 to 256 (the model's positions)"),
@@ -128,14 +234,16 @@ def test_help_shows_the_defaults():
     ("--layers 2 --device meta", "--device meta: expected auto, cpu, cuda or cuda:N"),
     ("--layers 2 --shard", "--shard divides the weights among processes: start them with torchrun"),
     ("--layers 2 --dtype int8", "--dtype: invalid choice: 'int8'"),
-    ("--layers 2 --calibration nowhere", "no text 'nowhere': expected wikitext2, ptb, embedded, or the path of a file"),
-    ("--layers 2 --calibration wikitext2", "put the file there as DIR/wikitext-2-raw/wiki.train.raw and pass --data-dir"),
-    ("--layers 2 --calibration short", "the calibration text has 3 tokens, too few for one sequence of 256"),
+    ("--layers 2 --calibration nowhere",
+     "no text 'nowhere': expected wikitext2, ptb, embedded, or the path of a file"),
+    ("--layers 2 --calibration wikitext2",
+     "put the file there as DIR/wikitext-2-raw/wiki.train.raw and pass --data-dir"),
+    ("--layers 2 --calibration short", "the calibration text has 3 tokens"),
     ("--layers 2 --eval wikitext2", "put the file there as DIR/wikitext-2-raw/wiki.test.raw"),
-    ("--layers 2 --eval short", "the evaluation text has 3 tokens, too few for one window of 256"),
+    ("--layers 2 --eval short", "the evaluation text has 3 tokens"),
     ("--layers 2 --data-dir nowhere --eval ptb", "data folder nowhere: no such folder"),
     ("--layers 2 --out empty", "empty: exists; choose another, or pass --overwrite"),
-    ("--layers 2 --out empty --overwrite", "empty: --overwrite replaces only a folder written by this project"),
+    ("--layers 2 --out empty --overwrite", "empty: --overwrite replaces only a folder"),
     ("--layers 2 --ckpt bare --out ./bare", "--out bare: is the input"),
     ("--layers 2 --out no/such/parent", "no/such is not a folder or read-only"),
 ])
@@ -160,7 +268,7 @@ def test_mistakes_of_evaluate(words, message, nowhere, monkeypatch, capsys):
 
 
 def test_json_that_cannot_be_written_is_refused_before_the_work(nowhere, monkeypatch, capsys):
-    monkeypatch.setattr(os, "access", lambda folder, mode: False)  # to root all is open
+    monkeypatch.setattr(os, "access", lambda folder, mode: False)  # root may write anywhere
     assert "e.json: cannot be written" in error_of(evaluate.main, "--json e.json", monkeypatch, capsys)
 
 
@@ -168,15 +276,16 @@ def test_out_of_memory_is_one_line(nowhere, monkeypatch, capsys):
     def fail(*words):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 PB")
 
-    monkeypatch.setattr(grasp, "random_windows", fail)
-    assert "out of memory; lower --batch-size or --dtype, or use torchrun" in error_of(grasp.main, "--layers 2", monkeypatch, capsys)
+    monkeypatch.setattr(grasp, "calibration_windows", fail)
+    assert "out of memory; use a smaller --batch-size" in error_of(grasp.main, "--layers 2", monkeypatch, capsys)
 
 
 def test_flags_reach_the_method(nowhere, monkeypatch, capsys):
-    """Each changes what it says it changes, in one folder overwritten again and again."""
+    """Each flag changes what its help says. All runs overwrite one folder."""
     def report(words):
-        monkeypatch.setattr(sys, "argv", ["grasp.py", *QUICK, "--eval", "none", "--overwrite", *words.split()])
-        evaluate.command(grasp.main)
+        monkeypatch.setattr(sys, "argv",
+                            ["grasp.py", *QUICK, "--eval", "none", "--overwrite", *words.split()])
+        cli.command(grasp.main)
         capsys.readouterr()
         return json.loads((nowhere / "tiny-grasp/report.json").read_text())
 
@@ -194,19 +303,36 @@ def test_files_of_one_name_are_two_texts(nowhere, monkeypatch, capsys):
         (nowhere / folder).mkdir()
         (nowhere / folder / "text").write_text("some words here " * 200)
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--data", "a/text", "b/text", "--windows", "1"])
-    evaluate.command(evaluate.main)
+    cli.command(evaluate.main)
     assert "| text ppl | b/text ppl |" in capsys.readouterr().out
 
 
-def test_without_network_or_data_the_embedded_text_serves(nowhere, monkeypatch, capsys):
+@pytest.mark.parametrize("main, words, file", [
+    (grasp.main, "--layers 2", "wikitext-2-raw/wiki.train.raw"),
+    (grasp.main, "--layers 2 --calibration embedded", "wikitext-2-raw/wiki.test.raw"),
+    (grasp.main, "--layers 2 --calibration ptb --eval none", "ptb/ptb.train.txt"),
+    (evaluate.main, "", "wikitext-2-raw/wiki.test.raw"), (evaluate.main, "--data ptb", "ptb/ptb.valid.txt")])
+def test_without_data_or_network_a_real_model_is_refused(main, words, file, nowhere, monkeypatch, capsys):
+    """No other text is taken instead: its perplexities could not be compared.
+
+    The error says how to get the text.
+    """
     shutil.copytree(ROOT / "data/tiny", nowhere / "model")
-    monkeypatch.setattr(sys, "argv", ["grasp.py", "--ckpt", "model", *QUICK])
-    evaluate.command(grasp.main)
-    out = capsys.readouterr().out
-    assert out.count("going on with the embedded text") == 3 and "| GRASP |" in " ".join(out.split())
-    assert "written to model-grasp" in out and (nowhere / "model-grasp/report.json").is_file()
+    before = sorted(nowhere.rglob("*"))
+    line = error_of(main, f"--ckpt model {words}", monkeypatch, capsys)
+    assert line.startswith(f"error: {file}: ") and f"DIR/{file}" in line
+    assert "--data-dir DIR" in line and "name another text" in line
+    assert sorted(nowhere.rglob("*")) == before
+
+
+def test_the_embedded_text_can_be_asked_for(nowhere, monkeypatch, capsys):
+    shutil.copytree(ROOT / "data/tiny", nowhere / "model")
+    words = "--ckpt model --calibration embedded --eval embedded"
+    monkeypatch.setattr(sys, "argv", ["grasp.py", *QUICK, *words.split()])
+    cli.command(grasp.main)
+    assert "embedded ppl" in capsys.readouterr().out and (nowhere / "model-grasp/report.json").is_file()
 
 
 def test_a_read_only_parent_is_refused(nowhere, monkeypatch, capsys):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root, who may write anywhere, runs this test too
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     assert "tiny-grasp: cannot be written" in error_of(grasp.main, "--layers 2", monkeypatch, capsys)

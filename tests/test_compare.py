@@ -16,10 +16,11 @@ from attribution import layer_cosines, top_k
 from conftest import error_of, random_model, random_tokens
 from data.corpus import load_text, random_windows
 from data.tokenizer import load_tokenizer
-from evaluate import TINY
-from extras import compare, reset_peak
+from extras import compare
 from extras.compare import budget_of, measure
 from model import LowRankLinear, Transformer, load_checkpoint, save_checkpoint
+from runtime import cli
+from runtime.cli import TINY, reset_peak
 
 QUICK = "--layers 2 --samples 4 --seq-len 64 --windows 2".split()
 CPU = torch.device("cpu")
@@ -27,7 +28,7 @@ CPU = torch.device("cpu")
 
 def report(main, words, monkeypatch, file):
     monkeypatch.setattr(sys, "argv", ["command", *QUICK, *words.split()])
-    evaluate.command(main)
+    cli.command(main)
     return json.loads(Path(file).read_text())
 
 
@@ -67,7 +68,7 @@ def test_the_budget_by_hand(ratio, removed):
     model = random_model()
     before = model.n_params
     assert budget_of(model, 3, ratio) == 3 * removed
-    grasp.compress(model, [0, 1, 3], lambda label: [random_tokens(model, 2, 9)], ratio, log=lambda line: None)
+    list(grasp.compress(model, [0, 1, 3], lambda label: [random_tokens(model, 2, 9)], ratio))
     assert before - model.n_params == 3 * removed
 
 
@@ -178,7 +179,7 @@ def test_a_peak_is_the_methods_alone_or_the_table_says_so(run, monkeypatch, caps
 
     fakes = {"lavish": lavish, "thrifty": partial(drop, 1)}
     for possible in (reset_peak(CPU), False):
-        monkeypatch.setattr(compare, "reset_peak", reset_peak if possible else lambda device: False)
+        monkeypatch.setattr(cli, "reset_peak", reset_peak if possible else lambda device: False)
         lavish_row, thrifty_row = run(**fakes)["results"][1:]
         assert (lavish_row["peak_bytes"] > thrifty_row["peak_bytes"] + 10 ** 8) == possible
         assert ("peak GiB too" if possible else "peak GiB of the process so far") in capsys.readouterr().out
@@ -247,7 +248,7 @@ def test_texts_of_any_file_are_columns(run, capsys):
     ("--layers 2 --methods grasp magic", "--methods: invalid choice: magic (choose from shortgpt, sleb, laco, "),
     ("--layers 9", "this model has 8 layers, 0 to 7; asked for 9"),
     ("--layers 2 --ratio 0.1 --budget 0.2", "give one of --ratio and --budget"),
-    ("--layers 2 --budget 20", "--budget: 20, expected more than 0 and at most 1"),
+    ("--layers 2 --budget 20", "--budget: 20, expected a number above 0 and at most 1"),
     ("--layers 2 --budget 1e-9", "--ratio, --budget: leave nothing to remove"),
     ("--layers 2 --samples 0", "--samples: 0, expected"),
     ("--layers 2 --seq-len 257", "--seq-len 257: expected 2 to 256"),
@@ -258,7 +259,7 @@ def test_texts_of_any_file_are_columns(run, capsys):
 def test_mistakes_are_one_line_before_any_method(words, message, nowhere, monkeypatch, capsys):
     (nowhere / "short").write_text("if x")
     model = load_checkpoint(TINY)
-    grasp.compress(model, [3], lambda label: [], 0.1, score="magnitude", log=lambda line: None)
+    list(grasp.compress(model, [3], lambda label: [], 0.1, score="magnitude"))
     save_checkpoint(model, nowhere / "small", tokenizer=TINY / "tokenizer.model")
     monkeypatch.setattr(compare, "perplexities", None)
     error = error_of(compare.main, words, monkeypatch, capsys)

@@ -5,37 +5,52 @@ import pytest
 
 from conftest import error_of
 from extras import crashes
-from extras.crashes import Command, ended, faulty_disk, hit, judge, start, state, write_random, writes
+from extras.crashes import Command, ended, faulty_disk, hit, judge, new_case, start, state, write_random, writes
 from model import load_checkpoint
 
-WRITER = """from data.target import *
-obey_signals()
-import sys, time
-if Path("there/out").exists():
-    sys.exit("error: there/out exists; choose another")
-with written_whole("there/out") as folder:
-    folder.mkdir()
-    time.sleep(0.3)
-    (folder / "file").write_text("content")
-    time.sleep(0.3)"""
-CARELESS = """from data.target import *
-obey_signals()
-import time
-Path("there/out").mkdir(exist_ok=True)
-Path("there/out/file").write_text("content"[:4])
-time.sleep(60)"""
+HEAD = """import os, signal, sys, time
+from pathlib import Path
+from runtime.files import atomic_write, check_output
+def main():
+"""
+TAIL = """
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+try:
+    main()
+except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+    sys.exit(130)
+except OSError as e:
+    print("error:", e, file=sys.stderr)
+    sys.exit(2)"""  # as cli.command does it, without torch
+WRITER = f"""{HEAD}
+    if Path("there/out").exists():
+        sys.exit("error: there/out exists; choose another")
+    with atomic_write("there/out") as folder:
+        folder.mkdir()
+        time.sleep(0.3)
+        (folder / "file").write_text("content")
+        time.sleep(0.3){TAIL}"""
+CARELESS = f"""{HEAD}
+    Path("there/out").mkdir(exist_ok=True)
+    Path("there/out/file").write_text("content"[:4])
+    time.sleep(60){TAIL}"""
+RENAMING = f"""{HEAD}
+    with atomic_write("there/out") as folder:
+        folder.mkdir()
+        Path.replace = lambda *words: time.sleep(60){TAIL}"""
 MADE = Command(["-c", WRITER], {}, {"out/file": b"content"}, 1, 1, 0.8)
 
 
 def test_a_state_is_what_is_there_but_for_what_is_measured(tmp_path):
-    place = tmp_path / ".crashes.tmp-abcdefgh/there"  # itself in a scratch folder
+    place = tmp_path / ".crashes.partial-1/there"  # itself in a temporary folder
     (place / "out").mkdir(parents=True)
     (place / "out/report.json").write_text(json.dumps({"seconds": 1.5, "rows": [{"peak_bytes": 3, "layer": 2}]}))
     (place / "cut.json").write_text("{")
     (place / "out.state").write_bytes(b"cut")
-    (place / ".out.tmp-abcdefgh/new").mkdir(parents=True)
+    (place / ".out.partial-1/new").mkdir(parents=True)
     assert state(place) == {"out/report.json": {"rows": [{"layer": 2}]}, "cut.json": b"{", "out.state": b"cut",
-                            ".out.tmp-abcdefgh": None}
+                            ".out.partial-1": None}
 
 
 def test_the_judge_can_say_no():
@@ -44,7 +59,7 @@ def test_the_judge_can_say_no():
     assert judge(made, made.whole, "0", "0", "2 .*") == ("whole", "")
     assert judge(made._replace(before={}), {}, "2 no", "0", "2 .*") == ("absent", "")
     for found, wrong in (({}, "out/file"), ({"out/file": b"new"}, "out/more"),
-                         ({**made.whole, ".out.tmp-a": None}, ".out.tmp-a"),
+                         ({**made.whole, ".out.partial-a": None}, ".out.partial-a"),
                          ({**made.whole, "out/file": b"ne"}, "out/file"),
                          ({**made.whole, "junk": b""}, "junk"),
                          ({**made.before, "out.state": b"cut"}, "out.state")):
@@ -63,6 +78,16 @@ def test_a_writer_of_this_project_stands_every_moment(kind, write, delay, tmp_pa
     assert not write or writing and left == (kind == "SIGKILL")
 
 
+def test_killed_between_the_two_renames_the_old_folder_waits(tmp_path):
+    """Ended by any other signal it is put back."""
+    made = MADE._replace(words=["-c", RENAMING], before=state(new_case(tmp_path, "--overwrite")))
+    for kind in crashes.SIGNALS:
+        assert hit(tmp_path, "--overwrite", made, kind, 1, 1.0, False)[:2] == ("as before", "")
+    spoiled = RENAMING.replace("time.sleep", "next(Path('there').glob('.*-old/params.json')).unlink() or time.sleep")
+    what, fault, *_ = hit(tmp_path, "--overwrite", made._replace(words=["-c", spoiled]), "SIGKILL", 1, 1.0, False)
+    assert what == "cut"
+
+
 def test_a_careless_one_does_not(tmp_path):
     for kind in crashes.SIGNALS:
         what, fault, *_ = hit(tmp_path, "careless", MADE._replace(words=["-c", CARELESS]), kind, 0, 1.0, False)
@@ -78,12 +103,12 @@ def test_one_that_says_too_much_is_found_out(tmp_path):
 def test_one_whose_leftovers_the_next_run_does_not_clear_is_found_out(tmp_path):
     what, fault, *_ = hit(tmp_path, "writer", MADE._replace(words=["-c", WRITER.replace(
         '"there/out") as', 'f"there/{os.getpid()}") as')]), "SIGKILL", 1, 0.1, True)
-    assert what == "cut" and ".tmp-" in fault
+    assert what == "cut" and ".partial-" in fault
 
 
 def test_every_write_is_seen(tmp_path):
-    process = start(["-c", "from data.target import *; import time\nfor name in 'ab':\n    with written_whole(name) as "
-                     "file:\n        time.sleep(0.1)\n        file.touch()"], tmp_path)
+    process = start(["-c", "from runtime.files import *; import time\nfor name in 'ab':\n    with atomic_write(name) as "
+                     "file:\n        file.touch()\n        time.sleep(0.1)"], tmp_path)
     assert [path.name[:3] for path in writes(process, tmp_path)] == [".a.", ".b."] and ended(process) == "0"
 
 
@@ -98,10 +123,12 @@ def test_real_commands_at_a_few_moments(tmp_path):
 @pytest.mark.parametrize("kind, at", [("full", 0), ("full", 4), ("full", 9), ("read-only", 0), ("vanishes", 0.4)])
 def test_a_disk_that_fails(kind, at, tmp_path):
     """Where a small one may be mounted: else it says what that needs."""
-    code = ("import sys, time\nfrom data.target import *\n"
-            "try:\n    check_target('there/out')\n    with written_whole('there/out') as folder:\n"
-            "        folder.mkdir()\n        time.sleep(0.5)\n        (folder / 'file').write_bytes(bytes(5 * 4096))\n"
-            "except OSError as e:\n    print('error:', e, file=sys.stderr)\n    sys.exit(2)")
+    code = f"""{HEAD}
+    check_output("there/out")
+    with atomic_write("there/out") as folder:
+        folder.mkdir()
+        time.sleep(0.5)
+        (folder / "file").write_bytes(bytes(5 * 4096)){TAIL}"""
     made = MADE._replace(words=["-c", code], whole={"out/file": bytes(5 * 4096)})
     try:
         what, fault = faulty_disk(tmp_path, "writer", made, kind, at)

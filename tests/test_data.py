@@ -1,24 +1,25 @@
 """The lesson: a text is bytes with a checksum, records joined one way, and tokens of one tokenizer."""
 import base64
+import dataclasses
 import hashlib
 import http.server
 import io
 import json
+import sys
 import threading
 import zipfile
 
 import pytest
 import torch
 
-from conftest import ROOT
 from data import corpus
-from data.corpus import batches, embedded_text, find_file, join_lines, join_rows, load_text, random_windows
+from data.corpus import (calibration_windows, embedded_text, find_file, join_lines, join_rows, load_text,
+                         random_windows)
 from data.tokenizer import load_tokenizer
+from runtime.cli import TINY, batches
 
-TINY = ROOT / "data/tiny"
 
-
-# ------------------------------------------------------------------------------------------------ text
+# ------------------------------------------------------------------------------------------------------- text
 
 def test_wikitext_rows_keep_their_newline_and_blank_ones_are_empty():
     assert join_rows(" \n = A = \n \n b c \n") == "\n\n = A = \n\n\n\n\n b c \n"
@@ -45,11 +46,11 @@ def test_the_training_text_or_its_head_is_named(data_dir):
 
 
 def test_gguf_rows_go_back_to_halves():
-    """GGUF keeps wq and wk in Meta's order; the folder that extras.smollm2 writes has Hugging Face's."""
+    """GGUF has wq and wk in Meta's order. The folder that extras.smollm2 writes has Hugging Face's."""
     quants = pytest.importorskip("gguf.quants", reason="pip install gguf")
     from extras.smollm2 import tensors
-    from model import pair_rows
-    W = torch.randn(12, 5)  # two heads of 6: of 4, the turn would be its own inverse
+    from data.checkpoint import pair_rows
+    W = torch.randn(12, 5)  # two heads of 6; with heads of 4 the reordering is its own inverse
 
     class Tensor:
         name, tensor_type, data = "blk.7.attn_k.weight", quants.GGMLQuantizationType.F32, W.numpy()
@@ -66,21 +67,24 @@ def test_embedded_text_is_held_out_paragraph_by_paragraph():
     assert len(train) > 1000 and len(test) > 100 and not train & test
 
 
-def test_any_file_is_a_text(tmp_path):
+def test_a_text_can_be_a_file(tmp_path):
     (tmp_path / "a.txt").write_text("été\n")
     assert load_text(str(tmp_path / "a.txt"), "test") == ("été\n", "the file as it stands")
     (tmp_path / "b.txt").write_bytes(b"abc\xff")
-    with pytest.raises(ValueError, match=r"b.txt: not UTF-8 text \(byte 3\)"):
+    with pytest.raises(ValueError, match="b.txt: not UTF-8 text.* 3"):
         load_text(str(tmp_path / "b.txt"), "test")
     with pytest.raises(FileNotFoundError, match="no text 'wikitext3': expected wikitext2, ptb"):
         load_text("wikitext3", "test")
 
 
-# ------------------------------------------------------------------------------------------------ downloads
+# -------------------------------------------------------------------------------------------------- downloads
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    """A web server on this machine in the place of the two sources; `server[path] = bytes` is what it gives."""
+    """A web server on this machine instead of the two sources.
+
+    `server[path] = content, size` is what it sends.
+    """
     files = {}
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -141,7 +145,7 @@ def test_a_wrong_or_cut_download_is_never_cached(server, content, size, message)
     assert cached() == []
 
 
-def test_an_absent_file_and_a_bad_archive_are_told(server):
+def test_an_absent_file_and_a_bad_archive_are_errors(server):
     for name in ("ptb", "wikitext2"):
         server["/wikitext.zip"] = b"no archive", 10
         with pytest.raises(FileNotFoundError, match="pass --data-dir DIR"):
@@ -150,13 +154,14 @@ def test_an_absent_file_and_a_bad_archive_are_told(server):
 
 
 def test_a_download_is_bounded(server, monkeypatch):
-    """What would not end, and an archive of a few bytes that would fill the memory."""
+    """Neither a huge file nor a small archive of a huge file is read to its end."""
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as z:
         z.writestr("wikitext-2-raw/wiki.test.raw", bytes(10 ** 6))
     monkeypatch.setattr(corpus, "LARGEST", 10 ** 5)
-    for name, file, content, message in (("ptb", "/ptb.valid.txt", bytes(10 ** 6), "cut short: 1..,... of 1,000,000"),
-                                         ("wikitext2", "/wikitext.zip", archive.getvalue(), "100,000 bytes of SHA")):
+    for name, file, content, message in (
+            ("ptb", "/ptb.valid.txt", bytes(10 ** 6), "cut short: 1..,... of 1,000,000"),
+            ("wikitext2", "/wikitext.zip", archive.getvalue(), "100,000 bytes of SHA")):
         server[file] = content, len(content)
         with pytest.raises(FileNotFoundError, match=message):
             load_text(name, "test")
@@ -169,11 +174,11 @@ def test_a_download_that_leaves_https_is_refused(server, monkeypatch):
 
     monkeypatch.setattr(corpus, "PTB", "https://host/")
     monkeypatch.setattr(corpus.urllib.request, "urlopen", lambda url, timeout: Answer(b"anything"))
-    with pytest.raises(FileNotFoundError, match="sent on to http://elsewhere"):
+    with pytest.raises(FileNotFoundError, match="to http://elsewhere"):
         load_text("ptb", "test")
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(server, monkeypatch, tmp_path):
+def test_a_cache_that_cannot_be_written_is_no_error(server, monkeypatch, tmp_path):
     content = b" a \n"
     (tmp_path / "file").touch()
     monkeypatch.setattr(corpus, "CACHE", tmp_path / "file/cache")
@@ -191,19 +196,30 @@ def test_a_wrong_file_in_the_data_folder_is_refused(tmp_path):
         find_file("ptb/ptb.valid.txt", tmp_path / "nowhere")
 
 
-# ------------------------------------------------------------------------------------------------ windows
+# ---------------------------------------------------------------------------------------------------- windows
 
 def test_random_windows_are_seeded_full_and_everywhere():
     tokens = torch.arange(100, 130)
     windows, offsets = random_windows(tokens, 500, 8, seed=3)
     assert torch.equal(windows, torch.stack([tokens[o:o + 8] for o in offsets]))
-    assert offsets.min() == 0 and offsets.max() == 22  # the last place that still holds a full window
+    assert offsets.min() == 0 and offsets.max() == 22  # the last offset with a full window
     assert torch.equal(windows, random_windows(tokens, 500, 8, seed=3)[0])
     assert not torch.equal(windows, random_windows(tokens, 500, 8, seed=4)[0])
     with pytest.raises(ValueError, match="sequences of 8 tokens are too many"):
         random_windows(tokens, 2 ** 30, 8, seed=0)
-    with pytest.raises(ValueError, match="30 tokens, too few for one sequence of 31"):
+    with pytest.raises(ValueError, match="30 tokens.* 31"):
         random_windows(tokens, 1, 31, seed=0)
+
+
+def test_calibration_windows_come_with_their_description(tmp_path):
+    (tmp_path / "text").write_text("def f(x): return x\n" * 40)
+    tokenizer = load_tokenizer(TINY)
+    windows, description = calibration_windows(tokenizer, str(tmp_path / "text"), 5, 8, seed=3)
+    tokens = tokenizer.stream((tmp_path / "text").read_text())
+    expected, offsets = random_windows(tokens, 5, 8, seed=3)
+    assert torch.equal(windows, expected)
+    assert (description["text"], description["tokens"]) == ("the file as it stands", len(tokens))
+    assert description["offsets"] == offsets.tolist()
 
 
 def test_batches_cover_the_windows_in_order():
@@ -211,7 +227,7 @@ def test_batches_cover_the_windows_in_order():
     assert torch.equal(torch.cat(list(batches(windows, 3, "test"))), windows)
 
 
-# ------------------------------------------------------------------------------------------------ tokenizers
+# ------------------------------------------------------------------------------------------------- tokenizers
 
 def test_sentencepiece_keeps_every_character():
     from sentencepiece import SentencePieceProcessor
@@ -226,8 +242,8 @@ def test_sentencepiece_keeps_every_character():
 def test_sentencepiece_without_bos(tmp_path):
     import sentencepiece
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a b c", "b c d"]), model_prefix=str(tmp_path / "tokenizer"), model_type="char",
-        vocab_size=7, bos_id=-1, minloglevel=2)
+        sentence_iterator=iter(["a b c", "b c d"]), model_prefix=str(tmp_path / "tokenizer"),
+        model_type="char", vocab_size=7, bos_id=-1, minloglevel=2)
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.bos_id is None and tokenizer.stream("a").tolist() == tokenizer.encode("a")
     assert tokenizer.decode(tokenizer.encode("b a")) == "b a"
@@ -253,7 +269,8 @@ def test_llama3_ranks(tmp_path):
 def json_file(folder, bos, name="tokenizer.json"):
     tokenizers = pytest.importorskip("tokenizers", reason="pip install tokenizers")
     from tokenizers import models, pre_tokenizers, processors
-    made = tokenizers.Tokenizer(models.WordLevel({"<s>": 0, "a": 1, "b": 2, "c": 3, "?": 4, "</s>": 5}, unk_token="?"))
+    made = tokenizers.Tokenizer(models.WordLevel({"<s>": 0, "a": 1, "b": 2, "c": 3, "?": 4, "</s>": 5},
+                                                 unk_token="?"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     made.add_special_tokens(["</s>"])
     if bos:
@@ -261,7 +278,7 @@ def json_file(folder, bos, name="tokenizer.json"):
     made.save(str(folder / name))
 
 
-def test_a_tokenizer_that_would_cut_or_pad_does_not(tmp_path):
+def test_truncation_and_padding_are_switched_off(tmp_path):
     json_file(tmp_path, bos=False)
     import tokenizers
     made = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
@@ -271,13 +288,28 @@ def test_a_tokenizer_that_would_cut_or_pad_does_not(tmp_path):
     assert load_tokenizer(tmp_path).stream("a b a b").tolist() == [1, 2, 1, 2]
 
 
-@pytest.mark.parametrize("bos, name", [(True, "tokenizer.json"), (False, "tokenizer.json"), (True, "tokenizer.model")])
+@pytest.mark.parametrize("bos, name",
+                         [(True, "tokenizer.json"), (False, "tokenizer.json"), (True, "tokenizer.model")])
 def test_json_tokenizers(bos, name, tmp_path):
-    """Whether there is a BOS, its post-processor tells; what the file is, its content does, not its name."""
+    """The post-processor says whether there is a BOS. The kind of file is detected from its content."""
     json_file(tmp_path, bos, name)
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.stream("b a c").tolist() == [0] * bos + [2, 1, 3]
     assert tokenizer.ends == (5,) and tokenizer.decode([2, 1, 5]) == "b a"
+
+
+def test_ctrl_c_and_out_of_memory_pass_through_a_tokenizer():
+    """An error of a tokenizer library becomes a ValueError that names the file. Ctrl-C is no such error."""
+    def stream(error):
+        def encode(text):
+            raise error
+        return dataclasses.replace(load_tokenizer(TINY), encode=encode).stream("text")
+
+    for error in (KeyboardInterrupt, MemoryError):
+        with pytest.raises(error):
+            stream(error())
+    with pytest.raises(ValueError, match="tokenizer.model: .*its own error"):
+        stream(BufferError("its own error"))
 
 
 def test_bad_tokenizers_are_refused(tmp_path):
@@ -285,11 +317,12 @@ def test_bad_tokenizers_are_refused(tmp_path):
         load_tokenizer(tmp_path)
     for content in (b"", b"\x00\x01garbage", b"plain words"):
         (tmp_path / "tokenizer.model").write_bytes(content)
-        with pytest.raises(ValueError, match="neither a SentencePiece model, nor"):
+        with pytest.raises(ValueError, match="tokenizer.model: .* a SentencePiece model, nor"):
             load_tokenizer(tmp_path)
     for content in (b"IQ== 0\nIg== 1\n", b"IQ== 5\n", b"@@@@ 0\n"):
         (tmp_path / "tokenizer.model").write_bytes(content)
-        with pytest.raises((ValueError, ModuleNotFoundError), match="expected every rank|not lines of|pip install"):
+        with pytest.raises((ValueError, ModuleNotFoundError),
+                           match="expected every rank|not lines of|pip install"):
             load_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="1,024 tokens, but the model has only 1,000"):
         load_tokenizer(TINY, 1000)
@@ -297,7 +330,6 @@ def test_bad_tokenizers_are_refused(tmp_path):
 
 @pytest.mark.parametrize("package, content", [("tiktoken", b"IQ== 0\nIg== 1\n"), ("tokenizers", b"{}")])
 def test_missing_packages_are_named(package, content, tmp_path, monkeypatch):
-    import sys
     (tmp_path / "tokenizer.model").write_bytes(content)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ModuleNotFoundError, match=f"pip install {package}"):

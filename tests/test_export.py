@@ -15,7 +15,8 @@ from conftest import ROOT, error_of, random_model, random_tokens
 from data.tokenizer import load_tokenizer
 from extras import export
 from grasp import compress
-from model import LowRankLinear, ModelArgs, load_checkpoint, pair_rows, save_checkpoint
+from data.checkpoint import pair_rows
+from model import LowRankLinear, ModelArgs, load_checkpoint, save_checkpoint
 from test_model import LLAMA31, transformers_model, write_meta
 
 transformers = pytest.importorskip("transformers", reason="the witness: pip install -r requirements-test.txt")
@@ -44,7 +45,7 @@ FOLDERS = {  # how each kind of folder that this project reads comes to be
 
 def compressed(model):
     """The model itself, with factors where the matrices of layer 1 stood."""
-    compress(model, [1], None, ratio=0.6, score="magnitude", log=lambda line: None)
+    list(compress(model, [1], None, ratio=0.6, score="magnitude"))
     assert any(isinstance(m, LowRankLinear) for m in model.modules())
     return model
 
@@ -326,7 +327,7 @@ def test_missing_packages_are_named(package, small, monkeypatch, capsys):
 
 def test_a_full_disk_leaves_nothing(tmp_path):
     """Here: files may not grow past 64 KiB."""
-    code = ("import resource, signal, sys; from evaluate import TINY; from data.tokenizer import load_tokenizer\n"
+    code = ("import resource, signal, sys; from runtime.cli import TINY; from data.tokenizer import load_tokenizer\n"
             "from extras.export import export; from model import load_checkpoint\n"
             "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16,) * 2)\n"
             "from pathlib import Path; out = Path(sys.argv[1])\n"

@@ -14,8 +14,8 @@ from extras.export import dense_weight
 from extras.fisher import (channel_costs, component_size, components, compress, damped, global_ranks, keep_channels,
                            second_moments)
 from extras.rivals.decomposition import plain_svd, svd_llm
-from grasp import matrices
-from model import load_checkpoint, save_checkpoint
+from model import load_checkpoint, matrix_names, save_checkpoint
+from runtime import cli
 
 
 def moment(n, seed, samples=None):
@@ -40,7 +40,7 @@ def undamped(monkeypatch):
 
 def test_moments_are_those_of_inputs_and_output_gradients():
     """Against autograd: a zero added to every output, whose gradient is d, and all inputs stacked."""
-    model, names = random_model(), [name for layer in (1, 2) for name in matrices(layer)]
+    model, names = random_model(), matrix_names(1, 2)
     batches = [random_tokens(model, 2, 7), random_tokens(model, 1, 5, seed=3)]
     found = second_moments(model, names, batches)
     X, D = {name: [] for name in names}, {name: [] for name in names}
@@ -62,9 +62,9 @@ def test_moments_are_those_of_inputs_and_output_gradients():
 def test_without_output_gradients_no_loss_is_taken(monkeypatch):
     model = random_model()
     tokens = random_tokens(model, 2, 7)
-    both = second_moments(model, matrices(1), [tokens])
+    both = second_moments(model, matrix_names(1), [tokens])
     monkeypatch.setattr(fisher, "backward", None)
-    for name, (C, H) in second_moments(model, matrices(1), [tokens], "whitened").items():
+    for name, (C, H) in second_moments(model, matrix_names(1), [tokens], "whitened").items():
         assert torch.allclose(C, both[name][0]) and H is None
 
 
@@ -75,7 +75,7 @@ def test_no_hook_or_gradient_is_left_even_after_an_error():
         yield random_tokens(model, 1, 5)
         raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
-        second_moments(model, matrices(1), broken())
+        second_moments(model, matrix_names(1), broken())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
 
@@ -84,11 +84,11 @@ def test_moments_that_overflow_are_refused():
     model = random_model(torch.float32)
     model.layers[1].feed_forward.w3.weight.data *= 1e25
     with pytest.raises(ValueError, match="layers.1.feed_forward.w2 is not finite"):
-        second_moments(model, matrices(1), [random_tokens(model, 1, 5)], "whitened")
+        second_moments(model, matrix_names(1), [random_tokens(model, 1, 5)], "whitened")
     model = random_model(torch.float32)
     model.output.weight.data *= 1e25
     with pytest.raises(ValueError, match="layers.1.attention.w. is not finite"):
-        second_moments(model, matrices(1), [random_tokens(model, 1, 5)])
+        second_moments(model, matrix_names(1), [random_tokens(model, 1, 5)])
 
 
 # ------------------------------------------------------------------------------------------------ components
@@ -339,7 +339,7 @@ def test_sizes_of_a_component():
 
 def told(words, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["fisher", *words.split()])
-    evaluate.command(fisher.main)
+    cli.command(fisher.main)
     return capsys.readouterr().out
 
 
@@ -352,7 +352,7 @@ def test_the_command(nowhere, monkeypatch, capsys):
     assert f"{small:.2f}" in out and "channels" in out
     words = "--ckpt tiny-fisher --data embedded --windows 20 --json a.json".split()
     monkeypatch.setattr("sys.argv", ["evaluate", *words])
-    evaluate.command(evaluate.main)
+    cli.command(evaluate.main)
     assert json.loads((nowhere / "a.json").read_text())["perplexity"]["embedded"] == small
 
 

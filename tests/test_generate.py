@@ -11,7 +11,6 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import evaluate
 from conftest import ROOT, error_of, random_model, random_tokens
 from data.checkpoint import HF_TENSORS
 from data.tokenizer import load_tokenizer
@@ -19,6 +18,7 @@ from extras import generate as command
 from extras.generate import (check_length, empty_cache, generate, multiply_adds, pieces, sample, step, throughput,
                              weight_bytes)
 from model import LowRankLinear, load_checkpoint, rotary_frequencies, save_checkpoint
+from runtime import cli
 from test_model import transformers_model
 
 
@@ -216,7 +216,7 @@ def test_the_pieces_of_sentencepiece_are_its_text():
 
 def run(words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["generate", *map(str, words)])
-    evaluate.command(command.main)
+    cli.command(command.main)
     return capsys.readouterr()
 
 
@@ -312,10 +312,10 @@ def test_a_table_of_dense_and_dropped(tmp_path, monkeypatch, capsys):
     ("--max-new-tokens 0", "--max-new-tokens: '0', expected"),
     ("--temperature -1", "--temperature: '-1', expected 0 or more"),
     ("--temperature nan", "--temperature: 'nan', expected 0 or more"),
-    ("--temperature 1 --top-p 0", "--top-p: '0', expected more than 0 and at most 1"),
+    ("--temperature 1 --top-p 0", "--top-p: '0', expected a number above 0 and at most 1"),
     ("--temperature 1 --top-k 0", "--top-k: '0', expected"),
     ("--top-k 5", "nothing is drawn at --temperature 0"),
-    ("--seed -1", "argument --seed: '-1', expected 0 to 2^63 - 1"),
+    ("--seed -1", "argument --seed: '-1', expected a whole number from 0 to 2^63 - 1"),
     ("--repeats 2", "--repeats has no use without --throughput"),
     ("--throughput --prompt a", "--prompt has no use with --throughput"),
     ("--throughput --max-new-tokens 1", "expected 2 at least with --throughput"),

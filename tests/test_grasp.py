@@ -1,12 +1,13 @@
-"""The lesson: Algorithm 1 is its parts in order, and nothing else happens on the way."""
+"""The lesson: compress() is its parts in order, and it changes nothing else."""
 import pytest
 import torch
 
 import grasp
-from attribution import importance, low_rank_factors, rank_for_ratio, sigma_gradients, svd, top_k, weight_gradients
+from attribution import (importance, low_rank_factors, rank_for_ratio, sigma_gradients, svd, top_k,
+                         weight_gradients)
 from conftest import random_model, random_tokens
 from grasp import compress, find_redundant
-from model import MATRICES, LowRankLinear
+from model import MATRICES, LowRankLinear, matrix_names
 
 
 def setup(**changes):
@@ -15,16 +16,12 @@ def setup(**changes):
     return model, tokens, lambda label: tokens.split(2)
 
 
-def silent(line):
-    pass
-
-
 def test_one_shot_is_every_part_in_order():
     """All gradients from the dense model; each matrix replaced by the kept part of its own SVD."""
     model, tokens, sweep = setup()
     dense, _, _ = setup()
-    records = compress(model, [1, 2], sweep, ratio=0.4, log=silent)
-    names = [f"layers.{layer}.{matrix}" for layer in (1, 2) for matrix in MATRICES]
+    records = list(compress(model, [1, 2], sweep, ratio=0.4))
+    names = matrix_names(1, 2)
     assert [r["name"] for r in records] == names
     G = weight_gradients(dense, names, [tokens])
     for record in records:
@@ -34,9 +31,9 @@ def test_one_shot_is_every_part_in_order():
         kept = top_k(importance(S, sigma_gradients(U, G[record["name"]], Vh)), k)
         A, B = low_rank_factors(U, S, Vh, kept)
         module = model.get_submodule(record["name"])
-        assert record["kept"] == kept.tolist() and record["rank"] == k and record["shape"] == list(W.shape)
+        assert record == {"name": record["name"], "shape": list(W.shape), "rank": k, "kept": kept.tolist()}
         assert torch.allclose(module.A @ module.B, A @ B, rtol=0, atol=1e-10)
-    for name, p in dense.named_parameters():  # all else is untouched
+    for name, p in dense.named_parameters():  # all others stay as they were
         if not name.startswith(("layers.1.a", "layers.1.feed", "layers.2.a", "layers.2.feed")):
             assert torch.equal(model.get_parameter(name), p)
     assert model.n_params_dense == dense.n_params
@@ -51,21 +48,21 @@ def test_iterative_goes_deepest_first_with_fresh_gradients(monkeypatch):
         return weight_gradients(model, names, batches)
 
     monkeypatch.setattr(grasp, "weight_gradients", spy)
-    compress(model, [0, 2], sweep, ratio=0.4, iterative=True, log=silent)
+    list(compress(model, [0, 2], sweep, ratio=0.4, iterative=True))
     attention, mlp = MATRICES[:4], MATRICES[4:]
     expected = [(2, mlp, 0), (2, attention, 3), (0, mlp, 7), (0, attention, 10)]
     assert calls == [([f"layers.{layer}.{m}" for m in half], done) for layer, half, done in expected]
 
 
-def test_magnitude_takes_no_gradients_and_keeps_the_largest(monkeypatch):
+def test_magnitude_takes_no_gradients_and_keeps_the_largest():
     model, _, _ = setup()
-    records = compress(model, [3], None, ratio=0.4, score="magnitude", log=silent)  # no sweep to call
+    records = list(compress(model, [3], None, ratio=0.4, score="magnitude"))  # no sweep to call
     assert all(r["kept"] == list(range(r["rank"])) for r in records)
 
 
 def test_threshold_adapts_the_rank():
     model, _, sweep = setup()
-    records = compress(model, [0, 1, 2, 3], sweep, threshold=0.3, log=silent)
+    records = list(compress(model, [0, 1, 2, 3], sweep, threshold=0.3))
     ranks = [r["rank"] for r in records]
     assert len(set(ranks)) > 2
     for r in (r for r in records if r["rank"]):
@@ -76,20 +73,76 @@ def test_threshold_adapts_the_rank():
 def test_a_matrix_whose_factors_are_no_smaller_stays():
     model, _, sweep = setup()
     before = model.n_params
-    records = compress(model, [1], sweep, ratio=1.0, log=silent)
+    records = list(compress(model, [1], sweep, ratio=1.0))
     square = next(r for r in records if r["name"].endswith("wq"))  # 32 x 32: 16 (32 + 32) = 32 * 32
     assert square["rank"] is None and isinstance(model.layers[1].attention.wq, torch.nn.Linear)
     assert model.n_params < before
 
 
-def test_what_is_already_low_rank_is_left_alone():
+def test_low_rank_matrices_are_left_alone(monkeypatch):
+    """A second call yields no record and does no sweep."""
     model, _, sweep = setup()
-    compress(model, [1], sweep, ratio=0.4, log=silent)
+    list(compress(model, [1], sweep, ratio=0.4))
     before = {name: p.clone() for name, p in model.named_parameters() if name.startswith("layers.1.")}
-    lines = []
-    assert compress(model, [1], sweep, ratio=0.2, log=lines.append) == []
-    assert len(lines) == 7 and all("low-rank already" in line for line in lines)
+    monkeypatch.setattr(grasp, "weight_gradients", None)
+    assert list(compress(model, [1], sweep, ratio=0.2)) == []
     assert all(torch.equal(model.get_parameter(name), p) for name, p in before.items())
+
+
+def test_it_is_a_generator():
+    """Each record comes as soon as its matrix is replaced; nothing happens before the first is asked for."""
+    model, _, sweep = setup()
+    records = compress(model, [1], sweep, ratio=0.4)
+    assert isinstance(model.layers[1].attention.wq, torch.nn.Linear)
+    assert next(records)["name"] == "layers.1.attention.wq"
+    assert isinstance(model.layers[1].attention.wq, LowRankLinear)
+    assert isinstance(model.layers[1].attention.wk, torch.nn.Linear)
+
+
+def test_gradients_can_be_given():
+    """The result is the same as with a sweep, and no sweep is needed."""
+    (model, tokens, sweep), (other, *_) = setup(), setup()
+    G = weight_gradients(other, matrix_names(1, 2), [tokens])
+    expected = list(compress(model, [1, 2], sweep, 0.4))
+    assert list(compress(other, [1, 2], None, 0.4, gradients=G)) == expected
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"score": "taylr"}, "score 'taylr': expected one of taylor, gradient, magnitude"),
+    ({"ratio": 10}, "ratio 10, .*expected .*above 0 and at most 1"),
+    ({"ratio": -1}, "ratio -1, .*expected .*above 0 and at most 1"),
+    ({"ratio": None, "threshold": 0}, "threshold 0: expected .*above 0 and at most 1"),
+    ({"threshold": 0.5}, "ratio 0.4, threshold 0.5: expected one of them"),
+    ({"ratio": None}, "ratio None, threshold None: expected one of them"),
+    ({"layer_ids": [99]}, r"this model has 4 layers, 0 to 3; asked for \[99\]"),
+    ({"layer_ids": [-1]}, r"this model has 4 layers, 0 to 3; asked for \[-1\]"),
+    ({"layer_ids": [1, 1]}, r"asked for \[1, 1\]"),
+    ({"layer_ids": []}, r"asked for \[\]"),
+    ({"sweep": [1, 2]}, "sweep is a list, expected a function"),
+    ({"sweep": None}, "sweep is a NoneType, expected a function"),
+    ({"iterative": True, "gradients": {}}, "iterative takes fresh gradients"),
+])
+def test_arguments_out_of_range_are_refused(changes, message):
+    """The message names what was given and what was expected. The model stays as it was."""
+    model, _, sweep = setup()
+    with pytest.raises(ValueError, match=message):
+        list(compress(model, **{"layer_ids": [1], "sweep": sweep, "ratio": 0.4, **changes}))
+    assert not any(isinstance(m, LowRankLinear) for m in model.modules())
+
+
+@pytest.mark.parametrize("n", [0, 5])
+def test_a_number_of_layers_out_of_range_is_refused(n):
+    model, _, sweep = setup()
+    with pytest.raises(ValueError, match=f"this model has 4 layers, 0 to 3; asked for {n}"):
+        find_redundant(model, sweep, n)
+
+
+def test_a_sweep_that_gives_no_batches_is_an_error():
+    model, tokens, _ = setup()
+    batches = iter(tokens.split(2))
+    find_redundant(model, lambda label: batches, 2)
+    with pytest.raises(ValueError, match="no batches"):
+        list(compress(model, [1], lambda label: batches, 0.4))
 
 
 def test_redundant_layers_alone_or_in_a_row():
@@ -107,6 +160,6 @@ def test_redundant_layers_alone_or_in_a_row():
 @pytest.mark.parametrize("score", ["taylor", "gradient"])
 def test_half_precision_weights_keep_their_dtype(score):
     model, tokens, sweep = setup(dtype=torch.bfloat16)
-    compress(model, [2], sweep, ratio=0.4, score=score, log=silent)
+    list(compress(model, [2], sweep, ratio=0.4, score=score))
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model(tokens).isfinite().all()

@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import evaluate
 from conftest import ROOT, error_of, random_model, random_tokens, run
-from evaluate import TINY
 from extras import open_dense, plot, read_report
+from runtime import cli
+from runtime.cli import TINY
 
 SETTINGS = {"ckpt": "there", "score": "taylor", "dtype": "torch.float32"}
 MATRIX = "layers.2.feed_forward.w2"  # of random_model: (16, 24), so its 16 components are a group of 10 and one of 6
@@ -163,7 +163,7 @@ def test_the_command_draws_what_the_report_says(compressed, tmp_path, monkeypatc
     (tmp_path / "small-plots").mkdir()
     (tmp_path / "small-plots/cosines.png").write_text("an older picture, to be replaced")
     monkeypatch.setattr(sys, "argv", ["plot", str(compressed), "--matrix", name, "--windows", "2"])
-    evaluate.command(plot.main)
+    cli.command(plot.main)
     out = capsys.readouterr().out
     report = json.loads((compressed / "report.json").read_text())
     pictures = ["cosines.png", f"groups-{name}.png", *(f"spectra-{layer}.png" for layer in report["redundant"])]
@@ -191,8 +191,20 @@ def test_layers_and_dense_weights_by_hand(compressed, tmp_path, monkeypatch, cap
     layer = report["redundant"][1]
     monkeypatch.setattr(sys, "argv", ["plot", "small", "--layer-ids", str(layer), "--dense", str(ROOT / "data/tiny"),
                                       "--out", str(out)])
-    evaluate.command(plot.main)
+    cli.command(plot.main)
     assert sorted(f.name for f in out.iterdir()) == ["cosines.png", f"spectra-{layer}.png"]
+
+
+def test_a_folder_made_with_layer_ids_has_no_picture_of_cosines(compressed, tmp_path, monkeypatch, capsys):
+    report = json.loads((compressed / "report.json").read_text())
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small/report.json").write_text(json.dumps({**report, "cosines": None}))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["plot", "small"])
+    cli.command(plot.main)
+    assert "no cosines.png: small was made with --layer-ids and has no cosines\n" in capsys.readouterr().out
+    pictures = sorted(f"spectra-{layer}.png" for layer in report["redundant"])
+    assert sorted(f.name for f in (tmp_path / "small-plots").iterdir()) == pictures
 
 
 @pytest.mark.parametrize("words, message", [
@@ -225,6 +237,8 @@ def test_another_models_weights_are_refused():
     assert open_dense(good, None, "cpu", "float32")[1].dtype == torch.float32
     with pytest.raises(ValueError, match="tiny: a model of 8 layers, but the report is of 5"):
         open_dense({**good, "cosines": [0.5] * 5}, TINY, "cpu", "auto")
+    with pytest.raises(ValueError, match=r"tiny: a model of 8 layers, but the report is of layers \[3, 8\]"):
+        open_dense({**good, "cosines": None, "redundant": [3, 8]}, TINY, "cpu", "auto")
     with pytest.raises(ValueError, match=r"w2 is \[96, 256\], expected a dense matrix of shape \[16, 32\]"):
         open_dense({**good, "matrices": [{"name": MATRIX, "shape": [16, 32]}]}, None, "cpu", "auto")
 
@@ -245,6 +259,8 @@ def test_a_report_that_grasp_did_not_write_is_refused(field, value, tmp_path):
     file = tmp_path / "report.json"
     file.write_text(json.dumps(sound))
     assert read_report(tmp_path) == sound
+    file.write_text(json.dumps({**sound, "cosines": None}))  # made with --layer-ids
+    assert read_report(tmp_path)["cosines"] is None
     file.write_text(json.dumps({**sound, field: value}))
     with pytest.raises(ValueError, match=f"report.json: {field}.* is missing or not as grasp.py writes it"):
         read_report(tmp_path)

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 import grasp
 from conftest import error_of, random_model
 from data.tokenizer import load_tokenizer
-from evaluate import TINY
 from extras import recover
 from model import load_checkpoint, save_checkpoint
+from runtime.cli import TINY
 
 RECORDS = [{"instruction": f"Say {'very ' * (i % 7)}{i}.", "input": "to me {now}" * (i % 3 == 0),
             "output": f"{i} is said."} for i in range(40)]
@@ -22,7 +22,7 @@ def compressed(tmp_path_factory):
     """The embedded model with layer 5 compressed."""
     folder = tmp_path_factory.mktemp("recover") / "small"
     model, windows = load_checkpoint(TINY), torch.arange(256).view(2, 128)
-    grasp.compress(model, [5], lambda label: iter([windows]), ratio=0.2, log=lambda line: None)
+    list(grasp.compress(model, [5], lambda label: iter([windows]), ratio=0.2))
     save_checkpoint(model, folder, {"redundant": [5]}, TINY / "tokenizer.model")
     return folder
 
@@ -79,7 +79,7 @@ def small_problem(dtype=torch.float64):
     """A random model with factors in its block 2, and five sequences of unlike length."""
     model = random_model(dtype, n_layers=4)
     batch = torch.randint(50, (3, 12), generator=torch.Generator().manual_seed(0))
-    grasp.compress(model, [2], lambda label: iter([batch]), ratio=0.5, log=lambda line: None)
+    list(grasp.compress(model, [2], lambda label: iter([batch]), ratio=0.5))
     model.output.weight.mul_(5)  # for a gradient that is long enough to be clipped
     examples = []
     for T in (3, 9, 5, 12, 7):

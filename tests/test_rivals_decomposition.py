@@ -10,11 +10,10 @@ from conftest import random_model, random_tokens
 from evaluate import perplexity
 from extras.rivals import decomposition
 from extras.rivals.decomposition import asvd, decompose, fisher_weights, fwsvd, plain_svd, svd_llm
-from grasp import matrices
-from model import LowRankLinear
+from model import LowRankLinear, matrix_names
 
 METHODS = [plain_svd, fwsvd, asvd, svd_llm]
-NAMES = matrices(1) + matrices(2)
+NAMES = matrix_names(1, 2)
 
 
 def compressed(method, tokens, budget=2500, **options):

@@ -9,12 +9,12 @@ from torch import nn
 
 import grasp
 from conftest import error_of, random_model, random_tokens
-from evaluate import TINY
 from extras.recover import LoRALinear
 from extras.rivals import block_params
 from extras.rivals.lorap import (SCRIPT, affine_moments, allot, basis, lorap, main, multiply_out, prune_channels,
                                  redecompose, squares)
 from model import MATRICES, FeedForward, LowRankLinear, load_checkpoint, save_checkpoint
+from runtime.cli import TINY
 
 QKVO = MATRICES[:4]
 WIDE = dict(dim=48, n_heads=6, n_kv_heads=2, head_dim=8, hidden_dim=120)  # grouped queries
@@ -316,6 +316,6 @@ def test_mistakes_are_one_line(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     records(tmp_path, 100)
     model = load_checkpoint(TINY)
-    grasp.compress(model, [5], lambda label: [], ratio=0.2, score="magnitude", log=lambda line: None)
+    list(grasp.compress(model, [5], lambda label: [], ratio=0.2, score="magnitude"))
     save_checkpoint(model, tmp_path / "small", tokenizer=TINY / "tokenizer.model")
     assert message in error_of(main, " ".join(QUICK) + " " + words, monkeypatch, capsys)

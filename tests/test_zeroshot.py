@@ -16,9 +16,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from conftest import ROOT
 from data.tokenizer import load_tokenizer
-from evaluate import TINY, markdown
+from evaluate import markdown
 from extras import zeroshot
 from model import load_checkpoint
+from runtime.cli import TINY
 
 POSITIONS = 300  # more than the 256 tokens that GSM8K generates, fewer than the longest question below has
 
@@ -221,7 +222,7 @@ def test_a_bad_record_is_named_by_file_and_line(tmp_path, name, line, message):
     (["--tasks", "piqa,piqa"], "'piqa', expected each at most once"),
     (["--local", "nowhere"], "nowhere/openbookqa.jsonl: no such file"),
     (["--limit", "0"], "--limit"), (["--metric", "f1"], "--metric"), (["--json", "."], "--json"),
-    (["--ckpt", "nowhere"], "nowhere: no checkpoint"), (["--frobnicate"], "--frobnicate"),
+    (["--ckpt", "nowhere"], "nowhere: no such folder"), (["--frobnicate"], "--frobnicate"),
 ])
 def test_bad_words_are_refused(words, message, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["zeroshot", *words])

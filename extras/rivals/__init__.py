@@ -11,7 +11,7 @@ from torch import nn
 
 from attribution import rank_for_ratio
 from extras.controls import truncate
-from grasp import matrices
+from model import matrix_names
 
 SAME_INPUT = {"wk": "wq", "wv": "wq", "w3": "w1"}
 
@@ -70,7 +70,7 @@ def slim(model, layer, budget):
     """Plain SVD of one block's seven matrices, so that it loses `budget` parameters: how methods that take whole
     blocks out meet a budget that is no whole number of blocks (our liberty, the same for all of them)."""
     if budget > 0:
-        truncate(model, uniform_ranks(model, matrices(layer), budget))
+        truncate(model, uniform_ranks(model, matrix_names(layer), budget))
 
 
 def input_of(name):

@@ -16,9 +16,9 @@ from functools import partial
 import torch
 
 from attribution import backward, svd
+from extras import keep
 from extras.rivals import input_of, uniform_ranks, watch_inputs
-from grasp import keep, matrices
-from model import upcast
+from model import matrix_names, upcast
 
 
 def plain_svd(model, sweep, budget, layers=None):
@@ -63,7 +63,7 @@ def svd_llm(model, sweep, budget, layers=None):
 def ranks_of(model, layers, budget):
     """{name: k} of the layers' matrices, as uniform_ranks gives them."""
     layers = range(len(model.layers)) if layers is None else layers
-    return uniform_ranks(model, [name for layer in layers for name in matrices(layer)], budget)
+    return uniform_ranks(model, matrix_names(*layers), budget)
 
 
 def decompose(model, ranks, weights):

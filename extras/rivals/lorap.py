@@ -20,13 +20,12 @@ import torch
 import torch.nn.functional as F
 
 from attribution import rank_for_ratio, svd
-from data.corpus import batches, show, text_names
-from evaluate import (Parser, batch_size, command, load_windows, open_checkpoint, peak_bytes, perplexities, positive,
-                      sequence_length, table, timed)
-from extras import recover
+from data.corpus import calibration_windows
+from evaluate import evaluation_windows, result_row, table
+from extras import keep, recover
 from extras.rivals import input_of, linear, watch_inputs
-from grasp import calibration_windows, keep, seed, share
 from model import MATRICES, LowRankLinear, rotary_frequencies, upcast
+from runtime import cli
 
 # as its post_training.py has them; but that holds out 2,000 records, and trains its adapters with dropout 0.05
 SCRIPT = {"epochs": 2, "batch_size": 64, "micro_batch": 4, "lr": 1e-4, "held_out": 128, "response_only": True}
@@ -63,7 +62,7 @@ def lorap(model, sweep, budget, sublayer="both", mlp="prune", decomposition="aws
                 prune_channels(block.feed_forward, pruned, *sums.values())
             for i, h in enumerate(states):
                 states[i] = step(h)
-        show(f"LoRAP  layer {layer + 1}/{len(shares)}", last=layer + 1 == len(shares))
+        cli.show(f"LoRAP  layer {layer + 1}/{len(shares)}", last=layer + 1 == len(shares))
     return model
 
 
@@ -208,32 +207,31 @@ def train_adapters(model, rank, examples, held_out, settings):
 def main():
     a = parse()
     records = recover.read_records(a.recover)[0] if a.recover else None
-    model, tokenizer = open_checkpoint(a.ckpt, a.device, a.dtype)
-    a.device, before, seconds, rows = model.device, model.n_params, {}, []
+    model, tokenizer = cli.open_checkpoint(a.ckpt, a.device, a.dtype)
+    before, seconds, rows = model.n_params, {}, []
     if before < model.n_params_dense:
         raise ValueError(f"{a.ckpt}: is compressed already, expected a dense folder")
-    windows, calibration = calibration_windows(a, model, tokenizer)
-    settings = {**SCRIPT, "seq_len": sequence_length(None, 256, model), "samples": a.records, "seed": a.seed}
+    seq_len, eval_len = cli.sequence_length(a.seq_len, 512, model), cli.sequence_length(None, 2048, model)
+    windows, calibration = calibration_windows(tokenizer, a.calibration, a.samples, seq_len, a.seed, a.data_dir)
+    settings = {**SCRIPT, "seq_len": cli.sequence_length(None, 256, model), "samples": a.records, "seed": a.seed}
     examples, held_out = recover.split(records, tokenizer, settings) if a.recover else (None, None)
-    eval_len = sequence_length(None, 2048, model)
-    texts = load_windows(a.eval, tokenizer, eval_len, a.ckpt, a.windows, a.data_dir)
+    texts = evaluation_windows(a.eval, tokenizer, eval_len, a.windows, a.data_dir)
+    eval_size = cli.batch_size(a.batch_size, eval_len, model)
     budget = math.ceil((1 - a.ratio) * before)
-    print(f"calibration  {calibration['text']}; {a.samples} random windows of {a.seq_len}, seed {a.seed}\n"
+    print(f"calibration  {calibration['text']}; {a.samples} random windows of {seq_len}, seed {a.seed}\n"
           f"method       LoRAP of {a.sublayer}, mlp {a.mlp}, {a.decomposition}; {budget:,} parameters to remove\n")
 
     def add_row(name, phase=None):
-        results = perplexities(model, texts, batch_size(a.batch_size, eval_len), name)
-        rows.append({"model": name, "parameters": model.n_params, "perplexity": results,
-                     "seconds": seconds.get(phase), "peak_bytes": peak_bytes(a.device)})
+        rows.append(result_row(name, model, texts, eval_size, seconds.get(phase)))
 
     add_row("dense")
-    with timed(seconds, "LoRAP", a.device):
-        sweep = partial(batches, windows, batch_size(a.batch_size, a.seq_len))
+    with cli.timed(seconds, "LoRAP", model.device):
+        sweep = partial(cli.batches, windows, cli.batch_size(a.batch_size, seq_len))
         lorap(model, sweep, budget, a.sublayer, a.mlp, a.decomposition)
     add_row("LoRAP", "LoRAP")
     if a.recover:
         ranks = multiply_out(model)
-        with timed(seconds, "training", a.device):
+        with cli.timed(seconds, "training", model.device):
             train_adapters(model, a.lora, examples, held_out, settings)
         add_row("recovered, multiplied out", "training")
         for more in (a.lora, 0) if ranks else ():
@@ -245,23 +243,20 @@ def main():
 
 
 def parse():
-    p = Parser(__doc__.splitlines()[0])
-    p.add_texts()
-    add, embedded = p.add_argument, "with the embedded model, embedded"
-    add("--ratio", type=share, default=0.8, help="share of the model's parameters to keep (default: 0.8)")
+    p = cli.Parser(__doc__.splitlines()[0])
+    add = cli.model_flags(p, "what to compress").add_argument
+    add("--ratio", type=cli.fraction, default=0.8, help="fraction of the model's parameters to keep (default: 0.8)")
     add("--sublayer", choices=["attention", "mlp", "both"], default="both", help="what to compress (default: both)")
     add("--mlp", choices=["prune", "decompose"], default="prune", help="how (default: prune)")
     add("--decomposition", choices=["awsvd", "afm", "svd"], default="awsvd",
         help="what the kept directions are of (default: awsvd)")
-    add("--calibration", metavar="TEXT", help=f"{text_names('train')} or a file (default: wikitext2; {embedded})")
-    add("--samples", type=positive, metavar="N", default=512, help="calibration sequences (default: 512)")
-    add("--seq-len", type=positive, metavar="T", help="tokens in each (default: 512, or all positions)")
-    add("--eval", nargs="+", metavar="TEXT", help=f"any of {text_names('test')} and files (default: wikitext2 ptb; "
-        f"{embedded})")
+    add = p.add_argument_group("recovery, with --seed's draws").add_argument
     add("--recover", type=Path, metavar="FILE", help="train on Alpaca's JSON list, then decompose again")
-    add("--lora", type=positive, metavar="R", help="rank of the adapters (default: 8)")
-    add("--records", type=positive, metavar="N", help="records to train on, at random (default: all)")
-    add("--seed", type=seed, default=42, help="of all that is drawn (default: 42)")
+    add("--lora", type=cli.positive, metavar="R", help="rank of the adapters (default: 8)")
+    add("--records", type=cli.positive, metavar="N", help="records to train on, at random (default: all)")
+    cli.calibration_flags(p)
+    cli.evaluation_flags(p, "--eval")
+    cli.machine_flags(p, batches=True)
     a = p.parse_args()
     if not a.recover and (a.lora or a.records):
         raise ValueError("--lora, --records: are for --recover FILE")
@@ -270,4 +265,4 @@ def parse():
 
 
 if __name__ == "__main__":
-    command(main)
+    cli.command(main)

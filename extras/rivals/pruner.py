@@ -12,8 +12,7 @@ import torch
 
 from attribution import top_k, weight_gradients
 from extras.rivals import linear
-from grasp import matrices
-from model import upcast
+from model import matrix_names, upcast
 
 # where a matrix is cut into its groups, which follow each other and are equally large: rows 0, columns 1
 AXES = {"attention": {"wq": 0, "wk": 0, "wv": 0, "wo": 1}, "feed_forward": {"w1": 0, "w3": 0, "w2": 1}}
@@ -29,8 +28,7 @@ def llm_pruner(model, sweep, budget):
     """
     blocks = pruned_blocks(len(model.layers))
     heads, channels = group_counts(model, budget, len(blocks))
-    names = [name for layer in blocks for name in matrices(layer)]
-    G = weight_gradients(model, names, sweep("LLM-Pruner"))
+    G = weight_gradients(model, matrix_names(*blocks), sweep("LLM-Pruner"))
     for layer, count in zip(blocks, channels):
         prune(model, f"layers.{layer}", "attention", G, model.args.n_kv_heads, heads)
         prune(model, f"layers.{layer}", "feed_forward", G, model.args.hidden_dim, count)

@@ -7,7 +7,6 @@
 Each takes out as many whole blocks as the budget holds, and plain SVD of one more (rivals.slim) takes out the rest:
 none of the papers meets a budget that is no whole number of blocks.
 """
-import math
 from dataclasses import replace
 from functools import cache
 
@@ -30,7 +29,7 @@ def shortgpt(model, sweep, budget):
     n, rest = whole_blocks(model, budget, 0, len(model.layers) - 1)
     cosines = layer_cosines(model, sweep("ShortGPT"))
     dropped = top_k(cosines, n).tolist()
-    cosines[dropped] = -math.inf
+    cosines[dropped] = -2  # less than any cosine
     slim(model, *top_k(cosines, 1).tolist(), rest)
     drop_layers(model, dropped)
     return model

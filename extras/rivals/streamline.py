@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data.corpus import show
 from extras.controls import drop_layers
 from extras.recover import learning_rate
 from extras.rivals import block_params
 from extras.rivals.patch import run_cosines, run_ends
 from model import FeedForward, RMSNorm
+from runtime.cli import show
 
 
 class HalfBlock(nn.Module):

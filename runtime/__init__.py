@@ -1,0 +1,1 @@
+"""What every command needs and no reader of the method wants to see."""

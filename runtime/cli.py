@@ -1,0 +1,298 @@
+"""What the commands share: flags, device and dtype, timing, progress, errors of one line."""
+import argparse
+import atexit
+import ctypes
+import os
+import re
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.corpus import text_names
+from data.tokenizer import Tokenizer, load_tokenizer
+from model import Transformer, load_checkpoint
+from runtime import distributed
+from runtime.files import check_parent
+
+TINY = Path(__file__).resolve().parent.parent / "data" / "tiny"  # the embedded model
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+EMBEDDED = "with the embedded model: embedded"
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser that raises ValueError instead of exiting. The functions below add its groups of
+    flags."""
+    def __init__(self, description: str):
+        super().__init__(description=description, allow_abbrev=False)
+        self.texts, self.suffix = {}, None  # {flag: its default}, of the default --out
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+    def parse_args(self, *words) -> argparse.Namespace:
+        """Parse the command line and fill in the defaults that depend on --ckpt. Raises ValueError."""
+        a = super().parse_args(*words)
+        for flag, default in self.texts.items():
+            if getattr(a, flag) is None:
+                tiny = "embedded" if isinstance(default, str) else ["embedded"]
+                setattr(a, flag, tiny if a.ckpt == TINY else default)
+            elif getattr(a, flag) == ["none"]:
+                setattr(a, flag, [])
+        if self.suffix:
+            a.out = a.out or Path(f"{a.ckpt.name}-{self.suffix}")
+        return a
+
+
+def model_flags(parser: Parser, title: str, **ckpt):
+    """Add --ckpt. Each of these functions makes a group of flags and returns it."""
+    group = parser.add_argument_group(title)
+    group.add_argument("--ckpt", **{
+        "type": lambda name: Path(os.path.realpath(name)), "default": TINY, "metavar": "FOLDER", "help":
+        "Meta's, Mistral's, Hugging Face's or a compressed folder (default: the embedded model)", **ckpt})
+    return group
+
+
+def calibration_flags(parser: Parser, samples: int = 512):
+    group, parser.texts["calibration"] = parser.add_argument_group("calibration"), "wikitext2"
+    add = group.add_argument
+    add("--calibration", metavar="TEXT",
+        help=f"{text_names('train')} or a file (default: wikitext2; {EMBEDDED})")
+    add("--samples", type=positive, metavar="N", default=samples, help=f"sequences (default: {samples})")
+    add("--seq-len", type=positive, metavar="T", help="tokens in each (default: 512, or the model's maximum)")
+    add("--seed", type=seed, default=42, help="of all random choices (default: 42)")
+    return group
+
+
+def evaluation_flags(parser: Parser, flag: str):
+    group, parser.texts[flag[2:]] = parser.add_argument_group("evaluation"), ["wikitext2", "ptb"]
+    add = group.add_argument
+    add(flag, nargs="+", metavar="TEXT",
+        help=f"{text_names('test')} or files; none for no evaluation (default: wikitext2 ptb; {EMBEDDED})")
+    add("--windows", type=positive, metavar="N", help="only the first N windows of each text (default: all)")
+    add("--data-dir", metavar="DIR", help="folder with wikitext-2-raw/ and ptb/ (default: $GRASP_DATA, then "
+        "the cache, then a download)")
+    return group
+
+
+def output_flags(parser: Parser, suffix: str):
+    group, parser.suffix = parser.add_argument_group("output"), suffix
+    group.add_argument("--out", type=Path, metavar="FOLDER", help=f"to write (default: ./NAME-{suffix})")
+    group.add_argument("--overwrite", action="store_true", help="replace a folder that an earlier run wrote")
+    return group
+
+
+def machine_flags(parser: Parser, batches: bool = False, several: bool = False):
+    """Add --device and --dtype; batches: --batch-size; several processes: --shard."""
+    group = parser.add_argument_group("machine")
+    add = group.add_argument
+    add("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: CUDA where there is one)")
+    add("--dtype", default="auto", choices=["auto", *DTYPES],
+        help="of the weights and of what is written (default: the checkpoint's own)")
+    if batches:
+        add("--batch-size", type=positive, metavar="N", help="sequences at a time (default: 1,024 tokens; on "
+            "CUDA up to 8,192, as memory allows)")
+    if several:
+        add("--shard", action="store_true", help="split the matrices over the processes (FSDP2)")
+    return group
+
+
+def between(text: str, kind: type, low: int, high: int, expected: str):
+    try:
+        if low < kind(text) <= high:
+            return kind(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r}, expected {expected}")
+
+
+positive = partial(between, kind=int, low=0, high=2 ** 31 - 1, expected="a whole number from 1 to 2^31 - 1")
+seed = partial(between, kind=int, low=-1, high=2 ** 63 - 1, expected="a whole number from 0 to 2^63 - 1")
+fraction = partial(between, kind=float, low=0, high=1, expected="a number above 0 and at most 1")
+
+
+def json_file(name: str) -> Path:
+    if Path(name).exists() and not Path(name).is_file():
+        raise argparse.ArgumentTypeError(f"{name}: not a file")
+    check_parent(Path(os.path.realpath(name)))
+    return Path(name)
+
+
+def open_checkpoint(ckpt: Path, device: str, dtype: str,
+                    split: bool = False) -> tuple[Transformer, Tokenizer]:
+    """Load model and tokenizer, and print what they are and where they run. device, dtype: as their flags."""
+    device, why = pick_device(device)
+    model = load_checkpoint(ckpt, DTYPES.get(dtype), device, split)
+    introduce(ckpt, model, why, "the folder's own" if dtype == "auto" else "as asked")
+    return model, load_tokenizer(ckpt, model.args.vocab_size)
+
+
+def pick_device(device: str) -> tuple[str, str]:
+    """Return (the device that --device names, the reason). Under torchrun each process has a GPU of its
+    own."""
+    why = "as asked"
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        why = f"auto: {'CUDA is' if device == 'cuda' else 'no CUDA'} here"
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if not re.fullmatch(r"cpu|cuda:\d+", device):
+        raise ValueError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
+    try:
+        torch.empty(0, device=device)
+        if device != "cpu":
+            torch.cuda.set_device(device)  # new streams and collective operations take the current one
+    except (RuntimeError, AssertionError, ValueError) as e:
+        raise ValueError(f"--device {device}: {str(e).splitlines()[0]}") from None
+    return device, why
+
+
+def introduce(name: str | Path, model: Transformer, why: str, whose: str) -> None:
+    """Print the model's sizes, its device and why that one, its dtype and whose choice that is."""
+    a = model.args
+    print(f"model        {name}  {a.n_layers} layers, dim {a.dim}, {a.n_heads} heads over {a.n_kv_heads}, "
+          f"{model.n_params:,} parameters\ndevice       {model.device} ({why}), "
+          f"dtype {str(model.dtype).removeprefix('torch.')} ({whose})")
+    if model.device.type == "cuda":
+        print(f"memory       {free_bytes(model.device) / 2 ** 30:.1f} GiB are free beside the weights")
+    if distributed.count() > 1:
+        held = sum(p.nbytes for p in map(distributed.local, model.parameters())) / 2 ** 30
+        print(f"processes    {distributed.count()}; this one holds {held:.3f} GiB of the weights")
+
+
+def sequence_length(asked: int | None, default: int, model: Transformer) -> int:
+    """The --seq-len asked for, or the default cut to the model's positions. Raises ValueError if it does not
+    fit."""
+    limit = model.args.max_seq_len
+    if limit and limit < 2 or asked and (asked < 2 or limit and asked > limit):
+        raise ValueError(f"--seq-len {asked}: expected 2 to {limit or 'any number'} (the model's positions)")
+    return asked or min(default, limit or default)
+
+
+def batch_size(asked: int | None, seq_len: int, model: Transformer | None = None, layers: int = 0) -> int:
+    """Sequences in a micro-batch: as asked, else as many as make 1,024 tokens, for which a CPU is fast.
+
+    On CUDA they make up to 8,192 tokens, as many as fit into free memory in a backward sweep over all
+    layers, beside the gradients of `layers` layers.
+    """
+    if asked or model is None or model.device.type != "cuda":
+        return asked or max(1, 1024 // seq_len)
+    a, s, wide = model.args, model.dtype.itemsize, max(4, model.dtype.itemsize)
+    q, kv = a.n_heads * a.head_dim, a.n_kv_heads * a.head_dim
+    gradients = layers * wide * a.dim * (2 * q + 2 * kv + 3 * a.hidden_dim)
+    head = 4 * wide * model.head_chunk * a.vocab_size
+    block = 2 * wide * (a.dim + 1 + a.n_heads) + s * (4 * q + 2 * a.dim + 4 * a.hidden_dim)  # of each token
+    room = free_bytes(model.device) - gradients - head
+    tokens = int(min(8192, room / (a.n_layers * block + 3 * s * (a.dim + a.hidden_dim))))
+    return distributed.least(max(1, tokens // seq_len))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of a CUDA device that is free or cached by torch."""
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
+
+
+def batches(windows: Tensor, size: int, label: str) -> Iterator[Tensor]:
+    """Yield this process's micro-batches of windows (n, T), with a progress line on stderr."""
+    start = told = time.monotonic()
+    parts = distributed.local_batches(windows, size)
+    for i, batch in enumerate(parts, 1):
+        yield batch
+        now = time.monotonic()
+        line = f"{label}  {i}/{len(parts)} batches  {(now - start) * (len(parts) - i) / i:.0f} s left"
+        show(line, last=i == len(parts))
+        if not (sys.stderr.isatty() or distributed.index()) and now - told > 60:  # in a log, a line a minute
+            told = now
+            print(line, file=sys.stderr, flush=True)
+
+
+def show(line: str, last: bool) -> None:
+    """Rewrite one progress line on a terminal; the last one is removed."""
+    if sys.stderr.isatty() and not distributed.index():
+        print(f"\r{line:<79}", end="\r" + " " * 79 + "\r" if last else "", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], phase: str, device: torch.device | None = None):
+    """Add the wall time of a block to seconds[phase], including what a CUDA device still has to do."""
+    start = time.perf_counter()
+    yield
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Peak memory: allocated on a CUDA device, else resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def reset_peak(device: torch.device) -> bool:
+    """Let peak_bytes start again from the memory in use now. Returns whether that can be done (CUDA,
+    Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # returns freed memory to the system
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak, see man 5 proc
+    except (OSError, AttributeError, TypeError):  # not Linux, or not glibc
+        return False
+    return True
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+stopped = []  # the signal that this command has received
+
+
+def ignore_signals() -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def stop(number: int, frame) -> None:
+    ignore_signals()  # a second one would interrupt the clean-up
+    stopped.append(number)
+    raise KeyboardInterrupt
+
+
+def command(main: Callable[[], None], parallel: bool = False):
+    """Run a command. A user's mistake is one line and exit code 2; GRASP_DEBUG=1 shows a stack trace.
+
+    Ctrl-C, SIGTERM and SIGHUP become exceptions, so that unfinished files are removed. parallel: whether
+    torchrun may start it. Then the first process that fails says why, and torchrun ends the others.
+    """
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # for logs, and any file name
+    stopped.clear()
+    atexit.register(ignore_signals)  # an exception while Python shuts down would be printed
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup and a shell's & ignore some
+            signal.signal(number, stop)
+    try:
+        with distributed.joined():
+            if distributed.count() > 1 and not parallel:
+                raise ValueError("this command runs in one process: start it with python, not with torchrun")
+            return main()
+    except BaseException as e:
+        if stopped:  # a library may have replaced the exception
+            if stopped[0] == signal.SIGINT and not distributed.index():
+                print("\ninterrupted", file=sys.stderr)
+            sys.exit(128 + stopped[0])
+        memory = isinstance(e, MemoryError) or re.search("out of memory|can't allocate memory", str(e))
+        known = memory or isinstance(e, (ValueError, OSError, ModuleNotFoundError)) or distributed.lost(e)
+        if os.environ.get("GRASP_DEBUG") or not known:
+            raise
+        hint = ["out of memory; use a smaller --batch-size, --dtype bfloat16, or torchrun"] * bool(memory)
+        if distributed.fails_first():
+            print("error:", *str(e).split(), *hint, file=sys.stderr)
+        sys.exit(2)
