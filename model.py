@@ -197,7 +197,7 @@ class Transformer(nn.Module):
     @property
     def head_chunk(self) -> int:
         """How many positions' logits exist at once. On the CPU they stay in the cache."""
-        return max(1, (4 if self.device.type == "cpu" else 64) * 2 ** 20 // self.args.vocab_size)
+        return max(1, (6 if self.device.type == "cpu" else 42) * 2 ** 20 // self.args.vocab_size)
 
     @property
     def n_params(self) -> int:

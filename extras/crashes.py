@@ -41,8 +41,7 @@ from runtime.files import remove
 
 ROOT = Path(__file__).resolve().parent.parent
 COUNTS = {"signals": 100, "disk": 10, "load": 50}
-SIGNALS = {"SIGINT": "(130|-2) interrupted", "SIGTERM": "143", "SIGKILL": "-9"}  # the end of a command that obeys;
-# -2 is 130 in a shell: Python ends so if what is interrupted is an exec() of a text, in an import for instance
+SIGNALS = {"SIGINT": "130 interrupted", "SIGTERM": "143", "SIGKILL": "-9"}  # the end of a command that obeys
 TEMPORARY = ".partial-"  # in the names of runtime/files.py's temporary paths
 ERROR = "2 error: .*"  # one line: a dot is no newline
 # states before and after, its files' pages, temporary paths, seconds from the handlers to the last of them

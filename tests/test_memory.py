@@ -111,9 +111,9 @@ def test_seven_layers_fit_with_1024_tokens(args, lowest, gpu):
 
 
 def test_where_the_lowest_layer_lies_decides():
-    """Autograd keeps every block from it up: from the first one on, 8B needs 256 tokens, 13B another GPU."""
+    """Autograd keeps every block from it up: from the first one on, 8B needs a smaller micro-batch, 13B another GPU."""
     assert computed_bytes(LLAMA_2_7B, 0, B=2) < 24 * GIB - CONTEXT < computed_bytes(LLAMA_3_8B, 0, B=2)
-    assert computed_bytes(LLAMA_3_8B, 0, B=1, T=256) < 24 * GIB - CONTEXT
+    assert computed_bytes(LLAMA_3_8B, 0, B=1) < 24 * GIB - CONTEXT
     assert computed_bytes(LLAMA_2_13B, 0, B=2) > 40e9
 
 
