@@ -64,7 +64,8 @@ class Slow(SimpleHTTPRequestHandler):
                 output.write(part)
                 time.sleep(0.01)
 
-    log_message = lambda *words: None
+    def log_message(self, *words):
+        pass
 
 
 def commands(work):
