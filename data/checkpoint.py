@@ -191,7 +191,7 @@ def read_args(p: dict, hugging_face: bool, shards: list[dict[str, Tensor]]) -> d
 
 def read_rope(p: dict, hugging_face: bool, factor: float) -> tuple[dict | None, float]:
     """Return (rope_scaling, rope_theta). factor: of Meta's files, which say only use_scaled_rope."""
-    rope = p.get("rope_parameters") or p.get("rope_scaling") or {}  # transformers 5; transformers 4 and Meta
+    rope = hugging_face and p.get("rope_parameters") or p.get("rope_scaling") or {}  # transformers 5; 4, Meta
     kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
     if kind not in ("default", "llama3"):
         raise ValueError(f"the rotary embedding is {rope!r}; supported: rope_type default, llama3")

@@ -80,9 +80,11 @@ def error_prefix(what: str | Path) -> Iterator[None]:
     """Turn any error in the block into a one-line ValueError that begins with `what`, e.g. a file's name."""
     try:
         yield
-    except (OSError, ModuleNotFoundError, MemoryError):  # these speak for themselves
+    except (KeyboardInterrupt, SystemExit, ModuleNotFoundError, MemoryError):
         raise
-    except Exception as e:
+    except BaseException as e:  # a panic of a library in Rust is no Exception
+        if getattr(e, "filename", None):  # an OSError that names its file
+            raise
         raise ValueError(f"{what}: {(str(e).strip() or type(e).__name__).splitlines()[0]}") from e
 
 
@@ -90,7 +92,8 @@ def read_bytes(file: str | Path, largest: int) -> bytes:
     """The content of a file. Raises OSError, and ValueError if it has more than `largest` bytes."""
     if os.path.getsize(file) > largest:
         raise ValueError(f"{file}: more than {largest:,} bytes")
-    return Path(file).read_bytes()
+    with error_prefix(file):
+        return Path(file).read_bytes()
 
 
 def read_json(file: str | Path, largest: int = 2 ** 20) -> dict:
