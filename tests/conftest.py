@@ -1,5 +1,6 @@
 """What the tests share: small random models, and the real data where it is at hand."""
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,12 @@ def nowhere(tmp_path, monkeypatch):
 
     monkeypatch.setattr(corpus, "fetch", refuse)
     return tmp_path
+
+
+def obey_all_signals():
+    """In a child process: undo what nohup or a shell's & ignore."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def run(script, *words, cwd):

@@ -13,7 +13,7 @@ import torch
 
 import evaluate
 import grasp
-from conftest import ROOT, error_of, run
+from conftest import ROOT, error_of, obey_all_signals, run
 from runtime import cli
 
 QUICK = ["--layers", "2", "--samples", "6", "--seq-len", "64", "--windows", "4"]
@@ -83,7 +83,7 @@ def test_one_seed_gives_identical_folders(tmp_path):
 def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path):
     words = ["--layers", "2", "--samples", "100000"]
     process = subprocess.Popen([sys.executable, "-u", ROOT / "grasp.py", *words], cwd=tmp_path, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                               preexec_fn=obey_all_signals, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         while not process.stdout.readline().startswith("method"):
             pass
@@ -110,8 +110,9 @@ cli.command(grasp.main, parallel=True)
 """
 
 
-def slow_command(folder, seconds, **how):
-    process = subprocess.Popen([sys.executable, "-u", "-c", SLOW, str(seconds)], cwd=folder, text=True, **how,
+def slow_command(folder, seconds, preexec_fn=obey_all_signals):
+    process = subprocess.Popen([sys.executable, "-u", "-c", SLOW, str(seconds)], cwd=folder, text=True,
+                               preexec_fn=preexec_fn,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                env={**os.environ, "PYTHONPATH": str(ROOT)})
     while (line := process.stdout.readline()) != "there\n":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, random_model
+from conftest import ROOT, obey_all_signals, random_model
 from model import load_checkpoint, save_checkpoint
 from runtime.files import atomic_write, check_output, read_bytes, read_json, write_json
 
@@ -203,7 +203,7 @@ def test_a_signal_during_an_overwrite_keeps_the_old_folder(number, tmp_path):
     save_checkpoint(random_model(), tmp_path / "out", {"old": 1})
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     process = subprocess.Popen([sys.executable, "-c", WRITING], cwd=tmp_path, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                               preexec_fn=obey_all_signals, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests"})
     assert process.stdout.readline() == "there\n"
     process.send_signal(number)
@@ -227,7 +227,7 @@ def slowly(path):
 files.remove = slowly
 """
     process = subprocess.Popen([sys.executable, "-c", WRITING.replace("shutil.copyfile =", slow_remove + "shutil.copyfile =")],
-                               cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                               cwd=tmp_path, text=True, preexec_fn=obey_all_signals, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests"})
     for line in ("there\n", "removing\n"):
         assert process.stdout.readline() == line
