@@ -115,7 +115,7 @@ def between(text: str, kind: type, low: int, high: int, expected: str):
 
 positive = partial(between, kind=int, low=0, high=2 ** 31 - 1, expected="a whole number from 1 to 2^31 - 1")
 seed = partial(between, kind=int, low=-1, high=2 ** 63 - 1, expected="a whole number from 0 to 2^63 - 1")
-fraction = partial(between, kind=float, low=0, high=1, expected="a number above 0 and at most 1")
+fraction = partial(between, kind=float, low=0, high=1, expected="more than 0 and at most 1")
 
 
 def json_file(name: str) -> Path:
