@@ -217,7 +217,7 @@ def test_a_row_is_the_row_of_the_command_grasp(nowhere, monkeypatch, capsys):
     ("samples --layers 2 --samples 4 4", "at least 2, each once; got [4, 4]"),
     ("seeds --layers 2 --seeds -1 2", "argument --seeds: '-1', expected a whole number from 0 to 2^63 - 1"),
     ("budget --layers 2 --ratio 0.1", "--ratio: the budget study finds its ratios itself, by --thresholds"),
-    ("budget --layers 2 --thresholds 1.5", "--thresholds: '1.5', expected a number above 0 and at most 1"),
+    ("budget --layers 2 --thresholds 1.5", "--thresholds: '1.5', expected more than 0 and at most 1"),
     ("calibration --layers 2", "--calibration: the calibration study takes at least 2, each once; got none"),
     ("calibration --layers 2 --calibration embedded nowhere", "no text 'nowhere': expected wikitext2, ptb, embedded"),
     ("calibration --layers 2 --calibration embedded short", "the calibration text has 3 tokens, too few"),

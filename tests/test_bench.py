@@ -245,7 +245,7 @@ def test_growth_is_a_table_for_each_axis(device, run):
     ("--growth --svd", "have no use with --growth"),
     ("--layers 9", "this model has 8 layers, 0 to 7; asked for 9"),
     ("--seq-len 257", "--seq-len 257: expected 2 to 256"),
-    ("--ratio 2", "--ratio: 2, expected a number above 0 and at most 1"),
+    ("--ratio 2", "--ratio: 2, expected more than 0 and at most 1"),
     ("--repeats 0", "--repeats: 0, expected"),
     ("--device nonsense", "--device nonsense: "),
     ("--json no/such/file", "no/such/file: cannot be written"),

@@ -248,7 +248,7 @@ def test_texts_of_any_file_are_columns(run, capsys):
     ("--layers 2 --methods grasp magic", "--methods: invalid choice: magic (choose from shortgpt, sleb, laco, "),
     ("--layers 9", "this model has 8 layers, 0 to 7; asked for 9"),
     ("--layers 2 --ratio 0.1 --budget 0.2", "give one of --ratio and --budget"),
-    ("--layers 2 --budget 20", "--budget: 20, expected a number above 0 and at most 1"),
+    ("--layers 2 --budget 20", "--budget: 20, expected more than 0 and at most 1"),
     ("--layers 2 --budget 1e-9", "--ratio, --budget: leave nothing to remove"),
     ("--layers 2 --samples 0", "--samples: 0, expected"),
     ("--layers 2 --seq-len 257", "--seq-len 257: expected 2 to 256"),

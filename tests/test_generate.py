@@ -312,7 +312,7 @@ def test_a_table_of_dense_and_dropped(tmp_path, monkeypatch, capsys):
     ("--max-new-tokens 0", "--max-new-tokens: '0', expected"),
     ("--temperature -1", "--temperature: '-1', expected 0 or more"),
     ("--temperature nan", "--temperature: 'nan', expected 0 or more"),
-    ("--temperature 1 --top-p 0", "--top-p: '0', expected a number above 0 and at most 1"),
+    ("--temperature 1 --top-p 0", "--top-p: '0', expected more than 0 and at most 1"),
     ("--temperature 1 --top-k 0", "--top-k: '0', expected"),
     ("--top-k 5", "nothing is drawn at --temperature 0"),
     ("--seed -1", "argument --seed: '-1', expected a whole number from 0 to 2^63 - 1"),
