@@ -28,8 +28,7 @@ EMBEDDED = "with the embedded model: embedded"
 
 
 class Parser(argparse.ArgumentParser):
-    """ArgumentParser that raises ValueError instead of exiting. The functions below add its groups of
-    flags."""
+    """ArgumentParser that raises ValueError instead of exiting. The functions below add groups of flags."""
     def __init__(self, description: str):
         super().__init__(description=description, allow_abbrev=False)
         self.texts, self.suffix = {}, None  # {flag: its default}, of the default --out
@@ -135,8 +134,7 @@ def open_checkpoint(ckpt: Path, device: str, dtype: str,
 
 
 def pick_device(device: str) -> tuple[str, str]:
-    """Return (the device that --device names, the reason). Under torchrun each process has a GPU of its
-    own."""
+    """Return (the device that --device names, the reason). Under torchrun each process has its own GPU."""
     why = "as asked"
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -168,8 +166,7 @@ def introduce(name: str | Path, model: Transformer, why: str, whose: str) -> Non
 
 
 def sequence_length(asked: int | None, default: int, model: Transformer) -> int:
-    """The --seq-len asked for, or the default cut to the model's positions. Raises ValueError if it does not
-    fit."""
+    """The --seq-len asked for, or the default cut to the model's positions. ValueError if it does not fit."""
     limit = model.args.max_seq_len
     if limit and limit < 2 or asked and (asked < 2 or limit and asked > limit):
         raise ValueError(f"--seq-len {asked}: expected 2 to {limit or 'any number'} (the model's positions)")
@@ -238,8 +235,7 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def reset_peak(device: torch.device) -> bool:
-    """Let peak_bytes start again from the memory in use now. Returns whether that can be done (CUDA,
-    Linux)."""
+    """Let peak_bytes start again from the memory in use now. Returns whether it can (CUDA, Linux)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
@@ -274,7 +270,6 @@ def command(main: Callable[[], None], parallel: bool = False):
     """
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # for logs, and any file name
     stopped.clear()
-    atexit.register(ignore_signals)  # an exception while Python shuts down would be printed
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup and a shell's & ignore some
             signal.signal(number, stop)
@@ -296,3 +291,5 @@ def command(main: Callable[[], None], parallel: bool = False):
         if distributed.fails_first():
             print("error:", *str(e).split(), *hint, file=sys.stderr)
         sys.exit(2)
+    finally:
+        atexit.register(ignore_signals)  # the last one registered runs first; Python would print an exception

@@ -130,6 +130,27 @@ def test_a_signal_ends_a_sweep(number, exit_code, told, tmp_path):
     assert (process.returncode, err) == (exit_code, told) and list(tmp_path.iterdir()) == []
 
 
+LATE = """
+import atexit, time
+from runtime import cli
+def at_exit():
+    print("there", flush=True)
+    time.sleep(1)
+cli.command(lambda: atexit.register(at_exit))  # as libraries do that the work imports
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_python_shuts_down_prints_nothing(number):
+    """The work is done by then."""
+    process = subprocess.Popen([sys.executable, "-c", LATE], cwd=ROOT, text=True, preexec_fn=obey_all_signals,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == "there\n"
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+
+
 def test_an_ignored_signal_stays_ignored(tmp_path):
     """nohup starts a command with SIGHUP ignored."""
     process = slow_command(tmp_path, 1, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
