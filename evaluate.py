@@ -2,8 +2,7 @@
 
     python evaluate.py --ckpt FOLDER --data wikitext2 ptb
 
-text -> one stream of tokens -> windows that do not overlap -> mean negative log-likelihood (NLL, nats) ->
-exp.
+text -> one stream of tokens -> windows that do not overlap -> exp of the mean negative log-likelihood (NLL)
 """
 from collections.abc import Iterable
 from functools import partial
@@ -43,8 +42,7 @@ def perplexity(model: Transformer, batches: Iterable[Tensor]) -> float:
 
 def evaluation_windows(names: list[str], tokenizer: Tokenizer, seq_len: int, limit: int | None = None,
                        data_dir: str | None = None) -> Texts:
-    """The windows of each text, with the protocol that its perplexity belongs to. limit: only the first
-    windows."""
+    """The windows of each text (limit: only the first ones), with the protocol of its perplexity."""
     texts = {}
     for name in names:
         text, source = distributed.from_first(partial(load_text, name, "test", data_dir))

@@ -70,9 +70,9 @@ def compress(model: Transformer, layer_ids: list[int], sweep: Sweep, ratio: floa
             m, n = len(U), Vh.shape[1]
             sigma_grad = None if score == "magnitude" else sigma_gradients(U, distributed.whole(G[name]), Vh)
             scores = importance(S, sigma_grad, score)
-            k = rank_for_threshold(scores, threshold) if threshold else rank_for_ratio(m, n, ratio)
             if not finite(scores):
                 raise ValueError(f"{name}: a score is not finite; try --dtype float64")
+            k = rank_for_threshold(scores, threshold) if threshold else rank_for_ratio(m, n, ratio)
             kept = top_k(scores, k)
             record = {"name": name, "shape": [m, n], "rank": None, "kept": None}
             if k * (m + n) < m * n:

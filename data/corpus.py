@@ -165,8 +165,7 @@ def calibration_windows(tokenizer: Tokenizer, name: str, samples: int, seq_len: 
 
 
 def random_windows(tokens: Tensor, samples: int, seq_len: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Return (windows (samples, seq_len) int64 of tokens (N,), their offsets (samples,)). No window is
-    padded."""
+    """Return (windows (samples, seq_len) int64 of tokens (N,), their offsets (samples,)), none padded."""
     if samples * seq_len > 2 ** 31:
         raise ValueError(f"{samples:,} sequences of {seq_len:,} tokens are too many: 2^31 tokens at most")
     if len(tokens) < seq_len:
@@ -178,8 +177,7 @@ def random_windows(tokens: Tensor, samples: int, seq_len: int, seed: int) -> tup
 
 
 def consecutive_windows(tokens: Tensor, seq_len: int, limit: int | None = None) -> Tensor:
-    """Cut tokens (N,) into windows (n, seq_len), at most `limit`, that do not overlap; the tail is
-    dropped."""
+    """Cut tokens (N,) into at most `limit` windows (n, seq_len) without overlap; the tail is dropped."""
     count = min(len(tokens) // seq_len, limit or len(tokens))
     if not count:
         raise ValueError(f"the evaluation text has {len(tokens):,} tokens, "

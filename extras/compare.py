@@ -136,8 +136,7 @@ def main():
     if not budget:
         raise ValueError("--ratio, --budget: leave nothing to remove")
     of = f"{100 * a.budget:g} % of its blocks" if a.budget else f"as GRASP of {a.layers} layers at ratio {a.ratio}"
-    notes = [f"calibration  {calibration['text']}; {calibration['tokens']:,} tokens, {a.samples} random windows of "
-             f"{seq_len}, seed {a.seed}, batches of {size}",
+    notes = [f"calibration  {calibration['protocol']}, batches of {size}",
              f"budget       {budget:,} parameters, {100 * budget / model.n_params:.1f} % of the model, {of}",
              "measured     seconds of the method alone, peak GiB "
              f"{'too' if cli.reset_peak(model.device) else 'of the process so far'}"]

@@ -230,8 +230,8 @@ def main():
         raise ValueError(f"--budget {a.budget}: leaves nothing to remove")
     size, eval_size = cli.batch_size(a.batch_size, seq_len), cli.batch_size(a.batch_size, eval_len, model)
     what = f"{a.basis} basis, {a.allocate} allocation, score {a.score}, MLPs by {a.mlp}"
-    print(f"calibration  {calibration['text']}; {calibration['tokens']:,} tokens, {a.samples} random windows of "
-          f"{seq_len}, seed {a.seed}, batches of {size}\nmethod       {what}; {budget:,} parameters to remove\n")
+    print(f"calibration  {calibration['protocol']}, batches of {size}\n"
+          f"method       {what}; {budget:,} parameters to remove\n")
     sweep, rows = partial(cli.batches, windows, size), [result_row("dense", model, texts, eval_size)]
     with cli.timed(seconds, "compression", model.device):
         layers = find_redundant(model, sweep, a.layers)[1] if a.layers else a.layer_ids
