@@ -56,37 +56,23 @@ def evaluation_windows(names: list[str], tokenizer: Tokenizer, seq_len: int, lim
     return texts
 
 
-def perplexities(model: Transformer, texts: Texts, batch_size: int, name: str) -> dict[str, float]:
-    """{label: perplexity} of a model. name: of the model, for the progress line."""
-    return {label: perplexity(model, cli.batches(windows, batch_size, f"{name} on {label}"))
-            for label, (windows, _) in texts.items()}
-
-
 def result_row(name: str, model: Transformer, texts: Texts, batch_size: int,
                seconds: float | None = None) -> dict:
-    """Evaluate a model: one row of the table. seconds: what it took to make the model.
-
-    peak_bytes: peak memory since the row before; None where it cannot be reset.
-    """
-    results, peak = perplexities(model, texts, batch_size, name), cli.peak_bytes(model.device)
-    return {"model": name, "parameters": model.n_params, "perplexity": results, "seconds": seconds,
-            "peak_bytes": peak if cli.reset_peak(model.device) else None}
+    """Evaluate a model: one row of the table. seconds: what it took to make the model."""
+    results = {label: perplexity(model, cli.batches(windows, batch_size, f"{name} on {label}"))
+               for label, (windows, _) in texts.items()}
+    return {"model": name, "parameters": model.n_params, "perplexity": results, "seconds": seconds}
 
 
 def table(rows: list[dict], texts: Texts, dense_params: int) -> str:
     """The rows as a Markdown table, with the texts' protocols under it."""
-    def cell(value, form):
-        return "-" if value is None else format(value, form)
-
-    head = ["model", "parameters", "kept %", *(f"{label} ppl" for label in texts), "seconds", "peak GiB"]
+    head = ["model", "parameters", "kept %", *(f"{label} ppl" for label in texts), "seconds"]
     cells = [[row["model"], f"{row['parameters']:,}", f"{100 * row['parameters'] / dense_params:.1f}",
-              *(f"{row['perplexity'][label]:.2f}" for label in texts), cell(row["seconds"], ".1f"),
-              cell(row["peak_bytes"] and row["peak_bytes"] / 2 ** 30, ".2f")] for row in rows]
+              *(f"{row['perplexity'][label]:.2f}" for label in texts),
+              "-" if row["seconds"] is None else f"{row['seconds']:.1f}"] for row in rows]
     lines = [f"{label}: {p['text']}; {p['tokens']:,} tokens, {'first ' * (p['windows'] < p['all_windows'])}"
              f"{p['windows']} windows of {p['seq_len']:,}, "
              f"{'BOS once at the start' if p['bos'] else 'no BOS'}" for label, (_, p) in texts.items()]
-    if None in (row["peak_bytes"] for row in rows):
-        lines.append(f"peak memory of the process: {cli.peak_bytes(torch.device('cpu')) / 2 ** 30:.2f} GiB")
     return "\n".join([markdown(head, cells), "", *lines])
 
 
@@ -113,7 +99,7 @@ def main() -> None:
     with cli.timed(seconds, "evaluation"):
         row = result_row(a.ckpt.name, model, texts, cli.batch_size(a.batch_size, seq_len, model))
     row["seconds"], protocols = seconds["evaluation"], {label: p for label, (_, p) in texts.items()}
-    print("\n" + table([row], texts, model.n_params_dense))
+    print(f"\n{table([row], texts, model.n_params_dense)}\npeak memory {cli.peak_memory()}")
     if a.json and not distributed.index():
         write_json(a.json, {**row, "protocol": protocols})
 

@@ -11,11 +11,8 @@ By default all gradients come from the dense model, in one sweep (one-shot). Alg
 iterative order, `--iterative`; the paper finds them equal (perplexity 37.86 one-shot, 38.39 iterative).
 """
 import argparse
-import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
 from attribution import (SCORES, angular_distances, importance, layer_cosines, low_rank_factors,
@@ -77,7 +74,7 @@ def compress(model: Transformer, layer_ids: list[int], sweep: Sweep, ratio: floa
             record = {"name": name, "shape": [m, n], "rank": None, "kept": None}
             if k * (m + n) < m * n:
                 A, B = low_rank_factors(U, S, Vh, kept)
-                model.replace_matrix(name, LowRankLinear(A, B).to(model.dtype))
+                model.set_submodule(name, LowRankLinear(A, B).to(model.dtype))
                 record.update(rank=k, kept=kept.tolist())
             yield record
 
@@ -104,15 +101,15 @@ def check_settings(sweep: Sweep, ratio: float | None, threshold: float | None, s
 
 
 def main() -> None:
-    a, seconds, rows = parse(), {}, []
-    with cli.timed(seconds, "load"):
-        model, tokenizer = cli.open_checkpoint(a.ckpt, a.device, a.dtype, a.shard)
+    a, seconds = parse(), {}
+    model, tokenizer = cli.open_checkpoint(a.ckpt, a.device, a.dtype, a.shard)
     check_layers(model.args.n_layers, a.layers, a.layer_ids)
     before, dense_params, n = model.n_params, model.n_params_dense, a.layers or len(a.layer_ids)
     seq_len, eval_len = cli.sequence_length(a.seq_len, 512, model), cli.sequence_length(None, 2048, model)
     windows, source = calibration_windows(tokenizer, a.calibration, a.samples, seq_len, a.seed, a.data_dir)
     texts = evaluation_windows(a.eval, tokenizer, eval_len, a.windows, a.data_dir)
     size = min(cli.batch_size(a.batch_size, seq_len, model, n), a.samples)
+    eval_size = cli.batch_size(a.batch_size, eval_len, model)
     asked = f"threshold {a.threshold}" if a.threshold else f"ratio {a.ratio}"
     print(f"calibration  {source['protocol']}, batches of {size}\n"
           f"method       {asked} of {n} layers{' in a row' * a.contiguous}, score {a.score}, "
@@ -122,71 +119,30 @@ def main() -> None:
         with cli.timed(seconds, label, model.device):
             yield from cli.batches(windows.to(model.device), size, label)
 
-    def add_row(name, *phases):
-        with cli.timed(seconds, "evaluation", model.device):
-            rows.append(result_row(name, model, texts, cli.batch_size(a.batch_size, eval_len, model),
-                                   sum(seconds.get(phase, 0) for phase in phases) if phases else None))
-
     cosines, redundant = None, sorted(a.layer_ids or [])
     if a.layers:
         cosines, redundant = find_redundant(model, sweep, n, a.contiguous)
         for layer, cosine in enumerate(cosines.tolist()):
             print(f"layer {layer:3}  cosine {cosine:.4f}{'  redundant' * (layer in redundant)}")
-    add_row("dense" if before == dense_params else "input")
-    dense = {name: model.get_submodule(name) for name in matrix_names(*redundant)} if a.compare else {}
-    if a.compare:
-        with layers_dropped(model, redundant):
-            add_row("layers dropped", "redundancy")
+    rows, records = [result_row("dense" if before == dense_params else "input", model, texts, eval_size)], []
     with cli.timed(seconds, "compression", model.device):
-        records = compress_and_print(model, redundant, sweep, a.ratio, a.threshold, a.score, a.iterative)
-    seconds["SVD"] = seconds["compression"] - seconds.get("attribution", 0)
-    add_row("GRASP" if a.score == "taylor" else f"GRASP, {a.score}", "redundancy", "compression")
-    if a.compare:
-        with plain_svd(model, dense, records, seconds):
-            add_row("plain SVD", "redundancy", "plain SVD")
+        for record in compress(model, redundant, sweep, a.ratio, a.threshold, a.score, a.iterative):
+            records.append(record)
+            (m, n), k = record["shape"], record["rank"]
+            kept = f"kept {100 * k * (m + n) / (m * n):.2f} %" if k else "dense: factors would be larger"
+            print(f"{record['name']:<26} rank {k or min(m, n):4}/{min(m, n):<5} {kept}")
+    spent = seconds.get("redundancy", 0) + seconds["compression"]
+    rows.append(result_row(f"GRASP{f', {a.score}' * (a.score != 'taylor')}", model, texts, eval_size, spent))
     after = model.n_params
     print(f"\n{table(rows, texts, dense_params)}\nasked: {asked} of layers {redundant}; achieved: {after:,} "
-          f"parameters left of {before:,}, {100 * (1 - after / before):.1f} % removed")
+          f"parameters left of {before:,}, {100 * (1 - after / before):.1f} % removed; "
+          f"peak memory {cli.peak_memory()}")
     report = {"settings": {**vars(a), "seq_len": seq_len, "device": model.device, "dtype": model.dtype},
               "cosines": cosines.tolist() if a.layers else None, "redundant": redundant, "matrices": records,
               "parameters_before": before, "parameters_after": after, "calibration": source,
               "protocol": {label: p for label, (_, p) in texts.items()}, "results": rows, "seconds": seconds}
     save_checkpoint(model, a.out, report, tokenizer.file, a.overwrite)
     print(f"written to {a.out}")
-
-
-def compress_and_print(model: Transformer, *settings) -> list[dict]:
-    """The records of compress(model, *settings), each printed with the seconds since the start."""
-    records, start = [], time.perf_counter()
-    for record in compress(model, *settings):
-        (m, n), k = record["shape"], record["rank"]
-        kept = f"kept {100 * k * (m + n) / (m * n):.2f} %" if k else "dense: its factors would not be smaller"
-        records, seconds = [*records, record], time.perf_counter() - start
-        print(f"{record['name']:<26} rank {k or min(m, n):4}/{min(m, n):<5} {kept}  {seconds:.1f} s")
-    return records
-
-
-@contextmanager
-def layers_dropped(model: Transformer, layer_ids: list[int]):
-    """Take these layers out of the model for a comparison."""
-    layers = model.layers
-    model.layers = nn.ModuleList(block for layer, block in enumerate(layers) if layer not in layer_ids)
-    yield
-    model.layers = layers
-
-
-@contextmanager
-def plain_svd(model: Transformer, dense: dict[str, nn.Module], records: list[dict], seconds: dict):
-    """Let each matrix keep its largest components, as many as GRASP's, for a comparison."""
-    ranks, ours = {record["name"]: record["rank"] for record in records if record["rank"]}, {}
-    with cli.timed(seconds, "plain SVD", model.device):
-        weights = (distributed.whole(dense[name].weight) for name in ranks)
-        for (name, k), (U, S, Vh) in zip(ranks.items(), distributed.parallel_map(svd, weights)):
-            factors = low_rank_factors(U, S, Vh, torch.arange(k, device=U.device))
-            ours[name] = model.replace_matrix(name, LowRankLinear(*factors).to(model.dtype))
-    yield
-    for name, module in ours.items():
-        model.replace_matrix(name, module)
 
 
 def parse() -> argparse.Namespace:
@@ -202,8 +158,7 @@ def parse() -> argparse.Namespace:
     group.add_argument("--score", choices=SCORES, default="taylor", help="of a component (default: taylor)")
     group.add_argument("--iterative", action="store_true", help="Algorithm 1's order, half a block at a time")
     cli.calibration_flags(p)
-    cli.evaluation_flags(p, "--eval").add_argument(
-        "--compare", action="store_true", help="add rows: the layers dropped, and plain SVD")
+    cli.evaluation_flags(p, "--eval")
     cli.output_flags(p, "grasp")
     cli.machine_flags(p, batches=True, several=True)
     a = p.parse_args()

@@ -188,12 +188,6 @@ class Transformer(nn.Module):
             yield F.cross_entropy(upcast(self.output(self.norm(h_part))), label,  # logits are freed at once
                                   ignore_index=-100, reduction="sum")
 
-    def replace_matrix(self, name: str, module: nn.Module) -> nn.Module:
-        """Put `module` in the place of the layer `name` ("layers.22.attention.wq"); return the old one."""
-        old = self.get_submodule(name)
-        self.set_submodule(name, module)
-        return old
-
     @property
     def head_chunk(self) -> int:
         """How many positions' logits exist at once. On the CPU they stay in the cache."""
@@ -255,10 +249,10 @@ def empty_model(args: ModelArgs, tied: bool, ranks: dict[str, int]) -> Transform
         for name, k in sorted(ranks.items()):  # a feed-forward comes before its matrices
             with error_prefix(f"ranks, {name}"):
                 if name.endswith("feed_forward"):
-                    model.replace_matrix(name, FeedForward(replace(args, hidden_dim=k)))
+                    model.set_submodule(name, FeedForward(replace(args, hidden_dim=k)))
                 else:
                     m, n = model.get_submodule(name).weight.shape
-                    model.replace_matrix(name, LowRankLinear(torch.empty(m, k), torch.empty(k, n)))
+                    model.set_submodule(name, LowRankLinear(torch.empty(m, k), torch.empty(k, n)))
     return model
 
 

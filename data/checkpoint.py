@@ -8,7 +8,7 @@
 The format is detected from the files; the folder's name does not matter.
 """
 import json
-import re
+import pickle
 import shutil
 import warnings
 import zipfile
@@ -69,11 +69,6 @@ def read_folder(folder: Path) -> tuple[dict, dict[str, int], list[dict[str, Tens
             shards[0].pop("output.weight", None)
     with error_prefix(file):
         args, ranks = read_args(params, hugging_face, shards), params.get("ranks") or {}
-        if not isinstance(ranks, dict):
-            raise ValueError(f"ranks is a {type(ranks).__name__}, expected an object")
-        known = r"layers\.\d+\.(attention\.w[qkvo]|feed_forward(\.w[123])?)"
-        if unknown := [name for name in ranks if not re.fullmatch(known, name)]:
-            raise ValueError(f"ranks names {unknown[0]}, which this model does not have")
         ranks = {name: number(ranks, name) for name in ranks}
         found = sum(name.endswith(".attention_norm.weight") for name in shards[0])
         if found != args["n_layers"]:  # checked before a model of any size is built
@@ -133,7 +128,11 @@ def read_pth(file: Path) -> dict[str, Tensor]:
             raise ValueError(f"wrong CRC-32 of {bad}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        try:
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError as e:  # torch's message also says how to run the code inside
+            reason = str(e).rpartition("WeightsUnpickler error: ")[2].partition(" was not an allowed")[0]
+            raise ValueError(reason) from None
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors.values()}
     if [storages[place] for place in sorted(storages)] != sizes:  # in the file's order
         raise ValueError("the sizes of the tensors' storages are not those of the archive's records")

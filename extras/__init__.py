@@ -1,8 +1,12 @@
 """What goes further, one file each, run as `python -m extras.NAME`; it stands on the core, which knows none of it."""
+import ctypes
 import math
 import os
+import resource
+import sys
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from attribution import low_rank_factors
@@ -14,9 +18,29 @@ REPORT_BYTES = 2 ** 26  # of a report.json at most: it has the index of every ke
 
 
 def keep(model, name, usv, kept):
-    """Put the factors of the kept components, in the model's dtype, in the place of `name`; return the old module."""
+    """Put the factors of the kept components, in the model's dtype, in the place of `name`."""
     A, B = low_rank_factors(*usv, kept)
-    return model.replace_matrix(name, LowRankLinear(A, B).to(model.dtype))
+    model.set_submodule(name, LowRankLinear(A, B).to(model.dtype))
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Peak memory: allocated on a CUDA device, else resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def reset_peak(device: torch.device) -> bool:
+    """Let peak_bytes start again from the memory in use now. Returns whether it can (CUDA, Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # returns freed memory to the system
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak, see man 5 proc
+    except (OSError, AttributeError, TypeError):  # not Linux, or not glibc
+        return False
+    return True
 
 
 def short_names(paths):

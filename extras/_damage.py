@@ -72,7 +72,7 @@ def compressed_model():
     model.layers[1].feed_forward = FeedForward(ModelArgs(**{**vars(model.args), "hidden_dim": 40}))
     for matrix in ("layers.2.attention.wq", "layers.2.feed_forward.w1"):
         m, n = model.get_submodule(matrix).weight.shape
-        model.replace_matrix(matrix, LowRankLinear(torch.randn(m, 7) / 10, torch.randn(7, n) / 5))
+        model.set_submodule(matrix, LowRankLinear(torch.randn(m, 7) / 10, torch.randn(7, n) / 5))
     return model.requires_grad_(False)
 
 

@@ -78,7 +78,7 @@ def ablate(model, variants, windows, texts, sizes, layers=None, layer_ids=None):
                              + shared * seconds["attribution"])
         finally:
             for matrix, module in dense.items():
-                model.replace_matrix(matrix, module)
+                model.set_submodule(matrix, module)
         leads = first is None or s["threshold"]
         first = records if leads else first
         yield {**row, "settings": s, "redundant": redundant, "matrices": records,

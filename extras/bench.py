@@ -30,7 +30,7 @@ from torch import nn
 from attribution import importance, rank_for_ratio, sigma_gradients, svd, top_k, weight_gradients
 from data.corpus import calibration_windows
 from evaluate import markdown
-from extras import keep
+from extras import keep, peak_bytes, reset_peak
 from extras.generate import random_prompt, weight_bytes
 from grasp import check_layers, compress, find_redundant
 from model import MATRICES, ModelArgs, Transformer, matrix_names, repeats_heads, upcast
@@ -126,10 +126,10 @@ def turn(model, windows, size, n, ratio, peaks=None):
             yield from cli.batches(windows, size, label)
 
     def watched(label):
-        cli.reset_peak(device)
+        reset_peak(device)
         yield from sweep(label)
-        peaks[label] = cli.peak_bytes(device)
-        cli.reset_peak(device)  # for the SVDs, which follow the last sweep
+        peaks[label] = peak_bytes(device)
+        reset_peak(device)  # for the SVDs, which follow the last sweep
 
     look = sweep if peaks is None else watched
     _, redundant = find_redundant(model, look, n)
@@ -137,7 +137,7 @@ def turn(model, windows, size, n, ratio, peaks=None):
         list(compress(model, redundant, look, ratio))
     seconds["SVD"] -= seconds["attribution"]
     if peaks is not None:
-        peaks["SVD"] = cli.peak_bytes(device)
+        peaks["SVD"] = peak_bytes(device)
     every = device.type == "cpu"  # on CUDA, where it is slow, one of each shape
     seconds["bare SVD"], _ = time_by_shape(bare_svd, model, by_shape(model, redundant), every)
     return seconds, redundant
@@ -149,7 +149,7 @@ def borrowed(model, layer_ids):
     dense = {name: model.get_submodule(name) for name in matrix_names(*layer_ids)}
     yield
     for name, module in dense.items():
-        model.replace_matrix(name, module)
+        model.set_submodule(name, module)
 
 
 def by_shape(model, layer_ids):
@@ -216,7 +216,9 @@ def autograd_compress(model, layer_ids, sweep, ratio, seconds):
     for half in [[name for name in matrix_names(layer) if part in name]
                  for layer in sorted(layer_ids, reverse=True) for part in ("feed_forward", "attention")]:
         with cli.timed(seconds, "SVD", model.device):
-            old = {name: model.replace_matrix(name, Spectral(model.get_submodule(name).weight)) for name in half}
+            old = {name: model.get_submodule(name) for name in half}
+            for name, linear in old.items():
+                model.set_submodule(name, Spectral(linear.weight))
         with cli.timed(seconds, "gradients", model.device):
             for tokens in sweep(f"autograd, {half[0].rpartition('.')[0]}"):
                 tokens = tokens.to(model.device)
@@ -224,7 +226,8 @@ def autograd_compress(model, layer_ids, sweep, ratio, seconds):
                 F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum").backward()
         with cli.timed(seconds, "SVD", model.device):
             for name, linear in old.items():
-                (m, n), spectral = linear.weight.shape, model.replace_matrix(name, linear)
+                (m, n), spectral = linear.weight.shape, model.get_submodule(name)
+                model.set_submodule(name, linear)
                 k, S = rank_for_ratio(m, n, ratio), spectral.S.detach()
                 kept[name] = top_k((S * spectral.S.grad).abs(), k) if k * (m + n) < m * n else None
                 if kept[name] is not None:
@@ -236,13 +239,13 @@ def beside(model, windows, size, ratio, measured, before):
     """Two rows: what `measure` gave of the method with one sweep, and the published way with many, once."""
     _, sweep, _, svds, _ = measured["rows"]
     seconds, redundant = {}, measured["redundant"]
-    cli.reset_peak(model.device)
+    reset_peak(model.device)
     with borrowed(model, redundant):
         autograd_compress(model, redundant, partial(cli.batches, windows, size), ratio, seconds)
     return [{"method": "one sweep", "gradients s": sweep["seconds"], "SVD s": svds["seconds"],
              "peak GiB": max(sweep["peak GiB"], svds["peak GiB"])},
             {"method": "autograd, as published", "gradients s": seconds["gradients"], "SVD s": seconds["SVD"],
-             "peak GiB": (cli.peak_bytes(model.device) - before) / GIB}]
+             "peak GiB": (peak_bytes(model.device) - before) / GIB}]
 
 
 # ------------------------------------------------------------------------------------------------ ways to an SVD
@@ -422,7 +425,7 @@ def main():
         return print(show(memory(shapes, dtype, a.layers, a.seq_len or 512, a.memory)))
     example = random_weights((64, 1, 2, 1, 96, 128, False), torch.float32, cpu)
     turn(example, random_prompt(example, 2, 64, SEED), 2, 1, 0.5)  # what libraries do and take only once, before all
-    resets, resident = cli.reset_peak(cpu), cli.peak_bytes(cpu)
+    resets, resident = reset_peak(cpu), peak_bytes(cpu)
     model, tokenizer = open_weights(a.ckpt, a.shape, a.growth, a.device, a.dtype)
     before = resident if model.device.type == "cpu" else 0
     n, T = a.layers or max(1, model.args.n_layers // 4), cli.sequence_length(a.seq_len, 512, model)

@@ -16,8 +16,8 @@ from functools import partial
 import torch
 
 from data.corpus import calibration_windows
-from evaluate import evaluation_windows, markdown, perplexities, table
-from extras import fisher
+from evaluate import evaluation_windows, markdown, result_row, table
+from extras import fisher, peak_bytes, reset_peak
 from extras.ablation import held, ratio_of_size
 from extras.rivals import block_params
 from extras.rivals.decomposition import asvd, fwsvd, plain_svd, svd_llm
@@ -89,13 +89,14 @@ def measure(name, method, model, sweep, budget, texts, size):
     method that cannot do it, or whose perplexity is no number (ValueError, LinAlgError), {method, error}.
     """
     before, seconds = model.n_params, {}
-    cli.reset_peak(model.device)
+    reset_peak(model.device)
     try:
         with cli.timed(seconds, name, model.device):
             model = method(model, sweep, budget)
-        peak, removed = cli.peak_bytes(model.device), before - model.n_params
+        peak, removed = peak_bytes(model.device), before - model.n_params
         return {"method": name, "removed": removed, "off": removed / budget - 1,
-                "perplexity": perplexities(model, texts, size, name), "seconds": seconds[name], "peak_bytes": peak}
+                "perplexity": result_row(name, model, texts, size)["perplexity"], "seconds": seconds[name],
+                "peak_bytes": peak}
     except (ValueError, torch.linalg.LinAlgError) as e:
         return {"method": name, "error": " ".join(str(e).split())}
 
@@ -139,7 +140,7 @@ def main():
     notes = [f"calibration  {calibration['protocol']}, batches of {size}",
              f"budget       {budget:,} parameters, {100 * budget / model.n_params:.1f} % of the model, {of}",
              "measured     seconds of the method alone, peak GiB "
-             f"{'too' if cli.reset_peak(model.device) else 'of the process so far'}"]
+             f"{'too' if reset_peak(model.device) else 'of the process so far'}"]
     print("\n".join(notes) + "\n")
     rows, report = [], {
         "settings": {**vars(a), "seq_len": seq_len}, "dtype": str(model.dtype), "parameters": model.n_params,
@@ -153,7 +154,8 @@ def main():
         if a.json:
             write_json(a.json, {**report, "results": rows})
 
-    add({"method": "dense", "removed": 0, "perplexity": perplexities(model, texts, eval_size, "dense")})
+    dense = result_row("dense", model, texts, eval_size)
+    add({"method": "dense", "removed": 0, "perplexity": dense["perplexity"]})
     load, sweep = partial(load_checkpoint, a.ckpt, model.dtype, model.device), partial(cli.batches, windows, size)
     del model
     for name in a.methods:

@@ -145,7 +145,7 @@ def witness_model(folder):
     tied = table.get("tie_word_embeddings") or "output.weight" not in shards[0]
     for name in ["output", *matrix_names(*range(args.n_layers))]:
         if name + ".A" in shards[0]:
-            model.replace_matrix(name, LowRankLinear(*(shards[0][f"{name}.{factor}"].to(dtype) for factor in "AB")))
+            model.set_submodule(name, LowRankLinear(*(shards[0][f"{name}.{factor}"].to(dtype) for factor in "AB")))
         else:
             model.get_submodule(name).weight = weight("tok_embeddings" if tied and name == "output" else name)
     for name, module in model.named_modules():

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from evaluate import markdown
-from extras import short_names
+from extras import peak_bytes, short_names
 from model import LowRankLinear, apply_rotary, rotary_frequencies
 from runtime import cli
 
@@ -185,7 +185,7 @@ def measure(model, prompt, max_new_tokens):
         for _ in tokens:
             pass
     rate = len(prompt) * (max_new_tokens - 1) / seconds["rest"]
-    return seconds["first"], rate, cli.peak_bytes(device) - others
+    return seconds["first"], rate, peak_bytes(device) - others
 
 
 def weight_bytes(model):

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from attribution import backward
-from extras import REPORT_BYTES
+from extras import REPORT_BYTES, peak_bytes
 from model import LowRankLinear, matrix_names, save_checkpoint, upcast
 from runtime import cli
 from runtime.files import atomic_write, check_output, read_json
@@ -143,7 +143,7 @@ def prepare(model, lora=None, seed=0):
     for name in matrix_names(*range(model.args.n_layers)):
         module = model.get_submodule(name)
         if lora:
-            model.replace_matrix(name, LoRALinear(module.weight, lora, generator))
+            model.set_submodule(name, LoRALinear(module.weight, lora, generator))
         elif isinstance(module, LowRankLinear):
             for factor in (module.A, module.B):
                 factor.data = upcast(factor.data).clone()  # apart from the file it was mapped from
@@ -154,7 +154,7 @@ def finish(model, dtype):
     """The trained model as a folder has it: factors in the folder's dtype, adapters added into their matrices."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LoRALinear):
-            model.replace_matrix(name, module.merged())
+            model.set_submodule(name, module.merged())
         elif isinstance(module, LowRankLinear):
             module.A.data, module.B.data = module.A.data.to(dtype), module.B.data.to(dtype)
     return model.requires_grad_(False)
@@ -260,7 +260,7 @@ def main():
           f"state        {state_file}, every {a.save_every} steps\n")
     log = train(model, factors, examples, held_out, settings, state_file, a.save_every)
     old = read_json(a.ckpt / "report.json", REPORT_BYTES) if (a.ckpt / "report.json").is_file() else {}
-    report = {**old, "recovery": {"settings": settings, "log": log, "peak_bytes": cli.peak_bytes(model.device)}}
+    report = {**old, "recovery": {"settings": settings, "log": log, "peak_bytes": peak_bytes(model.device)}}
     save_checkpoint(finish(model, dtype), a.out, report, tokenizer.file, a.overwrite)
     state_file.unlink()
     print(f"written to {a.out}")

@@ -1,7 +1,6 @@
 """What the commands share: flags, device and dtype, timing, progress, errors of one line."""
 import argparse
 import atexit
-import ctypes
 import os
 import re
 import resource
@@ -177,18 +176,16 @@ def batch_size(asked: int | None, seq_len: int, model: Transformer | None = None
     """Sequences in a micro-batch: as asked, else as many as make 1,024 tokens, for which a CPU is fast.
 
     On CUDA they make up to 8,192 tokens, as many as fit into free memory in a backward sweep over all
-    layers, beside the gradients of `layers` layers.
+    layers, beside the gradients of `layers` layers and 1 GiB for the head.
     """
     if asked or model is None or model.device.type != "cuda":
         return asked or max(1, 1024 // seq_len)
-    a, s, wide = model.args, model.dtype.itemsize, max(4, model.dtype.itemsize)
-    q, kv = a.n_heads * a.head_dim, a.n_kv_heads * a.head_dim
-    gradients = layers * wide * a.dim * (2 * q + 2 * kv + 3 * a.hidden_dim)
-    head = 4 * wide * model.head_chunk * a.vocab_size
-    block = 2 * wide * (a.dim + 1 + a.n_heads) + s * (4 * q + 2 * a.dim + 4 * a.hidden_dim)  # of each token
-    room = free_bytes(model.device) - gradients - head
-    tokens = int(min(8192, room / (a.n_layers * block + 3 * s * (a.dim + a.hidden_dim))))
-    return distributed.least(max(1, tokens // seq_len))
+    a, wide = model.args, max(4, model.dtype.itemsize)
+    gradients = layers * wide * max(sum(p.numel() for p in block.parameters()) for block in model.layers)
+    kept = model.dtype.itemsize * (8 * a.dim + 4 * a.n_heads * a.head_dim + 4 * a.hidden_dim)  # token, block
+    room = free_bytes(model.device) - gradients - 2 ** 30
+    tokens = int(min(8192, room / (kept * (a.n_layers + 1))))
+    return distributed.from_first(lambda: max(1, tokens // seq_len))
 
 
 def free_bytes(device: torch.device) -> int:
@@ -198,23 +195,24 @@ def free_bytes(device: torch.device) -> int:
 
 
 def batches(windows: Tensor, size: int, label: str) -> Iterator[Tensor]:
-    """Yield this process's micro-batches of windows (n, T), with a progress line on stderr."""
+    """Yield this process's micro-batches of windows (n, T), with progress on stderr."""
     start = told = time.monotonic()
     parts = distributed.local_batches(windows, size)
     for i, batch in enumerate(parts, 1):
         yield batch
         now = time.monotonic()
         line = f"{label}  {i}/{len(parts)} batches  {(now - start) * (len(parts) - i) / i:.0f} s left"
-        show(line, last=i == len(parts))
-        if not (sys.stderr.isatty() or distributed.index()) and now - told > 60:  # in a log, a line a minute
+        if sys.stderr.isatty():
+            show(line, last=i == len(parts))
+        elif now - told > 60 and not distributed.index():  # in a log, a line a minute
             told = now
-            print(line, file=sys.stderr, flush=True)
+            print(line, file=sys.stderr)
 
 
 def show(line: str, last: bool) -> None:
-    """Rewrite one progress line on a terminal; the last one is removed."""
+    """Rewrite one progress line on a terminal. The last one erases it."""
     if sys.stderr.isatty() and not distributed.index():
-        print(f"\r{line:<79}", end="\r" + " " * 79 + "\r" if last else "", file=sys.stderr, flush=True)
+        print("\r\x1b[K" + line * (not last), end="", file=sys.stderr)
 
 
 @contextmanager
@@ -227,24 +225,11 @@ def timed(seconds: dict[str, float], phase: str, device: torch.device | None = N
     seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
-def peak_bytes(device: torch.device) -> int:
-    """Peak memory: allocated on a CUDA device, else resident in this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def reset_peak(device: torch.device) -> bool:
-    """Let peak_bytes start again from the memory in use now. Returns whether it can (CUDA, Linux)."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return True
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # returns freed memory to the system
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak, see man 5 proc
-    except (OSError, AttributeError, TypeError):  # not Linux, or not glibc
-        return False
-    return True
+def peak_memory() -> str:
+    """The peak memory of this process: resident, and allocated on its GPU."""
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    gpu = f", {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB on the GPU" * torch.cuda.is_initialized()
+    return f"{rss / 2 ** 30:.2f} GiB{gpu}"
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

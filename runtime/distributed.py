@@ -83,14 +83,6 @@ def all_sum(t: Tensor) -> Tensor:
     return t
 
 
-def least(n: int) -> int:
-    """The smallest n of the processes."""
-    t = torch.tensor(n)
-    if store:
-        dist.all_reduce(t, op=dist.ReduceOp.MIN)
-    return int(t)
-
-
 def mean(numbers: Tensor, n: Tensor) -> Tensor:
     """The sum of numbers over the sum of n, over all processes, on the CPU."""
     return (all_sum(numbers) / all_sum(n)).cpu()

@@ -34,14 +34,16 @@ class Spectral(nn.Module):
 
 def autograd_sigma_gradients(model, names, tokens):
     """{name: dL/d sigma} by autograd, from the logits and a loss written out here: an independent check."""
-    old = {name: model.replace_matrix(name, Spectral(model.get_submodule(name).weight)) for name in names}
+    old = {name: model.get_submodule(name) for name in names}
+    for name, linear in old.items():
+        model.set_submodule(name, Spectral(linear.weight))
     log_p = torch.log_softmax(model(tokens), dim=-1)
     B, T = tokens.shape
     nll = -sum(log_p[b, t, tokens[b, t + 1]] for b in range(B) for t in range(T - 1)) / (B * (T - 1))
     nll.backward()
     gradients = {name: model.get_submodule(name).S.grad for name in names}
     for name, module in old.items():
-        model.replace_matrix(name, module)
+        model.set_submodule(name, module)
     return gradients
 
 
@@ -305,7 +307,7 @@ def test_full_rank_leaves_the_logits():
     before = model(tokens)
     for name in NAMES:
         U, S, Vh = svd(model.get_submodule(name).weight)
-        model.replace_matrix(name, LowRankLinear(*low_rank_factors(U, S, Vh, torch.arange(len(S)))))
+        model.set_submodule(name, LowRankLinear(*low_rank_factors(U, S, Vh, torch.arange(len(S)))))
     assert torch.allclose(model(tokens), before, rtol=0, atol=1e-11)
 
 

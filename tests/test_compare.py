@@ -16,11 +16,11 @@ from attribution import layer_cosines, top_k
 from conftest import error_of, random_model, random_tokens
 from data.corpus import load_text, random_windows
 from data.tokenizer import load_tokenizer
-from extras import compare
+from extras import compare, controls, reset_peak
 from extras.compare import budget_of, measure
 from model import LowRankLinear, Transformer, load_checkpoint, save_checkpoint
 from runtime import cli
-from runtime.cli import TINY, reset_peak
+from runtime.cli import TINY
 
 QUICK = "--layers 2 --samples 4 --seq-len 64 --windows 2".split()
 CPU = torch.device("cpu")
@@ -164,7 +164,7 @@ def test_seconds_are_the_methods_alone(run, monkeypatch):
         time.sleep(0.2)
         return function(*words)
 
-    for name in ("load_checkpoint", "perplexities"):
+    for name in ("load_checkpoint", "result_row"):
         monkeypatch.setattr(compare, name, partial(slowly, getattr(compare, name)))
     quick, slow = run(quick=partial(drop, 1), slow=partial(slowly, partial(drop, 1)))["results"][1:]
     assert quick["seconds"] < 0.2 <= slow["seconds"]
@@ -179,7 +179,7 @@ def test_a_peak_is_the_methods_alone_or_the_table_says_so(run, monkeypatch, caps
 
     fakes = {"lavish": lavish, "thrifty": partial(drop, 1)}
     for possible in (reset_peak(CPU), False):
-        monkeypatch.setattr(cli, "reset_peak", reset_peak if possible else lambda device: False)
+        monkeypatch.setattr(compare, "reset_peak", reset_peak if possible else lambda device: False)
         lavish_row, thrifty_row = run(**fakes)["results"][1:]
         assert (lavish_row["peak_bytes"] > thrifty_row["peak_bytes"] + 10 ** 8) == possible
         assert ("peak GiB too" if possible else "peak GiB of the process so far") in capsys.readouterr().out
@@ -221,15 +221,19 @@ def test_a_row_off_the_budget_is_named(run, capsys):
 
 # ------------------------------------------------------------------------------------------------ the command
 
-def test_the_rows_are_those_of_the_command_grasp(nowhere, monkeypatch, capsys):
+def test_the_rows_are_those_of_grasp_and_of_its_control(nowhere, monkeypatch, capsys):
     ours = report(compare.main, "--ratio 0.1 --methods svd grasp --json a.json", monkeypatch, "a.json")
     out = capsys.readouterr().out
-    theirs = report(grasp.main, "--ratio 0.1 --compare", monkeypatch, "tiny-grasp/report.json")
-    theirs = {row["model"]: row for row in theirs["results"]}
-    for row, name in zip(ours["results"], ["dense", "plain SVD", "GRASP"], strict=True):
-        perplexity = theirs[name]["perplexity"]["embedded"]
+    dense, compressed = report(grasp.main, "--ratio 0.1", monkeypatch, "tiny-grasp/report.json")["results"]
+    monkeypatch.setattr("sys.argv", "controls svd --ckpt tiny-grasp --out svd".split())
+    controls.main()
+    monkeypatch.setattr("sys.argv", "evaluate --ckpt svd --data embedded --windows 2 --json e.json".split())
+    evaluate.main()
+    plain = json.loads(Path("e.json").read_text())
+    for row, theirs in zip(ours["results"], [dense, plain, compressed], strict=True):
+        perplexity = theirs["perplexity"]["embedded"]
         assert row["perplexity"]["embedded"] == pytest.approx(perplexity, rel=1e-6)
-        assert ours["parameters"] - row["removed"] == theirs[name]["parameters"]
+        assert ours["parameters"] - row["removed"] == theirs["parameters"]
         assert re.search(rf"\| {row['method']} +\| +{row['removed']:,} .* {perplexity:.2f} \|", out)
     assert ours["budget"] == ours["results"][1]["removed"] == ours["results"][2]["removed"]
     assert ours["settings"]["methods"] == ["svd", "grasp"] and ours["settings"]["ckpt"] == str(TINY)
@@ -261,6 +265,6 @@ def test_mistakes_are_one_line_before_any_method(words, message, nowhere, monkey
     model = load_checkpoint(TINY)
     list(grasp.compress(model, [3], lambda label: [], 0.1, score="magnitude"))
     save_checkpoint(model, nowhere / "small", tokenizer=TINY / "tokenizer.model")
-    monkeypatch.setattr(compare, "perplexities", None)
+    monkeypatch.setattr(compare, "result_row", None)
     error = error_of(compare.main, words, monkeypatch, capsys)
     assert message in error.replace("'", "")  # Pythons differ in whether they quote choices

@@ -153,31 +153,6 @@ def test_an_absent_file_and_a_bad_archive_are_errors(server):
     assert cached() == []
 
 
-def test_a_download_is_bounded(server, monkeypatch):
-    """Neither a huge file nor a small archive of a huge file is read to its end."""
-    archive = io.BytesIO()
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as z:
-        z.writestr("wikitext-2-raw/wiki.test.raw", bytes(10 ** 6))
-    monkeypatch.setattr(corpus, "LARGEST", 10 ** 5)
-    for name, file, content, message in (
-            ("ptb", "/ptb.valid.txt", bytes(10 ** 6), "cut short: 1..,... of 1,000,000"),
-            ("wikitext2", "/wikitext.zip", archive.getvalue(), "100,000 bytes of SHA")):
-        server[file] = content, len(content)
-        with pytest.raises(FileNotFoundError, match=message):
-            load_text(name, "test")
-    assert cached() == []
-
-
-def test_a_download_that_leaves_https_is_refused(server, monkeypatch):
-    class Answer(io.BytesIO):
-        url, headers = "http://elsewhere/ptb.valid.txt", {}
-
-    monkeypatch.setattr(corpus, "PTB", "https://host/")
-    monkeypatch.setattr(corpus.urllib.request, "urlopen", lambda url, timeout: Answer(b"anything"))
-    with pytest.raises(FileNotFoundError, match="to http://elsewhere"):
-        load_text("ptb", "test")
-
-
 def test_a_cache_that_cannot_be_written_is_no_error(server, monkeypatch, tmp_path):
     content = b" a \n"
     (tmp_path / "file").touch()

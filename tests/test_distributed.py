@@ -24,8 +24,7 @@ from model import load_checkpoint, matrix_names, save_checkpoint
 from runtime import cli, distributed
 from runtime.cli import batches
 
-JOB = ["--layers", "2", "--samples", "7", "--seq-len", "48", "--batch-size", "2", "--windows", "5",
-       "--compare"]
+JOB = ["--layers", "2", "--samples", "7", "--seq-len", "48", "--batch-size", "2", "--windows", "5"]
 SHARD = pytest.mark.skipif(not hasattr(torch.distributed.fsdp, "share_comm_ctx"),
                            reason="--shard needs torch 2.10")
 

@@ -115,11 +115,11 @@ def test_other_ways_to_fail_are_caught(fault, outcome, tried, monkeypatch):
         if fault == "sleep":
             time.sleep(60)
         if fault == "nan":
-            return {"text.txt": float("nan")}
+            return float("nan")
         print("| model |")
         raise ValueError("work/in/model")
 
-    monkeypatch.setattr(evaluate, "perplexities", fail)
+    monkeypatch.setattr(evaluate, "perplexity", fail)
     monkeypatch.setattr(faults, "BOUND", 2 if fault == "sleep" else 30)
     found, failure = tried(lambda folder: None)
     assert found == outcome and failure

@@ -27,7 +27,7 @@ def low_rank_model(**changes):
     model = random_model(**changes)
     for name in ("layers.1.attention.wk", "layers.2.feed_forward.w2"):
         m, n = model.get_submodule(name).weight.shape
-        model.replace_matrix(name, LowRankLinear(*(torch.randn(s, dtype=model.dtype) for s in ((m, 3), (3, n)))))
+        model.set_submodule(name, LowRankLinear(*(torch.randn(s, dtype=model.dtype) for s in ((m, 3), (3, n)))))
     return model
 
 

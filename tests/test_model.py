@@ -289,7 +289,7 @@ def test_on_the_cpu_weights_stay_mapped(tmp_path):
 def low_rank_model(tied=True):
     model = random_model(torch.bfloat16, tied=tied)
     A, B = torch.randn(24, 5).bfloat16(), torch.randn(5, 16).bfloat16()
-    model.replace_matrix("layers.2.feed_forward.w1", LowRankLinear(A, B))
+    model.set_submodule("layers.2.feed_forward.w1", LowRankLinear(A, B))
     return model
 
 
@@ -442,7 +442,8 @@ BAD = {
               "consolidated.02.pth, expected"),
     "not a table": (lambda f: torch.save([torch.ones(1)], f / "consolidated.00.pth"),
                     "not readable as plain tensors.*list"),
-    "an object": (tensors(lambda t: t.update(code=Payload())), "not readable as plain tensors"),
+    "an object": (tensors(lambda t: t.update(code=Payload())),
+                  r"not readable as plain tensors .*: Unsupported global: GLOBAL io.open$"),
     "cut": (cut, "not readable as plain tensors"),
     "empty": (lambda f: (f / "consolidated.00.pth").write_bytes(b""), "not readable as plain tensors"),
     "a shard too many": (lambda f: shutil.copy(f / "consolidated.00.pth", f / "consolidated.01.pth"),
@@ -515,7 +516,7 @@ def test_a_compressed_record_is_refused(tmp_path):
 def test_ranks_are_of_matrices_only(name, tmp_path):
     save_checkpoint(random_model(), tmp_path / "out")
     edit(ranks={name: 4})(tmp_path / "out")
-    with pytest.raises(ValueError, match=f"ranks names {name}, which this model does not have"):
+    with pytest.raises(ValueError, match=f"out: .*{name}"):
         load_checkpoint(tmp_path / "out")
 
 

@@ -233,7 +233,7 @@ def test_extreme_weights_are_compressed_and_read_back(what, dtype, nowhere, monk
             model.tok_embeddings.weight.data[::2] = 0
 
     folder(nowhere, change, dtype)
-    words = ("--ckpt model --layer-ids 3 --samples 1 --seq-len 2 --windows 1 --compare --out out "
+    words = ("--ckpt model --layer-ids 3 --samples 1 --seq-len 2 --windows 1 --out out "
              "--calibration embedded --eval embedded")
     monkeypatch.setattr(sys, "argv", ["grasp.py", *words.split()])
     try:
@@ -282,6 +282,6 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path):
     "--layers 1 --threshold 1e-300", "--layers 1 --threshold 1"])
 def test_extreme_settings(words, nowhere, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["grasp.py", *words.split(),
-                                      *"--samples 1 --seq-len 2 --windows 1 --compare".split()])
+                                      *"--samples 1 --seq-len 2 --windows 1".split()])
     cli.command(grasp.main)
     assert "| GRASP " in capsys.readouterr().out

@@ -239,7 +239,7 @@ def test_decomposed_again_with_the_adapters_ranks_nothing_is_lost():
     for name in ranks:
         adapter = LoRALinear(model.get_submodule(name).weight, 2, g)
         adapter.A.data.normal_(generator=g)
-        model.replace_matrix(name, adapter.merged())
+        model.set_submodule(name, adapter.merged())
     trained = model(tokens)
     assert not torch.allclose(trained, logits, rtol=0.01)
     redecompose(model, ranks, 2)

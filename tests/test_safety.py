@@ -46,7 +46,7 @@ def run_everything():
         "id": str(i), "question_stem": "Water is", "answerKey": "A",
         "choices": {"text": ["wet", "dry", "red", "old"], "label": [*"ABCD"]}}) + "\n" for i in range(2)))
     commands = f"""
-        grasp --layers 2 {quick} --compare --out small
+        grasp --layers 2 {quick} --out small
         evaluate --ckpt small --data text --seq-len 64 --json results.json
         extras.export --ckpt small --out hf
         extras.export --ckpt small --out meta --format meta

@@ -178,7 +178,7 @@ def multiply_out(model):
     """Dense products A B in the place of all factors: the ranks that they had, {name: k}."""
     factors = {name: m for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
     for name, m in factors.items():
-        model.replace_matrix(name, linear((upcast(m.A) @ upcast(m.B)).type_as(m.A)))
+        model.set_submodule(name, linear((upcast(m.A) @ upcast(m.B)).type_as(m.A)))
     return {name: m.A.shape[1] for name, m in factors.items()}
 
 

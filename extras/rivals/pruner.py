@@ -67,7 +67,7 @@ def prune(model, layer, half, G, groups, count):
     for name, axis in axes.items():
         W = model.get_submodule(name).weight.detach().unflatten(axis, (groups, -1))
         W = W.index_select(axis, kept).flatten(axis, axis + 1)
-        model.replace_matrix(name, linear(W))
+        model.set_submodule(name, linear(W))
 
 
 @torch.no_grad()
