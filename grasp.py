@@ -141,7 +141,7 @@ def main() -> None:
               "cosines": cosines.tolist() if a.layers else None, "redundant": redundant, "matrices": records,
               "parameters_before": before, "parameters_after": after, "calibration": source,
               "protocol": {label: p for label, (_, p) in texts.items()}, "results": rows, "seconds": seconds}
-    save_checkpoint(model, a.out, report, tokenizer.file, a.overwrite)
+    save_checkpoint(model, a.out, report, tokenizer.files, a.overwrite)
     print(f"written to {a.out}")
 
 

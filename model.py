@@ -257,8 +257,8 @@ def empty_model(args: ModelArgs, tied: bool, ranks: dict[str, int]) -> Transform
 
 
 def save_checkpoint(model: Transformer, path: str | Path, report: dict | None = None,
-                    tokenizer: str | Path | None = None, overwrite: bool = False) -> None:
-    """Write `model` in Meta's layout, atomically. report: for report.json. tokenizer: a file to copy.
+                    tokenizer: dict[str, bytes] | None = None, overwrite: bool = False) -> None:
+    """Write `model` in Meta's layout, atomically. report: for report.json. tokenizer: its files.
 
     Raises FileExistsError unless overwrite, OSError (no space left, read-only), and ValueError for weights
     that are not finite.

@@ -9,7 +9,6 @@ The format is detected from the files; the folder's name does not matter.
 """
 import json
 import pickle
-import shutil
 import warnings
 import zipfile
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from data import need
 from runtime import distributed
-from runtime.files import atomic_write, check_output, error_prefix, read_json
+from runtime.files import atomic_write, check_output, error_prefix, read_json, refuse_pointer
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -42,20 +41,11 @@ def read_folder(folder: Path) -> tuple[dict, dict[str, int], list[dict[str, Tens
     ranks: {matrix: rank} and {feed-forward: its channels} of a compressed folder. shards: {name: tensor}, one
     for each model-parallel shard. Raises FileNotFoundError and ValueError with the file or tensor at fault.
     """
-    if not folder.is_dir():
-        found = "a file, expected a folder" if folder.exists() else "no such folder"
-        raise FileNotFoundError(f"{folder}: {found}")
-    raw = [f for f in sorted(folder.glob("consolidated*")) if f.is_file()]
-    raw = [f for f in raw if f.suffix == ".pth"] or [f for f in raw if f.suffix == ".safetensors"]
-    hugging_face = not (raw and (folder / "params.json").is_file())
+    hugging_face, files = weight_files(folder)
     file = folder / ("config.json" if hugging_face else "params.json")
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder}: no checkpoint here; looked for params.json with consolidated.* "
-                                "(.pth or .safetensors; Meta, Mistral), and config.json (Hugging Face)")
-    for i, f in enumerate(raw if len(raw) > 1 and not hugging_face else []):
-        if f.name != f"consolidated.{i:02}{f.suffix}":
-            raise FileNotFoundError(f"{folder}: found {f.name}, expected consolidated.{i:02}{f.suffix}")
-    shards = [read_hf_tensors(folder)] if hugging_face else [read_tensors(f) for f in raw]
+    shards = [read_tensors(f) for f in files]
+    if hugging_face:
+        shards = [merge_hf(dict(zip(files, shards)))]
     params, embedding = read_json(file), shards[0].get("tok_embeddings.weight")
     with error_prefix(folder):
         if embedding is None or embedding.ndim != 2:
@@ -63,9 +53,11 @@ def read_folder(folder: Path) -> tuple[dict, dict[str, int], list[dict[str, Tens
         head, tied = shards[0].get("output.weight"), hugging_face and params.get("tie_word_embeddings")
         if hugging_face and head is None and not tied:
             raise ValueError("tensor lm_head.weight is missing, and tie_word_embeddings is not true")
-        if head is not None and len(shards) == 1 and torch.equal(head[:1], embedding[:1]):  # a quick look
-            tied = tied or torch.equal(head, embedding)
-        if tied:
+        equal = head is None or len(shards) == 1 and all(  # one row first, because that is quick
+            torch.equal(head[rows], embedding[rows]) for rows in (slice(1), slice(None)))
+        if tied and not equal:
+            raise ValueError("tie_word_embeddings is true, but lm_head.weight is not embed_tokens.weight")
+        if equal:
             shards[0].pop("output.weight", None)
     with error_prefix(file):
         args, ranks = read_args(params, hugging_face, shards), params.get("ranks") or {}
@@ -76,32 +68,59 @@ def read_folder(folder: Path) -> tuple[dict, dict[str, int], list[dict[str, Tens
     return args, ranks, shards, hugging_face
 
 
-def read_hf_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a Hugging Face folder, under Meta's names."""
-    index, files = folder / "model.safetensors.index.json", ["model.safetensors"]
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        with error_prefix(f"{index}: weight_map"):
-            files = sorted({str(file) for file in weight_map.values()})
+def weight_files(folder: Path) -> tuple[bool, list[Path]]:
+    """Return (whether the folder is read as Hugging Face's, its files of weights).
+
+    If both layouts are there, Hugging Face's is read, as transformers does. A single file beats an index.
+    """
+    if not folder.is_dir():
+        found = "a file, expected a folder" if folder.exists() else "no such folder"
+        raise FileNotFoundError(f"{folder}: {found}")
+    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
+        index = folder / f"{stem}{suffix}.index.json"
+        if not (folder / "config.json").is_file():
+            break
+        if (folder / f"{stem}{suffix}").is_file():
+            return True, [folder / f"{stem}{suffix}"]
+        if index.is_file():
+            with error_prefix(f"{index}: weight_map"):
+                files = [folder / name for name in sorted({*read_json(index)["weight_map"].values()})]
+            for missing in (f for f in files if f.parent != folder or not f.is_file()):
+                raise FileNotFoundError(f"{folder}: no {missing.name}, which {index.name} names")
+            return True, files
+        if files := sorted(folder.glob(f"{stem}-*{suffix}")):
+            return True, files
+    found = [f for f in sorted(folder.glob("consolidated*")) if f.is_file()]
+    raw = [f for f in found if f.suffix == ".pth"] or [f for f in found if f.suffix == ".safetensors"]
+    if not raw or not (folder / "params.json").is_file():
+        raise FileNotFoundError(
+            f"{folder}: no checkpoint here; looked for config.json with model*.safetensors or "
+            "pytorch_model*.bin (Hugging Face), and params.json with consolidated.* (Meta, Mistral)")
+    for i, f in enumerate(raw if len(raw) > 1 else []):
+        if f.name != f"consolidated.{i:02}{f.suffix}":
+            raise FileNotFoundError(f"{folder}: found {f.name}, expected consolidated.{i:02}{f.suffix}")
+    return False, raw
+
+
+def merge_hf(files: dict[Path, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of all files of a Hugging Face folder, under Meta's names."""
     tensors = {}
-    for file in files:
-        if Path(file).name != file or not (folder / file).is_file():
-            raise FileNotFoundError(f"{folder}: no {file}; looked for model.safetensors, or the files that "
-                                    "model.safetensors.index.json names in this folder")
-        for theirs, tensor in read_tensors(folder / file).items():
+    for file, found in files.items():
+        for theirs, tensor in found.items():
             name = theirs
             for old, new in HF_TENSORS:
                 name = name.replace(old, new, 1)
             if name in tensors:
-                raise ValueError(f"{folder}: duplicate tensor {theirs}")
+                raise ValueError(f"{file}: duplicate tensor {theirs}")
             tensors[name] = tensor
     return tensors
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """{name: memory-mapped tensor} of a .pth or .safetensors file. Only dense float tensors are accepted."""
+    refuse_pointer(file)
     with error_prefix(f"{file}: not readable as plain tensors (truncated, corrupt, or other objects)"):
-        if file.suffix == ".pth":
+        if file.suffix != ".safetensors":
             tensors = read_pth(file)
         else:
             with need("safetensors", f"reading {file}").safe_open(file, framework="pt") as f:
@@ -177,8 +196,10 @@ def read_args(p: dict, hugging_face: bool, shards: list[dict[str, Tensor]]) -> d
     vocab_size = rows * (len(shards) if width == dim else 1)
     hidden, multiple = get("ffn_dim_multiplier", 1.0, float) * int(2 * 4 * dim / 3), get("multiple_of", 256)
     hidden = None if hugging_face else -(-int(hidden) // multiple) * multiple  # Meta's rule
-    limits = [get(name) for name in ("max_seq_len", "sliding_window")  # within its window, attention is full
-              if hugging_face and name == "max_seq_len" or p.get(name) is not None]
+    limits = [get("max_seq_len")] if hugging_face or p.get("max_seq_len") else []
+    window = p.get("sliding_window", 4096 if p.get("model_type") == "mistral" else None)
+    if window is not None and p.get("model_type") != "llama":  # within its window, attention is full
+        limits.append(number({"sliding_window": window}, "sliding_window"))
     factor = 32.0 if (dim, n_layers) in ((2048, 16), (3072, 28)) else 8.0  # Llama 3.2's 1B and 3B; others
     scaling, theta = read_rope(p, hugging_face, factor)
     return dict(
@@ -194,11 +215,12 @@ def read_rope(p: dict, hugging_face: bool, factor: float) -> tuple[dict | None, 
     kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
     if kind not in ("default", "llama3"):
         raise ValueError(f"the rotary embedding is {rope!r}; supported: rope_type default, llama3")
-    theta = number(rope if "rope_theta" in rope else p, "rope_theta", 10000.0, float)
+    mistral = not hugging_face and "hidden_dim" in p and not p.get("sliding_window")
+    theta = number(rope if "rope_theta" in rope else p, "rope_theta", 1e6 if mistral else 1e4, float)
     if not (kind == "llama3" if hugging_face else rope or p.get("use_scaled_rope")):
         return None, theta
     defaults = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 8192.0}
+                "original_max_position_embeddings": p.get("max_position_embeddings", 8192.0)}
     scaling = {name: number(rope, name, default, float) for name, default in defaults.items()}
     if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         raise ValueError(f"low_freq_factor must be less than high_freq_factor, found {scaling}")
@@ -237,8 +259,8 @@ def gather(shards: list[dict[str, Tensor]], name: str, shape: torch.Size, head_d
 
 
 def write_folder(path: str | Path, params: dict, weights: dict[str, Tensor], report: dict | None = None,
-                 tokenizer: str | Path | None = None, overwrite: bool = False) -> None:
-    """Write params.json, consolidated.00.pth, report.json and a copy of the tokenizer's file, atomically."""
+                 tokenizer: dict[str, bytes] | None = None, overwrite: bool = False) -> None:
+    """Write params.json, consolidated.00.pth, report.json and the tokenizer's files, atomically."""
     check_output(path, overwrite)
     with atomic_write(path) as folder:
         folder.mkdir()
@@ -246,8 +268,8 @@ def write_folder(path: str | Path, params: dict, weights: dict[str, Tensor], rep
         (folder / "params.json").write_text(json.dumps(params, indent=1) + "\n")
         if report:
             (folder / "report.json").write_text(json.dumps(report, indent=1, default=str) + "\n")
-        if tokenizer:
-            shutil.copyfile(tokenizer, folder / Path(tokenizer).name)
+        for name, content in (tokenizer or {}).items():
+            (folder / name).write_bytes(content)
 
 
 def own_storage(t: Tensor) -> Tensor:

@@ -1,10 +1,13 @@
-"""Three kinds of tokenizer with one interface. The kind is detected from the file's content.
+"""Tokenizers: the same ids as the Hugging Face library gives for the same folder.
 
-    SentencePiece (Llama 1 and 2, Mistral)   a protocol buffer
-    tiktoken      (Llama 3)                  lines of base64 and rank
-    tokenizers    (Hugging Face)             JSON
+    tokenizer.json     read by `tokenizers`, wherever there is one
+    tokenizer.model    SentencePiece (Llama 1 and 2, Mistral), or lines of base64 and rank (Llama 3, tiktoken)
+
+What other files of the folder add is taken from them: more tokens (added_tokens.json, tokenizer_config.json)
+and the ids that end a text (generation_config.json, config.json, tokenizer_config.json).
 """
 import base64
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,13 +17,17 @@ import torch
 from torch import Tensor
 
 from data import need
-from runtime.files import error_prefix, read_bytes
+from runtime.files import TOKENIZER_FILES, error_prefix, read_bytes, read_json
 
 # Llama 3 splits text by this pattern before it merges bytes; its file does not hold it.
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+"
                   r"[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
-# A tokenizer.json does not say which of its tokens end a text. They have these names.
+# Nor its special tokens, here with their places after the ranks. The rest of the 256 is reserved.
+LLAMA3_SPECIAL = {"<|begin_of_text|>": 0, "<|end_of_text|>": 1, "<|start_header_id|>": 6,
+                  "<|end_header_id|>": 7, "<|eot_id|>": 9}
+
+# Where no file says which tokens end a text, those with these names do.
 ENDS = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<|eot_id|>", "<|im_end|>")
 
 LARGEST = 2 ** 25  # bytes; Llama 3's tokenizer.json has 17 million
@@ -28,34 +35,44 @@ LARGEST = 2 ** 25  # bytes; Llama 3's tokenizer.json has 17 million
 
 @dataclass
 class Tokenizer:
-    file: Path
-    vocab_size: int
-    bos_id: int | None                    # None: no token is put before a text
-    ends: tuple[int, ...]                 # the tokens that end a text, the general one first
-    encode: Callable[[str], list[int]]    # without BOS
-    decode: Callable[[list[int]], str]    # without BOS and ends
+    before: list[int]                      # put before a text: BOS, or nothing
+    after: list[int]                       # put after a text: nothing, rarely EOS
+    ends: list[int]                        # the tokens that end a text, the general one first
+    encode: Callable[[str], list[int]]     # without before and after
+    decode: Callable[[list[int]], str]     # without special tokens; unknown ids give nothing
+    special: dict[str, int]                # ids of the special tokens; of a tokenizer.json, of all tokens
+    vocab_size: int                        # how many tokens it knows
+    file: Path | None = None               # the file that is read
+    files: dict[str, bytes] | None = None  # {name: content}: what a folder with this tokenizer needs
+    rows: int | None = None                # rows of the model's embeddings; None: any id is accepted
+
+    @property
+    def bos_id(self) -> int | None:
+        return self.before[0] if self.before else None
 
     def stream(self, text: str) -> Tensor:
         """Encode a text as one stream of tokens (N,) int64, with BOS (if there is one) once at its start."""
         with error_prefix(f"{self.file}: fails on this text"):
-            bos = [] if self.bos_id is None else [self.bos_id]
-            ids = torch.tensor(bos + self.encode(text), dtype=torch.int64)
-        if len(ids) and not 0 <= ids.min() <= ids.max() < self.vocab_size:
-            raise ValueError(f"{self.file}: gives token {ids.max()}, but has {self.vocab_size:,} tokens")
+            ids = torch.tensor([*self.before, *self.encode(text), *self.after], dtype=torch.int64)
+        if len(ids) and self.rows and ids.max() >= self.rows:
+            raise ValueError(f"{self.file}: this text has token {ids.max()}, the model only {self.rows:,}")
         return ids
 
 
-def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokenizer:
-    """Read the tokenizer of a checkpoint folder.
+def load_tokenizer(folder: str | Path, rows: int | None = None) -> Tokenizer:
+    """Read the tokenizer of a checkpoint folder, for a model whose embeddings have so many rows.
 
-    Raises FileNotFoundError if there is none, ValueError if it is damaged or has more tokens than the model's
-    `vocab_size`, ModuleNotFoundError if its library is not installed.
+    Raises FileNotFoundError if there is none, ValueError if it is damaged, ModuleNotFoundError if its library
+    is not installed.
     """
-    files = [f for name in ("tokenizer.model", "tokenizer.model.v*", "tokenizer.json")
-             for f in sorted(Path(folder).glob(name)) if f.is_file()]
-    if not files:
-        raise FileNotFoundError(f"{folder}: no tokenizer; looked for tokenizer.model and tokenizer.json")
-    file, content = files[0], read_bytes(files[0], LARGEST)
+    folder = Path(folder)
+    files = {f.name: read_bytes(f, LARGEST) for name in TOKENIZER_FILES
+             for f in sorted(folder.glob(name)) if f.is_file()}
+    name = next((name for name in files if name.startswith(("tokenizer.json", "tokenizer.model"))), None)
+    if name is None:
+        tekken = "; tekken.json is not supported" * (folder / "tekken.json").is_file()
+        raise FileNotFoundError(f"{folder}: no tokenizer; looked for tokenizer.model and .json{tekken}")
+    file, content = folder / name, files[name]
     first_line = content.split(b"\n", 1)[0].split()
     if content.lstrip()[:1] == b"{":
         kind, read = "a tokenizer.json", read_json_tokenizer
@@ -63,24 +80,75 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokeniz
         kind, read = "lines of base64 and rank", read_tiktoken
     else:
         kind, read = "a SentencePiece model, nor lines of base64 and rank, nor JSON", read_sentencepiece
+    config, added = read_added_tokens(folder)
     with error_prefix(f"{file}: not {kind}"):
-        tokenizer = read(file, content)
-    if vocab_size and tokenizer.vocab_size > vocab_size:
-        raise ValueError(f"{file}: {tokenizer.vocab_size:,} tokens, but the model has only {vocab_size:,}")
+        tokenizer = read(file, content, added)
+    if kind != "a tokenizer.json":  # which says this itself
+        tokenizer.before *= config.get("add_bos_token") is not False
+        tokenizer.after = tokenizer.ends[:1] * (config.get("add_eos_token") is True)
+    tokenizer.file, tokenizer.files, tokenizer.rows = file, files, rows
+    ids = {}
+    for table in ("config.json", "generation_config.json"):  # the second one overrides the first
+        ids |= {key: value for key, value in table_of(folder / table).items()
+                if key in ("bos_token_id", "eos_token_id") and value is not None}
+    with error_prefix(f"{folder}: eos_token_id"):
+        if (end := ids.get("eos_token_id")) is not None:
+            tokenizer.ends = list(map(int, end if isinstance(end, list) else [end]))
+        elif (end := tokenizer.special.get(config.get("eos_token"))) is not None:
+            tokenizer.ends = [end]
+    if ids:  # config.json itself is not carried
+        files.setdefault("generation_config.json", json.dumps(ids, indent=1).encode())
     return tokenizer
 
 
-def read_sentencepiece(file: Path, content: bytes) -> Tokenizer:
+def table_of(file: Path) -> dict:
+    return read_json(file, LARGEST) if file.is_file() else {}
+
+
+def read_added_tokens(folder: Path) -> tuple[dict, dict[int, dict]]:
+    """Return (tokenizer_config.json, {id: {content, lstrip, ...}} of the tokens that it and others add).
+
+    special_tokens_map.json and added_tokens.json count only without added_tokens_decoder, as in transformers.
+    """
+    config = table_of(folder / "tokenizer_config.json")
+    with error_prefix(f"{folder}: tokenizer_config.json, added_tokens.json"):
+        added = {int(i): dict(token) for i, token in (config.get("added_tokens_decoder") or {}).items()}
+        if not added:
+            config |= table_of(folder / "special_tokens_map.json")
+        config |= {key: t["content"] for key, t in config.items() if isinstance(t, dict) and "content" in t}
+        for token, i in table_of(folder / "added_tokens.json").items() if not added else ():
+            special = token in (t for key, t in config.items() if key.endswith("_token"))
+            added[int(i)] = {"content": token, "special": special, "normalized": not special}
+    return config, dict(sorted(added.items()))
+
+
+def cut(special: dict[str, int], encode: Callable[[str], list[int]]) -> Callable[[str], list[int]]:
+    """An encode that takes special tokens out of a text and encodes the parts between them."""
+    pattern = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
+
+    def encode_parts(text):
+        ids, end = [], 0
+        for match in pattern.finditer(text):
+            ids += encode(text[end:match.start()]) + [special[match[0]]]
+            end = match.end()
+        return ids + encode(text[end:])
+    return encode_parts
+
+
+def read_sentencepiece(file: Path, content: bytes, added: dict[int, dict]) -> Tokenizer:
     from sentencepiece import SentencePieceProcessor
     model = SentencePieceProcessor()
     model.LoadFromSerializedProto(content)
-    bos, end = model.bos_id(), model.eos_id()  # -1: it has none
-    return Tokenizer(file, model.vocab_size(), bos if bos >= 0 else None, (end,) * (end >= 0), model.encode,
-                     model.decode)
+    n, bos, end = model.vocab_size(), model.bos_id(), model.eos_id()  # -1: it has none
+    special = {model.id_to_piece(i): i for i in range(n) if model.is_control(i) or model.is_unknown(i)}
+    special |= {token["content"]: i for i, token in added.items()}
+    return Tokenizer([bos] * (bos >= 0), [], [end] * (end >= 0), cut(special, model.encode),
+                     lambda ids: model.decode([i for i in ids if i < n]), special,
+                     max([n, *(i + 1 for i in added)]))
 
 
-def read_tiktoken(file: Path, content: bytes) -> Tokenizer:
-    """Llama 3: the ranks of the file, then 256 special tokens, of which <|begin_of_text|> is the first."""
+def read_tiktoken(file: Path, content: bytes, added: dict[int, dict]) -> Tokenizer:
+    """Llama 3: the ranks of the file, then 256 special tokens."""
     tiktoken = need("tiktoken", f"reading {file}")
     pairs = [line.split() for line in content.splitlines()]
     ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
@@ -88,12 +156,13 @@ def read_tiktoken(file: Path, content: bytes) -> Tokenizer:
         raise ValueError("expected every rank from 0 on once, and a token for each of the 256 bytes")
     encoding = tiktoken.Encoding("llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={})
     n = len(ranks)
-    ends = (n + 1, n + 9)  # <|end_of_text|>, <|eot_id|>
-    return Tokenizer(file, n + 256, n, ends, encoding.encode_ordinary,
-                     lambda ids: encoding.decode([i for i in ids if i < n]))
+    special = {token: n + place for token, place in LLAMA3_SPECIAL.items()}
+    return Tokenizer([n], [], [special["<|end_of_text|>"], special["<|eot_id|>"]],
+                     cut(special, encoding.encode_ordinary),
+                     lambda ids: encoding.decode([i for i in ids if i < n]), special, n + 256)
 
 
-def read_json_tokenizer(file: Path, content: bytes) -> Tokenizer:
+def read_json_tokenizer(file: Path, content: bytes, added: dict[int, dict]) -> Tokenizer:
     tokenizers = need("tokenizers", f"reading {file}")
     if re.search(rb'"continuing_subword_prefix"\s*:\s*"[^"]', content):  # the library may abort the process
         raise ValueError("a continuing_subword_prefix, which no Llama tokenizer has")
@@ -102,8 +171,14 @@ def read_json_tokenizer(file: Path, content: bytes) -> Tokenizer:
     model.no_padding()
     if hasattr(model.model, "dropout"):
         model.model.dropout = None  # would leave out merges at random
+    for i, token in added.items():
+        flags = {key: value for key, value in token.items() if not key.startswith("__")}
+        model.add_tokens([tokenizers.AddedToken(**flags)])
+        if model.token_to_id(token["content"]) != i:
+            raise ValueError(f"{token['content']} is {model.token_to_id(token['content'])}, elsewhere {i}")
     plain, full = (model.encode("a", add_special_tokens=special).ids for special in (False, True))
-    has_bos = len(full) > len(plain) and full[1:len(plain) + 1] == plain
-    ends = tuple(i for i in map(model.token_to_id, ENDS) if i is not None)
-    return Tokenizer(file, max(model.get_vocab().values()) + 1, full[0] if has_bos else None, ends,
-                     lambda text: model.encode(text, add_special_tokens=False).ids, model.decode)
+    at = next((i for i in range(len(full)) if full[i:i + len(plain)] == plain), 0)
+    vocab = model.get_vocab()
+    return Tokenizer(full[:at], full[at + len(plain):], [vocab[end] for end in ENDS if end in vocab],
+                     lambda text: model.encode(text, add_special_tokens=False).ids, model.decode, vocab,
+                     max(vocab.values()) + 1)

@@ -37,7 +37,7 @@ BIG = 2 ** 34  # bytes of a sparse file, and what a pickle asks for
 def write_good(kind, folder):
     """A good folder of one of KINDS, of 0.2 to 0.8 MB; its parent is there."""
     if kind == "compressed":
-        return save_checkpoint(compressed_model(), folder, {"made": "by extras.faults"}, TINY / "tokenizer.model")
+        return save_checkpoint(compressed_model(), folder, {"made": "by extras.faults"}, load_tokenizer(TINY).files)
     folder.mkdir()
     if kind.startswith("hf"):
         write_json_tokenizer(folder)

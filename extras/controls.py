@@ -71,7 +71,7 @@ def main():
         truncate(model, {record["name"]: record["rank"] for record in report["matrices"] if record["rank"]})
     else:
         randomize(model, a.seed)
-    save_checkpoint(model, out, {"control": a.kind, "of": str(a.ckpt)}, tokenizer.file, a.overwrite)
+    save_checkpoint(model, out, {"control": a.kind, "of": str(a.ckpt)}, tokenizer.files, a.overwrite)
     print(f"{a.kind:<12} {model.n_params:,} parameters left of {dense_params:,}; written to {out}")
 
 

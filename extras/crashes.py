@@ -32,6 +32,7 @@ from threading import Thread
 import torch
 
 from data.corpus import embedded_text
+from data.tokenizer import load_tokenizer
 from evaluate import markdown
 from extras.bench import random_weights
 from model import save_checkpoint
@@ -303,7 +304,7 @@ def large(work):
 def write_random(folder, shape=(2048, 17, 16, 4, 5632, 1024, False)):
     """Write random weights, by default of 3.1e9 bytes, and keep none of them in the machine's cache; their bytes."""
     model = random_weights(shape, torch.float32, "cpu")
-    save_checkpoint(model, folder, tokenizer=TINY / "tokenizer.model")
+    save_checkpoint(model, folder, tokenizer=load_tokenizer(TINY).files)
     with open(folder / "consolidated.00.pth", "rb+") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # else its pages count as ours, not as the job's

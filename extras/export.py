@@ -10,6 +10,7 @@ Needs the packages safetensors, huggingface_hub and tokenizers (for hf). A slidi
 positions then end where the window does, and up to there full attention gives the same logits.
 """
 import base64
+import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -118,6 +119,7 @@ def halve_rows(W, head_dim):
 
 def hf_config(model, tokenizer):
     """config.json's table, its rotary settings in the form that transformers 4 wrote and 5 still reads."""
+    generation = json.loads(tokenizer.files.get("generation_config.json", "{}"))
     args, scaling = model.args, model.args.rope_scaling
     family = "Mistral" if args.dim % args.n_heads else "Llama"  # one architecture, but LlamaConfig wants it divisible
     positions = args.max_seq_len
@@ -133,36 +135,38 @@ def hf_config(model, tokenizer):
             "rope_scaling": scaling and {"rope_type": "llama3", **scaling, "original_max_position_embeddings":
                                          int(scaling["original_max_position_embeddings"])},
             "torch_dtype": str(model.dtype).removeprefix("torch."), "bos_token_id": tokenizer.bos_id,
-            "eos_token_id": list(tokenizer.ends) if len(tokenizer.ends) > 1 else next(iter(tokenizer.ends), None)}
+            "eos_token_id": tokenizer.ends if len(tokenizer.ends) > 1 else next(iter(tokenizer.ends), None),
+            **{name: i for name, i in generation.items() if name.endswith("_token_id")}}
 
 
 def write_tokenizer(tokenizer, folder, positions):
-    """tokenizer.json (converted where need be; a SentencePiece model stands beside it) and tokenizer_config.json.
-
-    A chat template is not exported: the commands, and what they write, know none.
-    """
+    """All files of the tokenizer, and where there is none a tokenizer.json and a tokenizer_config.json."""
     from tokenizers import Tokenizer
-    content = tokenizer.file.read_bytes()
-    if is_json(content):
-        made = Tokenizer.from_buffer(content)
-        (folder / "tokenizer.json").write_bytes(content)
+    files = dict(tokenizer.files)
+    if is_json(content := files[tokenizer.file.name]):
+        made, files["tokenizer.json"] = Tokenizer.from_buffer(content), files.pop(tokenizer.file.name)
     else:
         sentencepiece = content[:1] == b"\n"  # a protocol buffer that starts with its first piece
         made = from_sentencepiece(tokenizer) if sentencepiece else from_tiktoken(content)
         words = " ".join(tokenizer.decode([i]) for i in range(tokenizer.vocab_size))  # some may be split off first
-        same = all(made.encode(text).ids == tokenizer.stream(text).tolist()
-                   for text in (PROBE, words, embedded_text("test")))
-        if sentencepiece or not same:  # Llama 3's file under this name would be taken for a SentencePiece model
-            (folder / "tokenizer.model").write_bytes(content)
-        if not same:
+        same = all(made.encode(text).ids == [*tokenizer.before, *tokenizer.encode(text), *tokenizer.after]
+                   for text in (PROBE, words, embedded_text("test"), *tokenizer.special))
+        if same:
+            made.save(str(folder / "tokenizer.json"))
+        else:
             print(f"tokenizer    {tokenizer.file.name} could not be converted to the same ids: copied as it is, so "
                   "transformers loads the model but not the tokenizer")
-            return
-        made.save(str(folder / "tokenizer.json"))
-    named = {"bos_token": tokenizer.bos_id, "eos_token": next(iter(tokenizer.ends), None)}
-    write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-        "model_max_length": positions, **{name: made.id_to_token(i) for name, i in named.items() if i is not None}})
+        if same and not sentencepiece:  # under this name it would be taken for a SentencePiece model
+            del files[tokenizer.file.name]
+        if not same:
+            files = {tokenizer.file.name: content}
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    if (folder / "tokenizer.json").is_file() and "tokenizer_config.json" not in files:
+        named = {"bos_token": tokenizer.bos_id, "eos_token": next(iter(tokenizer.ends), None)}
+        write_json(folder / "tokenizer_config.json", {
+            "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+            "model_max_length": positions, **{name: made.id_to_token(i) for name, i in named.items() if i is not None}})
 
 
 def is_json(content):
@@ -194,7 +198,7 @@ def from_sentencepiece(tokenizer):
     made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
                                       decoders.Strip(" ", 1, 0)])
-    return with_special(made, [pieces[i] for i in special], tokenizer.bos_id)
+    return with_special(made, sorted(tokenizer.special, key=tokenizer.special.get), tokenizer.bos_id)
 
 
 def from_tiktoken(content):
@@ -237,10 +241,10 @@ def write_meta(model, tokenizer, folder):
     write_json(folder / "params.json", meta_params(model.args))
     tensors = {name: own_storage(dense_weight(model, name).detach()) for name in dense_shapes(model)}
     torch.save({"output.weight": tensors["tok_embeddings.weight"], **tensors}, folder / "consolidated.00.pth")
-    content = tokenizer.file.read_bytes()
-    if is_json(content):
+    if is_json(tokenizer.files[tokenizer.file.name]):
         print("tokenizer    a tokenizer.json, copied as it is: Meta's own code reads only a tokenizer.model")
-    (folder / ("tokenizer.json" if is_json(content) else "tokenizer.model")).write_bytes(content)
+    for name, content in tokenizer.files.items():
+        (folder / name).write_bytes(content)
 
 
 def meta_params(args):

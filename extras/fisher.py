@@ -245,7 +245,7 @@ def main():
               "layers": layers, "kept": kept, "calibration": calibration, "results": rows,
               "parameters_before": before, "parameters_after": model.n_params, "seconds": seconds,
               "protocol": {label: protocol for label, (_, protocol) in texts.items()}}
-    save_checkpoint(model, a.out, report, tokenizer.file, a.overwrite)
+    save_checkpoint(model, a.out, report, tokenizer.files, a.overwrite)
     print(f"written to {a.out}")
 
 

@@ -78,7 +78,7 @@ def main():
         train(model, tokens, windows)
         print(f"held-out perplexity {perplexity(model, [windows]):.2f}, "
               f"of a unigram model {math.exp(unigram):.2f}")
-        save_checkpoint(model, folder, tokenizer=tokenizer.file)
+        save_checkpoint(model, folder, tokenizer=tokenizer.files)
 
 
 if __name__ == "__main__":

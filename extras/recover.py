@@ -261,7 +261,7 @@ def main():
     log = train(model, factors, examples, held_out, settings, state_file, a.save_every)
     old = read_json(a.ckpt / "report.json", REPORT_BYTES) if (a.ckpt / "report.json").is_file() else {}
     report = {**old, "recovery": {"settings": settings, "log": log, "peak_bytes": peak_bytes(model.device)}}
-    save_checkpoint(finish(model, dtype), a.out, report, tokenizer.file, a.overwrite)
+    save_checkpoint(finish(model, dtype), a.out, report, tokenizer.files, a.overwrite)
     state_file.unlink()
     print(f"written to {a.out}")
 

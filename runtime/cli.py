@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data.checkpoint import weight_files
 from data.corpus import text_names
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import Transformer, load_checkpoint
@@ -127,6 +128,9 @@ def open_checkpoint(ckpt: Path, device: str, dtype: str,
                     split: bool = False) -> tuple[Transformer, Tokenizer]:
     """Load model and tokenizer, and print what they are and where they run. device, dtype: as their flags."""
     device, why = pick_device(device)
+    _, files = weight_files(ckpt)
+    adapter = ", without the adapter beside them" * (ckpt / "adapter_config.json").is_file()
+    print(f"reading      {', '.join(file.name for file in files)} of {ckpt}{adapter}")
     model = load_checkpoint(ckpt, DTYPES.get(dtype), device, split)
     introduce(ckpt, model, why, "the folder's own" if dtype == "auto" else "as asked")
     return model, load_tokenizer(ckpt, model.args.vocab_size)

@@ -6,9 +6,13 @@ import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
-OURS = {"params.json", "consolidated.00.pth", "report.json"}  # files of every folder that this project writes
+OURS = {"params.json", "consolidated.00.pth", "report.json"}  # in every folder that is written
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer.model.v*", "tokenizer_config.json",
+                   "added_tokens.json", "special_tokens_map.json", "generation_config.json",
+                   "chat_template.*")
 
 
 @contextmanager
@@ -62,7 +66,8 @@ def check_output(path: str | Path, overwrite: bool = False, inputs: Iterable[Pat
         raise FileExistsError(f"{path}: exists; choose another, or pass --overwrite where the command has it")
     if os.path.lexists(path):
         names = set(os.listdir(path)) if path.is_dir() and not path.is_symlink() else set()
-        if not OURS <= names or not all(name in OURS or name.startswith("tokenizer.") for name in names):
+        others = {name for name in names - OURS if not any(fnmatch(name, known) for known in TOKENIZER_FILES)}
+        if not OURS <= names or others:
             raise FileExistsError(f"{path}: --overwrite replaces only a folder of this project (report.json)")
 
 
@@ -92,8 +97,16 @@ def read_bytes(file: str | Path, largest: int) -> bytes:
     """The content of a file. Raises OSError, and ValueError if it has more than `largest` bytes."""
     if os.path.getsize(file) > largest:
         raise ValueError(f"{file}: more than {largest:,} bytes")
+    refuse_pointer(file)
     with error_prefix(file):
         return Path(file).read_bytes()
+
+
+def refuse_pointer(file: str | Path) -> None:
+    """Raise ValueError if Git LFS has left a pointer in the place of a file."""
+    with error_prefix(file), open(file, "rb") as f:
+        if f.read(30).startswith(b"version https://git-lfs"):
+            raise ValueError("a Git LFS pointer, not the file itself; fetch it: git lfs pull")
 
 
 def read_json(file: str | Path, largest: int = 2 ** 20) -> dict:

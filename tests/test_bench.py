@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from attribution import layer_cosines, svd, weight_gradients
 from conftest import error_of, random_model, random_tokens
+from data.tokenizer import load_tokenizer
 from extras import bench
 from extras.bench import (GIB, autograd_compress, batched, borrowed, by_shape, in_common, measure, operations,
                           random_weights, svd_study, time_by_shape, turn)
@@ -253,7 +254,7 @@ def test_growth_is_a_table_for_each_axis(device, run):
 def test_mistakes_are_one_line(words, message, nowhere, monkeypatch, capsys):
     model = load_checkpoint(cli.TINY)
     list(compress(model, [3], lambda label: [], 0.1, score="magnitude"))
-    save_checkpoint(model, nowhere / "small", tokenizer=cli.TINY / "tokenizer.model")
+    save_checkpoint(model, nowhere / "small", tokenizer=load_tokenizer(cli.TINY).files)
     monkeypatch.setattr(bench, "measure", None)
     error = error_of(bench.main, words, monkeypatch, capsys)
     assert message in error.replace("'", "")

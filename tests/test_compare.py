@@ -264,7 +264,7 @@ def test_mistakes_are_one_line_before_any_method(words, message, nowhere, monkey
     (nowhere / "short").write_text("if x")
     model = load_checkpoint(TINY)
     list(grasp.compress(model, [3], lambda label: [], 0.1, score="magnitude"))
-    save_checkpoint(model, nowhere / "small", tokenizer=TINY / "tokenizer.model")
+    save_checkpoint(model, nowhere / "small", tokenizer=load_tokenizer(TINY).files)
     monkeypatch.setattr(compare, "result_row", None)
     error = error_of(compare.main, words, monkeypatch, capsys)
     assert message in error.replace("'", "")  # Pythons differ in whether they quote choices

@@ -271,7 +271,7 @@ def small(tmp_path, monkeypatch):
     """The embedded model, compressed, in a folder of its own: its parameters before and after."""
     monkeypatch.chdir(tmp_path)
     model = compressed(load_checkpoint(TINY))
-    save_checkpoint(model, tmp_path / "small", tokenizer=TINY / "tokenizer.model")
+    save_checkpoint(model, tmp_path / "small", tokenizer=load_tokenizer(TINY).files)
     return model.n_params_dense, model.n_params
 
 

@@ -183,17 +183,17 @@ def test_what_a_leftover_link_points_to_stays(tmp_path):
 # ---------------------------------------------------------------------------------------------------- signals
 
 WRITING = """
-import shutil, sys, time
+import pathlib, sys, time
 from conftest import random_model
 import model
 from runtime import cli
-def slow(source, file):
+def slow(file, content):
     file.touch()
     print("there", flush=True)
     time.sleep(600)
-shutil.copyfile = slow
+pathlib.Path.write_bytes = slow
 save = model.save_checkpoint
-cli.command(lambda: save(random_model(), "out", {"new": 1}, "tokenizer.model", overwrite=True))
+cli.command(lambda: save(random_model(), "out", {"new": 1}, {"tokenizer.model": b""}, overwrite=True))
 """
 
 
@@ -226,7 +226,7 @@ def slowly(path):
     remove(path)
 files.remove = slowly
 """
-    process = subprocess.Popen([sys.executable, "-c", WRITING.replace("shutil.copyfile =", slow_remove + "shutil.copyfile =")],
+    process = subprocess.Popen([sys.executable, "-c", WRITING.replace("pathlib.Path.write_bytes =", slow_remove + "pathlib.Path.write_bytes =")],
                                cwd=tmp_path, text=True, preexec_fn=obey_all_signals, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests"})
     for line in ("there\n", "removing\n"):

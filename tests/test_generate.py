@@ -295,7 +295,7 @@ def test_a_table_of_dense_and_dropped(tmp_path, monkeypatch, capsys):
     model = load_checkpoint(ROOT / "data/tiny")
     del model.layers[3:5]
     model.args.n_layers = 6
-    save_checkpoint(model, tmp_path / "dropped", tokenizer=ROOT / "data/tiny/tokenizer.model")
+    save_checkpoint(model, tmp_path / "dropped", tokenizer=load_tokenizer(ROOT / "data/tiny").files)
     out, _ = run(["--throughput", "--ckpt", ROOT / "data/tiny", tmp_path / "dropped", "--batch-sizes", 1, 3,
                   "--lengths", 8, "--max-new-tokens", 4, "--repeats", 2], monkeypatch, capsys)
     rows = cells(out)
@@ -333,4 +333,4 @@ def test_a_text_without_a_place_is_refused_under_the_settings(monkeypatch, capsy
         run(["--max-new-tokens", 256], monkeypatch, capsys)
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and out == ""
-    assert err.splitlines()[2:] == ["error: a prompt of 1 tokens and 256 new ones: this model's positions end at 256"]
+    assert err.splitlines()[3:] == ["error: a prompt of 1 tokens and 256 new ones: this model's positions end at 256"]

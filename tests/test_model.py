@@ -401,7 +401,7 @@ def cut(folder):
 
 WQ = "layers.1.attention.wq.weight"
 BAD = {
-    "no weights": (lambda f: (f / "consolidated.00.pth").unlink(), "looked for params.json with"),
+    "no weights": (lambda f: (f / "consolidated.00.pth").unlink(), "looked for config.json with"),
     "not JSON": (lambda f: (f / "params.json").write_text("{dim: 16"), "params.json: not JSON"),
     "not an object": (lambda f: (f / "params.json").write_text("[1]"), "expected an object"),
     "no dim": (edit(dim="remove"), "params.json: lacks dim"),

@@ -212,7 +212,7 @@ def folder(nowhere, change, dtype=torch.float32):
     for p in model.parameters():
         p.data = p.data.clone()
     change(model)
-    save_checkpoint(model, nowhere / "model", tokenizer=load_tokenizer(TINY).file)
+    save_checkpoint(model, nowhere / "model", tokenizer=load_tokenizer(TINY).files)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3])

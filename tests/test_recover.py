@@ -23,7 +23,7 @@ def compressed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recover") / "small"
     model, windows = load_checkpoint(TINY), torch.arange(256).view(2, 128)
     list(grasp.compress(model, [5], lambda label: iter([windows]), ratio=0.2))
-    save_checkpoint(model, folder, {"redundant": [5]}, TINY / "tokenizer.model")
+    save_checkpoint(model, folder, {"redundant": [5]}, load_tokenizer(TINY).files)
     return folder
 
 
@@ -266,7 +266,7 @@ def test_a_state_of_other_weights_is_refused(run, tmp_path, compressed, monkeypa
         run("--out", "x")
     model = load_checkpoint(compressed, torch.float32)
     model.layers[5].feed_forward.w1.A.data *= 1 + 1e-6  # the folder made again, a little different
-    save_checkpoint(model, tmp_path / "again", {}, TINY / "tokenizer.model")
+    save_checkpoint(model, tmp_path / "again", {}, load_tokenizer(TINY).files)
     with pytest.raises(ValueError, match="x.state: begun with other settings \\(weights_sha256"):
         run("--out", "x", ckpt=tmp_path / "again")
     monkeypatch.undo()

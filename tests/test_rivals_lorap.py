@@ -9,6 +9,7 @@ from torch import nn
 
 import grasp
 from conftest import error_of, random_model, random_tokens
+from data.tokenizer import load_tokenizer
 from extras.recover import LoRALinear
 from extras.rivals import block_params
 from extras.rivals.lorap import (SCRIPT, affine_moments, allot, basis, lorap, main, multiply_out, prune_channels,
@@ -317,5 +318,5 @@ def test_mistakes_are_one_line(words, message, tmp_path, monkeypatch, capsys):
     records(tmp_path, 100)
     model = load_checkpoint(TINY)
     list(grasp.compress(model, [5], lambda label: [], ratio=0.2, score="magnitude"))
-    save_checkpoint(model, tmp_path / "small", tokenizer=TINY / "tokenizer.model")
+    save_checkpoint(model, tmp_path / "small", tokenizer=load_tokenizer(TINY).files)
     assert message in error_of(main, " ".join(QUICK) + " " + words, monkeypatch, capsys)

@@ -119,7 +119,7 @@ def test_half_precision_is_scored_in_fp32(folder):
 
 
 def test_a_tokenizer_without_bos_and_end_cannot_begin(folder):
-    lm = zeroshot.adapter(load_checkpoint(folder), replace(load_tokenizer(folder), bos_id=None, ends=()))
+    lm = zeroshot.adapter(load_checkpoint(folder), replace(load_tokenizer(folder), before=[], ends=[]))
     with pytest.raises(ValueError, match="neither BOS nor end"):
         ask(lm, "loglikelihood", ("", " the fox"))
 
@@ -169,7 +169,7 @@ def test_generation_stops_where_it_should(folder):
     tokenizer = load_tokenizer(folder)
     ids = tokenizer.encode(free)  # now let a token that comes in the middle be one that ends a text
     end = reference.model.generation_config.eos_token_id = ids[len(ids) // 2]
-    stopped = zeroshot.adapter(load_checkpoint(folder), replace(tokenizer, ends=(end,)))
+    stopped = zeroshot.adapter(load_checkpoint(folder), replace(tokenizer, ends=[end]))
     (text,) = ask(stopped, "generate_until", requests[0])
     assert len(text) < len(free) and free.startswith(text)
     for bad, message in (({"do_sample": True}, "by chance"), ({"max_gen_toks": POSITIONS}, "positions")):
