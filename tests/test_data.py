@@ -1,11 +1,7 @@
 """The lesson: a text is bytes with a checksum, records joined one way, and tokens of one tokenizer."""
-import base64
-import dataclasses
 import hashlib
 import http.server
 import io
-import json
-import sys
 import threading
 import zipfile
 
@@ -202,124 +198,11 @@ def test_batches_cover_the_windows_in_order():
     assert torch.equal(torch.cat(list(batches(windows, 3, "test"))), windows)
 
 
-# ------------------------------------------------------------------------------------------------- tokenizers
-
-def test_sentencepiece_keeps_every_character():
-    from sentencepiece import SentencePieceProcessor
-    tokenizer = load_tokenizer(TINY)
-    text = 'def f(x):\n    return "é 12"\n\n'
-    ids = tokenizer.stream(text)
-    assert tokenizer.vocab_size == 1024 and ids[0] == tokenizer.bos_id == 1 and tokenizer.ends == [2]
-    assert tokenizer.decode([*ids.tolist(), 2]) == text
-    assert SentencePieceProcessor(model_file=str(TINY / "tokenizer.model")).decode(ids.tolist()) == text
-
-
-def test_sentencepiece_without_bos(tmp_path):
-    import sentencepiece
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a b c", "b c d"]), model_prefix=str(tmp_path / "tokenizer"),
-        model_type="char", vocab_size=7, bos_id=-1, minloglevel=2)
-    tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.bos_id is None and tokenizer.stream("a").tolist() == tokenizer.encode("a")
-    assert tokenizer.decode(tokenizer.encode("b a")) == "b a"
-
-
-def llama3_file(folder):
-    """256 bytes and two merges, as Llama 3 writes its ranks."""
-    words = [bytes([i]) for i in range(256)] + [b"ab", b"abc"]
-    lines = (base64.b64encode(word) + b" " + str(rank).encode() for rank, word in enumerate(words))
-    (folder / "tokenizer.model").write_bytes(b"\n".join(lines) + b"\n")
-
-
-def test_llama3_ranks(tmp_path):
-    pytest.importorskip("tiktoken", reason="pip install tiktoken")
-    llama3_file(tmp_path)
-    tokenizer = load_tokenizer(tmp_path)
-    assert (tokenizer.vocab_size, tokenizer.bos_id) == (258 + 256, 258)  # 256 special tokens, BOS the first
-    assert tokenizer.stream("abcab 1234").tolist() == [258, 257, 256, 32, 49, 50, 51, 52]
-    assert tokenizer.ends == [259, 267]
-    assert tokenizer.decode([258, 257, 256, 32, 49, 259]) == "abcab 1"
-
-
-def json_file(folder, bos, name="tokenizer.json"):
-    tokenizers = pytest.importorskip("tokenizers", reason="pip install tokenizers")
-    from tokenizers import models, pre_tokenizers, processors
-    made = tokenizers.Tokenizer(models.WordLevel({"<s>": 0, "a": 1, "b": 2, "c": 3, "?": 4, "</s>": 5},
-                                                 unk_token="?"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    made.add_special_tokens(["</s>"])
-    if bos:
-        made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    made.save(str(folder / name))
-
-
-def test_truncation_and_padding_are_switched_off(tmp_path):
-    json_file(tmp_path, bos=False)
-    import tokenizers
-    made = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    made.enable_truncation(2)
-    made.enable_padding(length=9)
-    made.save(str(tmp_path / "tokenizer.json"))
-    assert load_tokenizer(tmp_path).stream("a b a b").tolist() == [1, 2, 1, 2]
-
-
-@pytest.mark.parametrize("bos, name",
-                         [(True, "tokenizer.json"), (False, "tokenizer.json"), (True, "tokenizer.model")])
-def test_json_tokenizers(bos, name, tmp_path):
-    """The post-processor says whether there is a BOS. The kind of file is detected from its content."""
-    json_file(tmp_path, bos, name)
-    tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.stream("b a c").tolist() == [0] * bos + [2, 1, 3]
-    assert tokenizer.ends == [5] and tokenizer.decode([2, 1, 5]) == "b a"
-
-
-def test_ctrl_c_and_out_of_memory_pass_through_a_tokenizer():
-    """An error of a tokenizer library becomes a ValueError that names the file. Ctrl-C is no such error."""
-    def stream(error):
-        def encode(text):
-            raise error
-        return dataclasses.replace(load_tokenizer(TINY), encode=encode).stream("text")
-
-    for error in (KeyboardInterrupt, MemoryError):
-        with pytest.raises(error):
-            stream(error())
-    with pytest.raises(ValueError, match="tokenizer.model: .*its own error"):
-        stream(BufferError("its own error"))
-
-
-def test_bad_tokenizers_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="looked for tokenizer.model and .json"):
-        load_tokenizer(tmp_path)
-    for content in (b"", b"\x00\x01garbage", b"plain words"):
-        (tmp_path / "tokenizer.model").write_bytes(content)
-        with pytest.raises(ValueError, match="tokenizer.model: .* a SentencePiece model, nor"):
-            load_tokenizer(tmp_path)
-    for content in (b"IQ== 0\nIg== 1\n", b"IQ== 5\n", b"@@@@ 0\n"):
-        (tmp_path / "tokenizer.model").write_bytes(content)
-        with pytest.raises((ValueError, ModuleNotFoundError),
-                           match="expected every rank|not lines of|pip install"):
-            load_tokenizer(tmp_path)
-
-
-def test_a_token_without_a_row_is_refused_when_a_text_uses_it():
-    tokenizer = load_tokenizer(TINY, 1000)
-    known = tokenizer.stream("a ")
-    assert known.max() < 1000
-    with pytest.raises(ValueError, match=r"tokenizer.model: this text has token 10\d\d, the model only 1,000"):
-        tokenizer.stream("".join(map(chr, range(32, 0x2000))))
-
-
-@pytest.mark.parametrize("package, content", [("tiktoken", b"IQ== 0\nIg== 1\n"), ("tokenizers", b"{}")])
-def test_missing_packages_are_named(package, content, tmp_path, monkeypatch):
-    (tmp_path / "tokenizer.model").write_bytes(content)
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ModuleNotFoundError, match=f"pip install {package}"):
-        load_tokenizer(tmp_path)
-
-
-def test_broken_json_and_ranks_are_refused(tmp_path):
-    pytest.importorskip("tokenizers", reason="pip install tokenizers")
-    for content in (json.dumps({"model": 1}).encode(), b"{"):
-        (tmp_path / "tokenizer.json").write_bytes(content)
-        with pytest.raises(ValueError, match="not a tokenizer.json"):
-            load_tokenizer(tmp_path)
+def test_a_file_is_text_and_no_json(tmp_path):
+    """A byte order mark is not text. JSON is refused, because its syntax would be evaluated."""
+    (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbfa\r\nb")
+    assert load_text(str(tmp_path / "text.txt"), "test")[0] == "a\r\nb"
+    for name in ("a.jsonl", "a.json"):
+        (tmp_path / name).write_text('{"text": "a"}\n')
+        with pytest.raises(ValueError, match=f"{name}: JSON is no text; extract it first, e.g. jq -r .text"):
+            load_text(str(tmp_path / name), "test")

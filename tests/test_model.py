@@ -21,6 +21,7 @@ from conftest import ROOT, random_model, random_tokens
 from data.checkpoint import pair_rows, read_args
 from model import (LowRankLinear, RMSNorm, apply_rotary, load_checkpoint, matrix_names, rotary_frequencies,
                    save_checkpoint)
+from runtime.cli import open_checkpoint
 
 SIZES = dict(hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4,
              num_key_value_heads=2, vocab_size=99, max_position_embeddings=512, rms_norm_eps=1e-5,
@@ -534,3 +535,93 @@ def test_without_safetensors_the_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(ModuleNotFoundError, match="pip install safetensors"):
         load_checkpoint(tmp_path)
+
+
+# --------------------------------------------------------------------------------- folders as they are found
+
+def hf_folder(folder, **changes):
+    """A Hugging Face folder of random weights: (folder, its tensors)."""
+    safetensors = pytest.importorskip("safetensors.torch", reason="pip install safetensors")
+    transformers_model("llama").save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return folder, safetensors.load_file(folder / "model.safetensors")
+
+
+def test_one_file_beats_an_index_that_an_earlier_save_left(tmp_path):
+    folder, theirs = hf_folder(tmp_path)
+    expected = load_checkpoint(folder).tok_embeddings.weight.clone()
+    torch.save({name: t + 1 for name, t in theirs.items()}, folder / "old.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(
+        {"weight_map": {name: "old.safetensors" for name in theirs}}))
+    assert torch.equal(load_checkpoint(folder).tok_embeddings.weight, expected)
+
+
+@pytest.mark.parametrize("kind", ["one", "index", "no index"])
+def test_pytorch_bin(kind, tmp_path):
+    folder, theirs = hf_folder(tmp_path)
+    expected = load_checkpoint(folder).state_dict()
+    (folder / "model.safetensors").unlink()
+    if kind == "one":
+        torch.save(theirs, folder / "pytorch_model.bin")
+    else:
+        names = sorted(theirs)
+        files = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(names)}
+        for file in {*files.values()}:
+            torch.save({name: theirs[name] for name in names if files[name] == file}, folder / file)
+        if kind == "index":
+            (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+    found = load_checkpoint(folder).state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], t) for name, t in expected.items())
+
+
+def test_of_two_layouts_hugging_faces_is_read_and_named(tmp_path, capsys):
+    folder, _ = hf_folder(tmp_path)
+    expected = load_checkpoint(folder).n_params
+    write_meta(folder, random_model(torch.float32))
+    (folder / "adapter_config.json").write_text("{}")
+    assert load_checkpoint(folder).n_params == expected
+    with pytest.raises(FileNotFoundError, match="no tokenizer"):
+        open_checkpoint(folder, "cpu", "auto")
+    out = capsys.readouterr().out
+    assert out.startswith(f"reading      model.safetensors of {folder}, without the adapter beside them\n")
+
+
+def test_a_tied_flag_with_another_head_is_refused(tmp_path):
+    """transformers 4 would drop the head, transformers 5 keep it."""
+    folder, theirs = hf_folder(tmp_path, tie_word_embeddings=True)
+    assert not torch.equal(theirs["lm_head.weight"], theirs["model.embed_tokens.weight"])
+    with pytest.raises(ValueError, match="tie_word_embeddings is true, but lm_head.weight is not embed_tokens"):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_git_lfs_pointer_is_named(name, tmp_path):
+    folder, _ = hf_folder(tmp_path)
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    with pytest.raises(ValueError, match=f"{name}: a Git LFS pointer, not the file itself; fetch it: git lfs pull"):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("changes, theta", [
+    ({}, 1e4), ({"hidden_dim": 24}, 1e6), ({"hidden_dim": 24, "sliding_window": 32}, 1e4),
+    ({"hidden_dim": 24, "rope_theta": 500.0}, 500.0)])
+def test_rope_theta_where_params_json_does_not_say_it(changes, theta):
+    """hidden_dim is Mistral's key: its own code takes 1e6, and 1e4 where there is a sliding window."""
+    embedding = {"tok_embeddings.weight": torch.empty(50, 16, device="meta")}
+    assert read_args({**META, "multiple_of": 24, **changes}, False, [embedding])["rope_theta"] == theta
+
+
+@pytest.mark.parametrize("family, changes, positions", [
+    ("mistral", {}, 4096), ("mistral", {"sliding_window": None}, 32768), ("mistral", {"sliding_window": 100}, 100),
+    ("llama", {"sliding_window": 100}, 32768)])
+def test_positions_end_where_the_sliding_window_does(family, changes, positions):
+    """Mistral's default is 4,096; a llama config's window is ignored, as transformers does."""
+    config = {"model_type": family, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "intermediate_size": 24, "rms_norm_eps": 1e-5,
+              "max_position_embeddings": 32768, **changes}
+    embedding = {"tok_embeddings.weight": torch.empty(50, 16, device="meta")}
+    assert read_args(config, True, [embedding])["max_seq_len"] == positions
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling = read_args({**config, "rope_scaling": rope}, True, [embedding])["rope_scaling"]
+    assert scaling["original_max_position_embeddings"] == 32768
