@@ -26,25 +26,36 @@ from runtime import distributed
 SCORES = ("taylor", "gradient", "magnitude")
 
 
-@torch.no_grad()
 def layer_cosines(model: Transformer, batches: Iterable[Tensor]) -> Tensor:
-    """s_l, the mean over all tokens of cos(h_l, h_{l+1}): (n_layers,) fp64 [GRASP §2.1, Eq. 1].
+    """s_l, the mean over all tokens of cos(h_l, h_{l+1}): (n_layers,) fp64 [GRASP §2.1, Eq. 1]."""
+    return cosines_with_errors(model, batches)[0]
+
+
+@torch.no_grad()
+def cosines_with_errors(model: Transformer, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """s_l, and its standard error over the sequences (0 for one sequence): each (n_layers,) fp64.
 
     The last block's output is taken before the final norm. Raises ValueError if a state is not finite.
     """
-    total = count = 0
+    total = squares = count = sequences = 0
     for tokens in batches:
         tokens, cosines, h = tokens.to(model.device), [], None
+        length = (tokens >= 0).sum(1)
         for h_next in model.residual_stream(tokens.clamp(min=0)):
             if h is not None:
-                cosines.append((cosine(h, h_next) * (tokens >= 0)).sum())
+                cosines.append((cosine(h, h_next) * (tokens >= 0)).sum(1))  # (B,)
             h = h_next
-        total, count = total + torch.stack(cosines), count + (tokens >= 0).sum()
-    cosines = distributed.mean(total, count)
+        sums = torch.stack(cosines)                                         # (n_layers, B)
+        total, count = total + sums.sum(1), count + length.sum()
+        squares = squares + (sums ** 2 / length.clamp(min=1)).sum(1)
+        sequences = sequences + (length > 0).sum()
+    count = distributed.all_sum(count)
+    cosines, squares = (distributed.all_sum(t).div_(count).cpu() for t in (total, squares))
     if not finite(cosines):
         layer = int(cosines.isfinite().int().argmin())
         raise ValueError(f"the cosine of layer {layer} is not a number in {model.dtype}; try --dtype float32")
-    return cosines
+    variance = (squares - cosines ** 2).clamp(min=0)
+    return cosines, (variance / max(1, int(distributed.all_sum(sequences)) - 1)).sqrt()
 
 
 @torch.no_grad()

@@ -71,7 +71,7 @@ def table(rows: list[dict], texts: Texts, dense_params: int) -> str:
               *(f"{row['perplexity'][label]:.2f}" for label in texts),
               "-" if row["seconds"] is None else f"{row['seconds']:.1f}"] for row in rows]
     lines = [f"{label}: {p['text']}; {p['tokens']:,} tokens, {'first ' * (p['windows'] < p['all_windows'])}"
-             f"{p['windows']} windows of {p['seq_len']:,}, "
+             f"{p['windows']} window{'s' * (p['windows'] > 1)} of {p['seq_len']:,}, "
              f"{'BOS once at the start' if p['bos'] else 'no BOS'}" for label, (_, p) in texts.items()]
     return "\n".join([markdown(head, cells), "", *lines])
 
@@ -85,9 +85,9 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def main() -> None:
-    p, seconds = cli.Parser(__doc__.splitlines()[0]), {}
+    p, seconds = cli.Parser(__doc__), {}
     cli.model_flags(p, "what to evaluate")
-    cli.evaluation_flags(p, "--data").add_argument("--seq-len", type=cli.positive, metavar="T", help=(
+    cli.evaluation_flags(p).add_argument("--seq-len", type=cli.positive, metavar="T", help=(
         "tokens in a window (default: 2048, or the model's maximum if less)"))
     p.add_argument_group("output").add_argument("--json", type=cli.json_file, metavar="FILE", help=(
         "also write the results to this file"))
@@ -95,7 +95,7 @@ def main() -> None:
     a = p.parse_args()
     model, tokenizer = cli.open_checkpoint(a.ckpt, a.device, a.dtype, a.shard)
     seq_len = cli.sequence_length(a.seq_len, 2048, model)
-    texts = evaluation_windows(a.data, tokenizer, seq_len, a.windows, a.data_dir)
+    texts = evaluation_windows(a.eval, tokenizer, seq_len, a.windows, a.data_dir)
     with cli.timed(seconds, "evaluation"):
         row = result_row(a.ckpt.name, model, texts, cli.batch_size(a.batch_size, seq_len, model))
     row["seconds"], protocols = seconds["evaluation"], {label: p for label, (_, p) in texts.items()}

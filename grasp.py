@@ -15,28 +15,31 @@ from collections.abc import Callable, Iterable, Iterator
 
 from torch import Tensor, nn
 
-from attribution import (SCORES, angular_distances, importance, layer_cosines, low_rank_factors,
+from attribution import (SCORES, angular_distances, cosines_with_errors, importance, low_rank_factors,
                          rank_for_ratio, rank_for_threshold, sigma_gradients, svd, top_k, weight_gradients)
 from data.corpus import calibration_windows
 from evaluate import evaluation_windows, result_row, table
 from model import LowRankLinear, Transformer, finite, matrix_names, save_checkpoint
 from runtime import cli, distributed
-from runtime.files import check_output
+from runtime.files import check_output, check_space, read_json
+from runtime.plan import check_layers, parameters_left, plan, print_plan
 
+LARGEST = 2 ** 26  # bytes of a report.json, which has the index of every kept component
 Sweep = Callable[[str], Iterable[Tensor]]  # label of its progress line -> fresh iterator over batches (B, T)
 
 
-def find_redundant(model: Transformer, sweep: Sweep, n: int, contiguous: bool = False) -> tuple[Tensor, list]:
-    """Return (cosine of every layer (n_layers,), ids of the n redundant layers, ascending) [GRASP §2.1].
+def find_redundant(model: Transformer, sweep: Sweep, n: int,
+                   contiguous: bool = False) -> tuple[Tensor, Tensor, list[int]]:
+    """Return (cosine of every layer, its standard error, ids of the n redundant layers) [GRASP §2.1].
 
     contiguous: the n neighbours with the smallest angular distance between their two ends [Gromov §3.2].
     """
     check_layers(model.args.n_layers, n)
-    cosines = layer_cosines(model, sweep("redundancy"))
+    cosines, errors = cosines_with_errors(model, sweep("redundancy"))
     if contiguous:
         first = int(angular_distances(model, sweep("redundancy"), n).argmin())
-        return cosines, list(range(first, first + n))
-    return cosines, top_k(cosines, n).tolist()
+        return cosines, errors, list(range(first, first + n))
+    return cosines, errors, top_k(cosines, n).tolist()
 
 
 def compress(model: Transformer, layer_ids: list[int], sweep: Sweep, ratio: float | None = None,
@@ -79,14 +82,6 @@ def compress(model: Transformer, layer_ids: list[int], sweep: Sweep, ratio: floa
             yield record
 
 
-def check_layers(count: int, layers: int | None, layer_ids: list[int] | None = None) -> None:
-    """Raise ValueError if a model of `count` layers has fewer, or if an id is out of range or given twice."""
-    ids = range(layers) if layer_ids is None else layer_ids
-    if not 0 < len(ids) <= count or len(set(ids)) < len(ids) or not all(0 <= layer < count for layer in ids):
-        raise ValueError(f"--layers, --layer-ids: this model has {count} layers, 0 to {count - 1}; asked for "
-                         f"{layers if layer_ids is None else layer_ids}")
-
-
 def check_settings(sweep: Sweep, ratio: float | None, threshold: float | None, score: str, iterative: bool,
                    gradients: dict[str, Tensor] | None) -> None:
     """Raise ValueError for arguments that compress cannot take."""
@@ -101,70 +96,103 @@ def check_settings(sweep: Sweep, ratio: float | None, threshold: float | None, s
 
 
 def main() -> None:
-    a, seconds = parse(), {}
+    a, seconds, records = parse(), {}, []
     model, tokenizer = cli.open_checkpoint(a.ckpt, a.device, a.dtype, a.shard)
-    check_layers(model.args.n_layers, a.layers, a.layer_ids)
-    before, dense_params, n = model.n_params, model.n_params_dense, a.layers or len(a.layer_ids)
+    n, ratio = plan(model, a.layers, a.layer_ids, a.ratio, a.remove)
+    before, dense_params = model.n_params, model.n_params_dense
+    left = parameters_left(model, a.layer_ids or range(n), ratio)
     seq_len, eval_len = cli.sequence_length(a.seq_len, 512, model), cli.sequence_length(None, 2048, model)
-    windows, source = calibration_windows(tokenizer, a.calibration, a.samples, seq_len, a.seed, a.data_dir)
-    texts = evaluation_windows(a.eval, tokenizer, eval_len, a.windows, a.data_dir)
     size = min(cli.batch_size(a.batch_size, seq_len, model, n), a.samples)
     eval_size = cli.batch_size(a.batch_size, eval_len, model)
-    asked = f"threshold {a.threshold}" if a.threshold else f"ratio {a.ratio}"
-    print(f"calibration  {source['protocol']}, batches of {size}\n"
-          f"method       {asked} of {n} layers{' in a row' * a.contiguous}, score {a.score}, "
-          f"{'iterative' if a.iterative else 'one-shot'}; to {a.out}\n")
+    asked = f"threshold {a.threshold}" if a.threshold else f"ratio {ratio:.6g}"
+    which = f"layers {a.layer_ids}" if a.layer_ids else f"{n} layer{'s' * (n > 1)}"
+    print(f"method       {asked} of {which}{' in a row' * a.contiguous}, score {a.score}, "
+          f"{'iterative' if a.iterative else 'one-shot'}; to {a.out}, at most "
+          f"{left * model.dtype.itemsize / 2 ** 30:.3f} GiB")
+    if a.dry_run:
+        return print_plan(model, (a.layer_ids or [0])[0], ratio, left, size * seq_len, n)
+    check_space(a.out, left * model.dtype.itemsize)
+    windows, source = calibration_windows(tokenizer, a.calibration, a.samples, seq_len, a.seed, a.data_dir)
+    texts = evaluation_windows(a.eval, tokenizer, eval_len, a.windows, a.data_dir)
+    print(f"calibration  {source['protocol']}, batches of {size}\n")
 
     def sweep(label):
         with cli.timed(seconds, label, model.device):
             yield from cli.batches(windows.to(model.device), size, label)
 
-    cosines, redundant = None, sorted(a.layer_ids or [])
-    if a.layers:
-        cosines, redundant = find_redundant(model, sweep, n, a.contiguous)
-        for layer, cosine in enumerate(cosines.tolist()):
-            print(f"layer {layer:3}  cosine {cosine:.4f}{'  redundant' * (layer in redundant)}")
-    rows, records = [result_row("dense" if before == dense_params else "input", model, texts, eval_size)], []
+    cosines, errors, redundant = None, None, sorted(a.layer_ids or [])
+    if not a.layer_ids:
+        cosines, errors, redundant = find_redundant(model, sweep, n, a.contiguous)
+        print_cosines(cosines, errors, redundant, a.contiguous)
+    if not any(isinstance(model.get_submodule(name), nn.Linear) for name in matrix_names(*redundant)):
+        raise ValueError(f"{a.ckpt}: layers {redundant} are low-rank already; ask for more layers or others")
+    rows = [result_row("dense" if before == dense_params else "input", model, texts, eval_size)]
     with cli.timed(seconds, "compression", model.device):
-        for record in compress(model, redundant, sweep, a.ratio, a.threshold, a.score, a.iterative):
+        for record in compress(model, redundant, sweep, ratio, a.threshold, a.score, a.iterative):
             records.append(record)
-            (m, n), k = record["shape"], record["rank"]
-            kept = f"kept {100 * k * (m + n) / (m * n):.2f} %" if k else "dense: factors would be larger"
-            print(f"{record['name']:<26} rank {k or min(m, n):4}/{min(m, n):<5} {kept}")
-    spent = seconds.get("redundancy", 0) + seconds["compression"]
-    rows.append(result_row(f"GRASP{f', {a.score}' * (a.score != 'taylor')}", model, texts, eval_size, spent))
+            print_record(record)
+    names = {"taylor": "GRASP", "magnitude": "plain SVD", "gradient": "GRASP, gradient"}
+    rows.append(result_row(names[a.score], model, texts, eval_size,
+                           seconds.get("redundancy", 0) + seconds["compression"]))
     after = model.n_params
     print(f"\n{table(rows, texts, dense_params)}\nasked: {asked} of layers {redundant}; achieved: {after:,} "
           f"parameters left of {before:,}, {100 * (1 - after / before):.1f} % removed; "
           f"peak memory {cli.peak_memory()}")
-    report = {"settings": {**vars(a), "seq_len": seq_len, "device": model.device, "dtype": model.dtype},
-              "cosines": cosines.tolist() if a.layers else None, "redundant": redundant, "matrices": records,
-              "parameters_before": before, "parameters_after": after, "calibration": source,
-              "protocol": {label: p for label, (_, p) in texts.items()}, "results": rows, "seconds": seconds}
+    earlier = a.ckpt / "report.json"  # of a folder that this project made
+    report = {"settings": {**vars(a), "ratio": ratio, "seq_len": seq_len, "device": model.device,
+                           "dtype": model.dtype},
+              "versions": cli.versions(), "cosines": None if cosines is None else cosines.tolist(),
+              "redundant": redundant, "matrices": records, "parameters_before": before,
+              "parameters_after": after, "calibration": source, "results": rows, "seconds": seconds,
+              "protocol": {label: p for label, (_, p) in texts.items()},
+              "input": read_json(earlier, LARGEST) if earlier.is_file() else None}
     save_checkpoint(model, a.out, report, tokenizer.files, a.overwrite)
     print(f"written to {a.out}")
 
 
+def print_cosines(cosines: Tensor, errors: Tensor, redundant: list[int], contiguous: bool) -> None:
+    """Print each layer's cosine with its standard error, and whether the choice is close."""
+    for layer, (cosine, error) in enumerate(zip(cosines.tolist(), errors.tolist())):
+        print(f"layer {layer:3}  cosine {cosine:.4f} ± {error:.4f}{'  redundant' * (layer in redundant)}")
+    others = [layer for layer in range(len(cosines)) if layer not in redundant]
+    if others and not contiguous:
+        last, first = min(redundant, key=cosines.__getitem__), max(others, key=cosines.__getitem__)
+        if cosines[last] - cosines[first] < 2 * max(errors[last], errors[first]):
+            print(f"layers {last} and {first} nearly tie; more --samples or --layer-ids decide between them")
+
+
+def print_record(record: dict) -> None:
+    (m, n), k = record["shape"], record["rank"]
+    kept = f"kept {100 * k * (m + n) / (m * n):.2f} %" if k else "dense: factors would be larger"
+    print(f"{record['name']:<26} rank {k or min(m, n):4}/{min(m, n):<5} {kept}")
+
+
 def parse() -> argparse.Namespace:
-    p = cli.Parser(__doc__.splitlines()[0])
+    p = cli.Parser(__doc__)
     group = cli.model_flags(p, "what to compress")
-    either = group.add_mutually_exclusive_group(required=True).add_argument
-    either("--layers", type=cli.positive, metavar="N", help="how many redundant layers to compress")
+    either = group.add_mutually_exclusive_group().add_argument
+    either("--layers", type=cli.positive, metavar="N",
+           help="how many redundant layers to compress (one of --layers, --layer-ids and --remove is needed)")
     either("--layer-ids", type=int, nargs="+", metavar="ID", help="compress these layers instead, from 0 on")
     group.add_argument("--contiguous", action="store_true", help="take neighbouring layers [Gromov]")
     either = group.add_mutually_exclusive_group().add_argument
     either("--ratio", type=cli.fraction, help="fraction of each matrix's parameters to keep (default: 0.1)")
     either("--threshold", type=cli.fraction, help="instead: fraction of the sum of scores to keep")
+    either("--remove", type=cli.fraction, metavar="FRACTION", help="instead: fraction of the whole model's "
+           "parameters to remove; without --layers, by the fewest layers that can at ratio 0.1")
     group.add_argument("--score", choices=SCORES, default="taylor", help="of a component (default: taylor)")
     group.add_argument("--iterative", action="store_true", help="Algorithm 1's order, half a block at a time")
     cli.calibration_flags(p)
-    cli.evaluation_flags(p, "--eval")
-    cli.output_flags(p, "grasp")
+    cli.evaluation_flags(p)
+    cli.output_flags(p, "grasp").add_argument(
+        "--dry-run", action="store_true", help="print ranks, parameters and memory, and stop")
     cli.machine_flags(p, batches=True, several=True)
     a = p.parse_args()
     if a.layer_ids and a.contiguous:
         raise ValueError("--contiguous finds the layers itself: it goes with --layers, not with --layer-ids")
-    a.ratio = None if a.threshold else a.ratio or 0.1
+    if not (a.layers or a.layer_ids or a.remove):
+        raise ValueError("one of --layers N, --layer-ids ID ... and --remove FRACTION is needed")
+    a.ratio = None if a.threshold or a.remove else a.ratio or 0.1
     check_output(a.out, a.overwrite, [a.ckpt])
     return a
 

@@ -75,7 +75,9 @@ def weight_files(folder: Path) -> tuple[bool, list[Path]]:
     """
     if not folder.is_dir():
         found = "a file, expected a folder" if folder.exists() else "no such folder"
-        raise FileNotFoundError(f"{folder}: {found}")
+        org = folder.parent.name if not folder.parent.exists() else None  # it looks like a name on the hub
+        hint = f"; from the hub: hf download {org}/{folder.name} --local-dir {folder.name}" if org else ""
+        raise FileNotFoundError(f"{folder}: {found}{hint}")
     for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
         index = folder / f"{stem}{suffix}.index.json"
         if not (folder / "config.json").is_file():
@@ -92,6 +94,8 @@ def weight_files(folder: Path) -> tuple[bool, list[Path]]:
             return True, files
     found = [f for f in sorted(folder.glob("consolidated*")) if f.is_file()]
     raw = [f for f in found if f.suffix == ".pth"] or [f for f in found if f.suffix == ".safetensors"]
+    if (folder / "snapshots").is_dir():
+        raise FileNotFoundError(f"{folder}: a cache of the hub; name a folder in its snapshots/")
     if not raw or not (folder / "params.json").is_file():
         raise FileNotFoundError(
             f"{folder}: no checkpoint here; looked for config.json with model*.safetensors or "

@@ -90,9 +90,9 @@ def find_file(wanted: str, data_dir: str | None = None) -> tuple[bytes, bool]:
     Looks in data_dir (or $GRASP_DATA) and in the cache, also for the head of WikiText-2's training text, then
     downloads.
     """
-    data_dir = data_dir or os.environ.get("GRASP_DATA")
+    flag, data_dir = ("--data-dir", data_dir) if data_dir else ("$GRASP_DATA", os.environ.get("GRASP_DATA"))
     if data_dir and not Path(data_dir).is_dir():
-        raise ValueError(f"data folder {data_dir}: no such folder")
+        raise ValueError(f"{flag} {data_dir}: no such folder")
     for folder in filter(None, (data_dir, CACHE)):
         for name in (wanted, wanted.replace("train.raw", "train.head.raw")):
             if (file := Path(folder) / name).is_file():

@@ -92,7 +92,7 @@ def look(model, sweep, layers, layer_ids):
     """
     seconds = {}
     with cli.timed(seconds, "redundancy", model.device):
-        redundant = sorted(layer_ids) if layer_ids else find_redundant(model, sweep, layers)[1]
+        redundant = sorted(layer_ids) if layer_ids else find_redundant(model, sweep, layers)[-1]
     modules = {name: model.get_submodule(name) for name in matrix_names(*redundant)}
     dense = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
     if not dense:
@@ -191,7 +191,7 @@ def read_calibration(names, tokenizer, data_dir):
 
 
 def parse():
-    p, known = cli.Parser(__doc__.splitlines()[0]), tuple(studies([], [], [], []))
+    p, known = cli.Parser(__doc__), tuple(studies([], [], [], []))
     p.add_argument("study", choices=known, metavar="STUDY", help=f"what to vary: {', '.join(known)}")
     add = cli.model_flags(p, "what to compress").add_argument
     add("--layers", type=cli.positive, metavar="N", help="how many redundant layers to compress")
@@ -207,7 +207,7 @@ def parse():
     add("--seq-len", type=cli.positive, metavar="T", help="tokens in each (default: 512, or all positions)")
     add("--seeds", type=cli.seed, nargs="+", metavar="SEED", help="of the windows' random offsets (default: 42; study "
         "seeds: 42 43 44 45 46)")
-    cli.evaluation_flags(p, "--eval")
+    cli.evaluation_flags(p)
     p.add_argument_group("output").add_argument("--json", type=cli.json_file, metavar="FILE",
                                                 help="write layers, components and results there too")
     cli.machine_flags(p, batches=True)

@@ -132,7 +132,7 @@ def turn(model, windows, size, n, ratio, peaks=None):
         reset_peak(device)  # for the SVDs, which follow the last sweep
 
     look = sweep if peaks is None else watched
-    _, redundant = find_redundant(model, look, n)
+    *_, redundant = find_redundant(model, look, n)
     with borrowed(model, redundant), cli.timed(seconds, "SVD", device):
         list(compress(model, redundant, look, ratio))
     seconds["SVD"] -= seconds["attribution"]
@@ -460,7 +460,7 @@ def open_weights(ckpt, shape, smallest, device, dtype):
 
 
 def parse():
-    p = cli.Parser(__doc__.splitlines()[0])
+    p = cli.Parser(__doc__)
     add = cli.model_flags(p, "what to measure").add_argument
     add("--shape", choices=SHAPES, help="random weights of this shape instead, in bfloat16 unless --dtype is given")
     add("--layers", type=cli.positive, metavar="N", help="how many are redundant (default: a quarter)")

@@ -50,7 +50,7 @@ def methods(n):
 
 def on_redundant(method, n, model, sweep, budget):
     """A method that can be kept to some layers, on the n redundant ones [GRASP §2.1]."""
-    return method(model, sweep, budget, layers=find_redundant(model, sweep, n)[1])
+    return method(model, sweep, budget, layers=find_redundant(model, sweep, n)[-1])
 
 
 def grasp(model, sweep, budget, layers):
@@ -166,7 +166,7 @@ def main():
 
 
 def parse():
-    p, known = cli.Parser(__doc__.splitlines()[0]), list(methods(1))
+    p, known = cli.Parser(__doc__), list(methods(1))
     add = cli.model_flags(p, "what to compress").add_argument
     add("--methods", nargs="+", choices=known, default=known, metavar="NAME",
         help=f"in this order (default: {' '.join(known)})")
@@ -175,7 +175,7 @@ def parse():
     add("--budget", type=cli.fraction, metavar="FRACTION",
         help="instead: fraction of all blocks' parameters to remove")
     cli.calibration_flags(p, samples=32)
-    cli.evaluation_flags(p, "--eval")
+    cli.evaluation_flags(p)
     p.add_argument_group("output").add_argument("--json", type=cli.json_file, metavar="FILE",
                                                 help="write everything there too, after every row")
     cli.machine_flags(p, batches=True)

@@ -45,7 +45,7 @@ def randomize(model, seed):
 
 
 def main():
-    p = cli.Parser(__doc__.splitlines()[0])
+    p = cli.Parser(__doc__)
     p.add_argument("kind", choices=["dropped", "svd", "random"])
     add = cli.model_flags(p, "what it is a control of", default=None, required=True,
                           help="a compressed folder").add_argument

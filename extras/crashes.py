@@ -312,7 +312,7 @@ def write_random(folder, shape=(2048, 17, 16, 4, 5632, 1024, False)):
 
 
 def main():
-    p = cli.Parser(__doc__.splitlines()[0])
+    p = cli.Parser(__doc__)
     p.add_argument("kind", choices=COUNTS)
     p.add_argument("--count", type=cli.positive, metavar="N", help="moments or evaluations (default: 100, 10, 50)")
     a = p.parse_args()

@@ -270,7 +270,7 @@ def meta_params(args):
 
 
 def main():
-    p = cli.Parser(__doc__.splitlines()[0])
+    p = cli.Parser(__doc__)
     cli.model_flags(p, "what to export", default=None, required=True,
                     help="a compressed folder, or a dense one of Meta's, Mistral's or Hugging Face's")
     add = p.add_argument_group("output").add_argument

@@ -361,7 +361,7 @@ def count_table(head, counts):
 
 
 def main():
-    p = cli.Parser(__doc__.splitlines()[0])
+    p = cli.Parser(__doc__)
     p.add_argument("--count", type=cli.positive, metavar="N", default=5000, help="cases (default: 5000)")
     p.add_argument("--seed", type=cli.seed, default=0, help="of all cases (default: 0)")
     p.add_argument("--only", type=cli.seed, metavar="I", help="only case I")

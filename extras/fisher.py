@@ -234,7 +234,7 @@ def main():
           f"method       {what}; {budget:,} parameters to remove\n")
     sweep, rows = partial(cli.batches, windows, size), [result_row("dense", model, texts, eval_size)]
     with cli.timed(seconds, "compression", model.device):
-        layers = find_redundant(model, sweep, a.layers)[1] if a.layers else a.layer_ids
+        layers = find_redundant(model, sweep, a.layers)[-1] if a.layers else a.layer_ids
         kept = compress(model, sweep, budget, layers, a.basis, a.allocate, a.score, a.mlp == "channels")
     for name, indices in kept.items():
         print(f"{name:<26} keeps {len(indices):5} {'channels' if name.endswith('feed_forward') else 'components'}")
@@ -250,7 +250,7 @@ def main():
 
 
 def parse():
-    p = cli.Parser(__doc__.splitlines()[0])
+    p = cli.Parser(__doc__)
     add = cli.model_flags(p, "what to compress").add_argument
     add("--budget", type=cli.fraction, required=True, help="fraction of all blocks' parameters to remove")
     add("--layers", type=cli.positive, metavar="N", help="remove them from the N redundant layers (default: from all)")
@@ -261,7 +261,7 @@ def parse():
         "basis and ranking allow it)")
     add("--score", choices=SCORES, default="magnitude", help="what ranks the components (default: magnitude)")
     cli.calibration_flags(p)
-    cli.evaluation_flags(p, "--eval")
+    cli.evaluation_flags(p)
     cli.output_flags(p, "fisher")
     cli.machine_flags(p, batches=True)
     a = p.parse_args()

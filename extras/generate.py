@@ -219,7 +219,7 @@ def main():
 
 
 def parse():
-    p = cli.Parser(__doc__.splitlines()[0])
+    p = cli.Parser(__doc__)
     add = cli.model_flags(p, "what to generate", nargs="+", default=[cli.TINY]).add_argument
     add("--prompt", metavar="TEXT", default="", help="to go on from (default: none but the tokenizer's BOS)")
     add("--max-new-tokens", type=cli.positive, metavar="N", default=100,

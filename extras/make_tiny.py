@@ -59,7 +59,7 @@ def train(model, tokens, held_out):
 
 
 def main():
-    p = cli.Parser(__doc__.splitlines()[0])
+    p = cli.Parser(__doc__)
     p.add_argument("folder", type=Path, metavar="FOLDER", help="to write, a new one")
     folder = p.parse_args().folder
     check_output(folder)

@@ -219,7 +219,7 @@ def singular_values(model, name):
 
 
 def parse():
-    p = cli.Parser(__doc__.splitlines()[0])
+    p = cli.Parser(__doc__)
     p.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="that grasp.py wrote")
     add = cli.model_flags(p, "what to draw", default=None,
                           help="another way to give FOLDER, as other commands do").add_argument

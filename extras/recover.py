@@ -267,7 +267,7 @@ def main():
 
 
 def parse():
-    p = cli.Parser(__doc__.splitlines()[0])
+    p = cli.Parser(__doc__)
     add = cli.model_flags(p, "what to train", default=None, required=True, help="a compressed folder").add_argument
     add("--lora", type=cli.positive, metavar="R",
         help="a dense folder instead: train adapters of rank R, then add them in")

@@ -80,7 +80,7 @@ def config(field):
 
 
 def main():
-    p = cli.Parser(__doc__.splitlines()[0])
+    p = cli.Parser(__doc__)
     p.add_argument("folder", type=Path, metavar="FOLDER", help="to write, a new one")
     target = p.parse_args().folder
     check_output(target)

@@ -338,7 +338,7 @@ def main():
 
 
 def parse():
-    p = cli.Parser(__doc__.splitlines()[0])
+    p = cli.Parser(__doc__)
     cli.model_flags(p, "what to evaluate", nargs="+", default=[cli.TINY], help="folders of weights of any kind; the "
                     "first is what the others are compared with (default: the embedded model)")
     add = p.add_argument_group("evaluation").add_argument

@@ -1,10 +1,14 @@
 """What the commands share: flags, device and dtype, timing, progress, errors of one line."""
 import argparse
 import atexit
+import difflib
 import os
+import platform
 import re
 import resource
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,13 +32,21 @@ EMBEDDED = "with the embedded model: embedded"
 
 
 class Parser(argparse.ArgumentParser):
-    """ArgumentParser that raises ValueError instead of exiting. The functions below add groups of flags."""
-    def __init__(self, description: str):
-        super().__init__(description=description, allow_abbrev=False)
+    """ArgumentParser that raises ValueError instead of exiting. The functions below add groups of flags.
+
+    doc: a module's docstring, of which --help shows the first line and the line with an example.
+    """
+    def __init__(self, doc: str):
+        example = re.search(r"python .+?(?=`|  | or,|$)", doc, re.MULTILINE)
+        super().__init__(description=doc.splitlines()[0], epilog=example and f"example: {example[0]}",
+                         allow_abbrev=False)
         self.texts, self.suffix = {}, None  # {flag: its default}, of the default --out
 
     def error(self, message: str):
-        raise ValueError(message)
+        wrong = message.removeprefix("unrecognized arguments: ").split()[0]
+        close = difflib.get_close_matches(wrong, self._option_string_actions, 1)
+        hint = f"; did you mean {close[0]}?" if close and "unrecognized" in message else ""
+        raise ValueError(message + hint)
 
     def parse_args(self, *words) -> argparse.Namespace:
         """Parse the command line and fill in the defaults that depend on --ckpt. Raises ValueError."""
@@ -42,7 +54,7 @@ class Parser(argparse.ArgumentParser):
         for flag, default in self.texts.items():
             if getattr(a, flag) is None:
                 tiny = "embedded" if isinstance(default, str) else ["embedded"]
-                setattr(a, flag, tiny if a.ckpt == TINY else default)
+                setattr(a, flag, tiny if a.ckpt.resolve() == TINY else default)
             elif getattr(a, flag) == ["none"]:
                 setattr(a, flag, [])
         if self.suffix:
@@ -54,7 +66,7 @@ def model_flags(parser: Parser, title: str, **ckpt):
     """Add --ckpt. Each of these functions makes a group of flags and returns it."""
     group = parser.add_argument_group(title)
     group.add_argument("--ckpt", **{
-        "type": lambda name: Path(os.path.realpath(name)), "default": TINY, "metavar": "FOLDER", "help":
+        "type": lambda name: Path(os.path.abspath(name)), "default": TINY, "metavar": "FOLDER", "help":
         "Meta's, Mistral's, Hugging Face's or a compressed folder (default: the embedded model)", **ckpt})
     return group
 
@@ -70,10 +82,10 @@ def calibration_flags(parser: Parser, samples: int = 512):
     return group
 
 
-def evaluation_flags(parser: Parser, flag: str):
-    group, parser.texts[flag[2:]] = parser.add_argument_group("evaluation"), ["wikitext2", "ptb"]
+def evaluation_flags(parser: Parser):
+    group, parser.texts["eval"] = parser.add_argument_group("evaluation"), ["wikitext2", "ptb"]
     add = group.add_argument
-    add(flag, nargs="+", metavar="TEXT",
+    add("--eval", "--data", nargs="+", metavar="TEXT",
         help=f"{text_names('test')} or files; none for no evaluation (default: wikitext2 ptb; {EMBEDDED})")
     add("--windows", type=positive, metavar="N", help="only the first N windows of each text (default: all)")
     add("--data-dir", metavar="DIR", help="folder with wikitext-2-raw/ and ptb/ (default: $GRASP_DATA, then "
@@ -94,7 +106,7 @@ def machine_flags(parser: Parser, batches: bool = False, several: bool = False):
     add = group.add_argument
     add("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: CUDA where there is one)")
     add("--dtype", default="auto", choices=["auto", *DTYPES],
-        help="of the weights and of what is written (default: the checkpoint's own)")
+        help="of the weights (default: the checkpoint's own)")
     if batches:
         add("--batch-size", type=positive, metavar="N", help="sequences at a time (default: 1,024 tokens; on "
             "CUDA up to 8,192, as memory allows)")
@@ -132,7 +144,7 @@ def open_checkpoint(ckpt: Path, device: str, dtype: str,
     adapter = ", without the adapter beside them" * (ckpt / "adapter_config.json").is_file()
     print(f"reading      {', '.join(file.name for file in files)} of {ckpt}{adapter}")
     model = load_checkpoint(ckpt, DTYPES.get(dtype), device, split)
-    introduce(ckpt, model, why, "the folder's own" if dtype == "auto" else "as asked")
+    introduce(ckpt, model, why, "that of the embeddings" if dtype == "auto" else "as asked")
     return model, load_tokenizer(ckpt, model.args.vocab_size)
 
 
@@ -184,12 +196,21 @@ def batch_size(asked: int | None, seq_len: int, model: Transformer | None = None
     """
     if asked or model is None or model.device.type != "cuda":
         return asked or max(1, 1024 // seq_len)
-    a, wide = model.args, max(4, model.dtype.itemsize)
-    gradients = layers * wide * max(sum(p.numel() for p in block.parameters()) for block in model.layers)
-    kept = model.dtype.itemsize * (8 * a.dim + 4 * a.n_heads * a.head_dim + 4 * a.hidden_dim)  # token, block
-    room = free_bytes(model.device) - gradients - 2 ** 30
-    tokens = int(min(8192, room / (kept * (a.n_layers + 1))))
-    return distributed.from_first(lambda: max(1, tokens // seq_len))
+    fixed = sweep_memory(model, 0, layers)
+    room = (free_bytes(model.device) - fixed) / (sweep_memory(model, 1, layers) - fixed)
+    return distributed.from_first(lambda: max(1, int(min(8192, room)) // seq_len))
+
+
+def sweep_memory(model: Transformer, tokens: int, layers: int) -> int:
+    """Upper bound, in bytes, of what weight_gradients needs beside the weights of a model.
+
+    tokens: of a micro-batch; autograd keeps those of all blocks. layers: whose gradients are summed.
+    """
+    a, s = model.args, model.dtype.itemsize
+    gradients = layers * max(4, s) * max(sum(p.numel() for p in block.parameters()) for block in model.layers)
+    kept = s * (8 * a.dim + 4 * a.n_heads * a.head_dim + 4 * a.hidden_dim)  # of a token in a block
+    head = 4 * max(4, s) * model.head_chunk * a.vocab_size
+    return gradients + head + tokens * kept * (a.n_layers + 1)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -227,6 +248,14 @@ def timed(seconds: dict[str, float], phase: str, device: torch.device | None = N
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
     seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def versions() -> dict[str, str | None]:
+    """What results depend on. commit: of this project, None without git."""
+    commit = subprocess.run(["git", "-C", TINY, "rev-parse", "HEAD"], capture_output=True, text=True) \
+        if shutil.which("git") else None
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            "commit": commit.stdout.strip() or None if commit else None}
 
 
 def peak_memory() -> str:

@@ -59,7 +59,7 @@ def check_output(path: str | Path, overwrite: bool = False, inputs: Iterable[Pat
     Raises FileExistsError, PermissionError or, if it is an input, ValueError.
     """
     path = Path(path)
-    if Path(os.path.realpath(path)) in inputs:
+    if os.path.realpath(path) in [os.path.realpath(folder) for folder in inputs if folder]:
         raise ValueError(f"--out {path}: is the input")
     check_parent(path)
     if os.path.lexists(path) and not overwrite:
@@ -74,10 +74,18 @@ def check_output(path: str | Path, overwrite: bool = False, inputs: Iterable[Pat
 def check_parent(path: Path) -> None:
     """Raise OSError if nothing can be written there."""
     parent = path.absolute().parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"{path}: cannot be written, {parent} is not a folder or read-only")
+    if not parent.is_dir():
+        raise FileNotFoundError(f"{path}: cannot be written, there is no folder {parent}; create it first")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path}: cannot be written, {parent} is read-only")
     if len(os.fsencode(path.name)) > 220:  # of the 255 of a file system; the temporary name is longer
         raise OSError(f"{path}: the name is too long")
+
+
+def check_space(path: str | Path, size: int) -> None:
+    """Raise OSError if the file system of `path` has not so many bytes free."""
+    if size > (free := shutil.disk_usage(Path(path).absolute().parent).free):
+        raise OSError(f"{path}: needs {size / 2 ** 30:.2f} GiB, {free / 2 ** 30:.2f} GiB are free there")
 
 
 @contextmanager

@@ -42,7 +42,7 @@ def test_each_variant_is_grasp_alone_on_a_fresh_model():
         s = {**BASE, **change}
         alone, _, _ = setup()
         sweep = partial(cli.batches, windows[s["calibration"], 4, 42], 2)
-        _, redundant = grasp.find_redundant(alone, sweep, 2)
+        *_, redundant = grasp.find_redundant(alone, sweep, 2)
         records = list(grasp.compress(alone, redundant, sweep, s["ratio"], s["threshold"], s["score"], s["iterative"]))
         assert row["redundant"] == redundant and row["matrices"] == records and row["settings"] == s
         assert row["parameters"] == alone.n_params < model.n_params

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attribution import (angular_distances, importance, layer_cosines, low_rank_factors,
+from attribution import (cosines_with_errors, angular_distances, importance, layer_cosines, low_rank_factors,
                          rank_for_ratio, rank_for_threshold, sigma_gradients, svd, top_k, weight_gradients)
 from conftest import random_model, random_tokens
 from model import LowRankLinear, matrix_names
@@ -357,3 +357,14 @@ def test_angles_of_equal_vectors_are_zero():
 
     assert F.cosine_similarity(Same.h[0], Same.h[0], dim=-1).max() > 1
     assert angular_distances(Same(), [torch.zeros(50, 1)], 1).max() < 1e-3
+
+
+def test_the_standard_error_is_that_of_the_sequences_means():
+    model = random_model()
+    tokens = random_tokens(model, 7, 9)
+    cosines, errors = cosines_with_errors(model, tokens.split(3))
+    each = torch.stack([layer_cosines(model, [row[None]]) for row in tokens])  # (7, n_layers)
+    torch.testing.assert_close(cosines, each.mean(0))
+    torch.testing.assert_close(errors, each.std(0) / 7 ** 0.5)
+    idle = torch.full_like(tokens[:2], -100)  # what a process without sequences gets
+    torch.testing.assert_close(cosines_with_errors(model, [tokens, idle]), (cosines, errors))

@@ -166,7 +166,8 @@ def test_help_shows_the_flags_in_groups():
     shown = run("grasp.py", "--help", cwd=ROOT).stdout
     titles = ["what to compress:", "calibration:", "evaluation:", "output:", "machine:"]
     assert [line for line in shown.splitlines() if line in titles] == titles
-    compress, calibration, evaluation, output, machine = shown.split("what to compress:")[1].split("\n\n")
+    compress, calibration, evaluation, output, machine, example = shown.split("what to compress:")[1].split("\n\n")
+    assert example == "example: python grasp.py --ckpt FOLDER --layers 7 --ratio 0.1\n"
     for flags, group in (("--ckpt --layers --ratio", compress), ("--samples --seed", calibration),
                          ("--eval --windows --data-dir", evaluation), ("--out --overwrite", output),
                          ("--device --dtype --batch-size", machine)):
@@ -174,7 +175,7 @@ def test_help_shows_the_flags_in_groups():
 
 
 def test_layers_by_hand_need_no_redundancy_sweep(nowhere, monkeypatch, capsys):
-    monkeypatch.setattr(grasp, "layer_cosines", lambda *_: pytest.fail("a redundancy sweep"))
+    monkeypatch.setattr(grasp, "cosines_with_errors", lambda *_: pytest.fail("a redundancy sweep"))
     monkeypatch.setattr(sys, "argv", "grasp.py --layer-ids 3 --samples 2 --seq-len 16 --eval none".split())
     cli.command(grasp.main)
     assert "cosine" not in capsys.readouterr().out
@@ -223,7 +224,7 @@ def test_a_stack_trace_on_request(tmp_path):
 # --------------------------------------------------------------------------------------------------- mistakes
 
 @pytest.mark.parametrize("words, message", [
-    ("", "one of the arguments --layers --layer-ids is required"),
+    ("", "one of --layers N, --layer-ids ID ... and --remove FRACTION is needed"),
     ("--layers 2 --layer-ids 1", "argument --layer-ids: not allowed with argument --layers"),
     ("--layers 0", "--layers: '0', expected a whole number from 1 to"),
     ("--layers two", "--layers: 'two', expected a whole number"),
@@ -245,6 +246,10 @@ def test_a_stack_trace_on_request(tmp_path):
     ("--layers 2 --seq-len 1", "--seq-len 1: expected 2 to 256"),
     ("--layers 2 --batch-size 0", "--batch-size: '0', expected"),
     ("--layers 2 --no-such-flag", "unrecognized arguments: --no-such-flag"),
+    ("--layers 2 --samplse 3", "unrecognized arguments: --samplse 3; did you mean --samples?"),
+    ("--layers 2 --remove 0.1 --ratio 0.1", "argument --ratio: not allowed with argument --remove"),
+    ("--layers 2 --ckpt meta/Small", "Small: no such folder; from the hub: hf download meta/Small --local-dir Small"),
+    ("--layers 2 --ckpt cache", "cache: a cache of the hub; name a folder in its snapshots/"),
     ("--layers 2 --ckpt nowhere", "nowhere: no such folder"),
     ("--layers 2 --ckpt file", "file: a file, expected a folder"),
     ("--layers 2 --ckpt empty", "empty: no checkpoint here; looked for config.json"),
@@ -260,15 +265,16 @@ def test_a_stack_trace_on_request(tmp_path):
     ("--layers 2 --calibration short", "the calibration text has 3 tokens"),
     ("--layers 2 --eval wikitext2", "put the file there as DIR/wikitext-2-raw/wiki.test.raw"),
     ("--layers 2 --eval short", "the evaluation text has 3 tokens"),
-    ("--layers 2 --data-dir nowhere --eval ptb", "data folder nowhere: no such folder"),
+    ("--layers 2 --data-dir nowhere --eval ptb", "--data-dir nowhere: no such folder"),
     ("--layers 2 --out empty", "empty: exists; choose another, or pass --overwrite"),
     ("--layers 2 --out empty --overwrite", "empty: --overwrite replaces only a folder"),
     ("--layers 2 --ckpt bare --out ./bare", "--out bare: is the input"),
-    ("--layers 2 --out no/such/parent", "no/such is not a folder or read-only"),
+    ("--layers 2 --out no/such/parent", "no/such; create it first"),
 ])
 def test_mistakes_are_one_line_and_write_nothing(words, message, nowhere, monkeypatch, capsys):
     (nowhere / "file").touch()
     (nowhere / "empty").mkdir()
+    (nowhere / "cache/snapshots").mkdir(parents=True)
     (nowhere / "short").write_text("if x")
     shutil.copytree(ROOT / "data/tiny", nowhere / "bare", ignore=shutil.ignore_patterns("tokenizer.model"))
     before = sorted(nowhere.rglob("*"))
@@ -309,6 +315,7 @@ def test_flags_reach_the_method(nowhere, monkeypatch, capsys):
         return json.loads((nowhere / "tiny-grasp/report.json").read_text())
 
     plain, seed, magnitude = map(report, ("", "--seed 7", "--score magnitude"))
+    assert plain["versions"]["torch"] == torch.__version__ and plain["input"] is None
     assert plain["calibration"]["offsets"] != seed["calibration"]["offsets"]
     assert plain["cosines"] != sorted(plain["cosines"]) and plain["redundant"] != [0, 1]
     assert all(m["kept"] == list(range(m["rank"])) for m in magnitude["matrices"])

@@ -243,7 +243,7 @@ def main():
 
 
 def parse():
-    p = cli.Parser(__doc__.splitlines()[0])
+    p = cli.Parser(__doc__)
     add = cli.model_flags(p, "what to compress").add_argument
     add("--ratio", type=cli.fraction, default=0.8, help="fraction of the model's parameters to keep (default: 0.8)")
     add("--sublayer", choices=["attention", "mlp", "both"], default="both", help="what to compress (default: both)")
@@ -255,7 +255,7 @@ def parse():
     add("--lora", type=cli.positive, metavar="R", help="rank of the adapters (default: 8)")
     add("--records", type=cli.positive, metavar="N", help="records to train on, at random (default: all)")
     cli.calibration_flags(p)
-    cli.evaluation_flags(p, "--eval")
+    cli.evaluation_flags(p)
     cli.machine_flags(p, batches=True)
     a = p.parse_args()
     if not a.recover and (a.lora or a.records):

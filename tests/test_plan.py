@@ -1,0 +1,98 @@
+"""The lesson: what a run will do is known before it: ratio, ranks, parameters, bytes, memory."""
+import json
+import math
+import shutil
+import sys
+
+import pytest
+
+import grasp
+from conftest import error_of, random_model
+from grasp import compress
+from model import load_checkpoint
+from runtime import cli, files
+from runtime.cli import TINY
+from runtime.plan import parameters_left, plan
+
+QUICK = "--samples 4 --seq-len 32 --windows 1"
+
+
+def test_the_parameters_left_are_those_of_the_compressed_model():
+    model = random_model()
+    expected = parameters_left(model, [1, 3], 0.3)
+    assert expected < model.n_params == parameters_left(model, [1, 3], None)
+    list(compress(model, [1, 3], None, ratio=0.3, score="magnitude"))
+    assert model.n_params == expected == parameters_left(model, [1, 3], 0.3)  # nothing dense is left
+
+
+@pytest.mark.parametrize("layers, layer_ids, remove", [(None, None, 0.2), (3, None, 0.1), (None, [0, 5], 0.05)])
+def test_remove_takes_the_largest_ratio_that_reaches_it(layers, layer_ids, remove):
+    model = load_checkpoint(TINY)
+    n, ratio = plan(model, layers, layer_ids, None, remove)
+    ids, target = layer_ids or range(n), (1 - remove) * model.n_params
+    assert n == (layers or len(layer_ids or []) or n)
+    assert parameters_left(model, ids, ratio) <= target < parameters_left(model, ids, ratio + 1e-4)
+    if not (layers or layer_ids):  # the fewest layers that reach it at ratio 0.1
+        assert parameters_left(model, range(n), 0.1) <= target < parameters_left(model, range(n - 1), 0.1)
+
+
+def test_more_than_the_layers_have_cannot_be_removed():
+    with pytest.raises(ValueError, match="--remove 0.9: 1 of 4 layers cannot lose that many parameters"):
+        plan(random_model(), 1, None, None, 0.9)
+
+
+def main(words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["grasp.py", *words.split()])
+    cli.command(grasp.main)
+    return capsys.readouterr().out
+
+
+def test_a_run_does_what_its_plan_says(nowhere, monkeypatch, capsys):
+    words = f"--remove 0.15 --eval none {QUICK}"
+    said = main(f"{words} --dry-run", monkeypatch, capsys)
+    assert list(nowhere.iterdir()) == [] and "memory needed: at most " in said
+    out = main(words, monkeypatch, capsys)
+    report = json.loads((nowhere / "tiny-grasp/report.json").read_text())
+    assert f"{report['parameters_after']:,} parameters would be left of 886,368, 15" in said
+    assert f"of {len(report['redundant'])} layer" in said and "15" in out
+    assert report["parameters_after"] <= 0.85 * report["parameters_before"]
+    for record in report["matrices"][:7]:
+        name = record["name"].partition(".")[2].partition(".")[2]
+        line = next(line for line in said.splitlines() if name in line)
+        assert line.endswith(f"{record['shape']}  rank {record['rank']}")
+
+
+def test_a_full_disk_is_found_before_the_sweep(nowhere, monkeypatch, capsys):
+    usage = shutil.disk_usage(nowhere)._replace(free=1000)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(grasp, "calibration_windows", None)
+    line = error_of(grasp.main, f"--layers 2 {QUICK}", monkeypatch, capsys)
+    assert "tiny-grasp: needs 0.00 GiB, 0.00 GiB are free there" in line
+
+
+def test_layers_that_are_low_rank_already_are_not_compressed_again(nowhere, monkeypatch, capsys):
+    main(f"--layer-ids 3 5 --eval none {QUICK}", monkeypatch, capsys)
+    line = error_of(grasp.main, f"--ckpt tiny-grasp --layer-ids 5 3 --eval none --calibration embedded {QUICK}",
+                    monkeypatch, capsys)
+    assert "layers [3, 5] are low-rank already; ask for more layers or others" in line
+    main(f"--ckpt tiny-grasp --layer-ids 3 4 --eval none --calibration embedded {QUICK} --out again", monkeypatch, capsys)
+    report = json.loads((nowhere / "again/report.json").read_text())
+    assert {record["name"][:9] for record in report["matrices"]} == {"layers.4."}
+    assert report["input"]["redundant"] == [3, 5] and report["input"]["input"] is None
+
+
+def test_a_link_gives_its_own_name_to_the_output(nowhere, monkeypatch, capsys):
+    (nowhere / "mine").symlink_to(TINY)
+    out = main(f"--ckpt mine --layer-ids 3 --eval none {QUICK}", monkeypatch, capsys)
+    assert out.startswith(f"reading      consolidated.00.pth of {nowhere / 'mine'}\n")
+    assert (nowhere / "mine-grasp/report.json").is_file()  # and it was calibrated on the embedded text
+
+
+@pytest.mark.parametrize("gap, tied", [(0.001, True), (0.1, False)])
+def test_a_near_tie_is_said(gap, tied, capsys):
+    import torch
+    cosines, errors = torch.tensor([0.9, 0.5, 0.9 - gap]), torch.full((3,), 0.004)
+    grasp.print_cosines(cosines, errors, [0], contiguous=False)
+    out = capsys.readouterr().out
+    assert "layer   0  cosine 0.9000 ± 0.0040  redundant" in out
+    assert ("layers 0 and 2 nearly tie" in out) == tied and not math.isnan(gap)
