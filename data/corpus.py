@@ -78,7 +78,7 @@ def load_text(name: str, use: str, data_dir: str | None = None) -> tuple[str, st
         return join(content.decode("utf-8")), description + " (only its head)" * head
     if not Path(name).is_file():
         raise FileNotFoundError(f"no text {name!r}: expected {text_names(use)}, or the path of a file")
-    if Path(name).suffix in (".json", ".jsonl"):
+    if Path(name).suffix.lower() in (".json", ".jsonl"):
         raise ValueError(f"{name}: JSON is no text; extract it first, e.g. jq -r .text {name} > text.txt")
     with error_prefix(f"{name}: not UTF-8 text"):  # a byte order mark is not text
         return Path(name).read_bytes().decode("utf-8-sig"), "the file as it stands"

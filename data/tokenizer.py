@@ -54,8 +54,9 @@ class Tokenizer:
         """Encode a text as one stream of tokens (N,) int64, with BOS (if there is one) once at its start."""
         with error_prefix(f"{self.file}: fails on this text"):
             ids = torch.tensor([*self.before, *self.encode(text), *self.after], dtype=torch.int64)
-        if len(ids) and self.rows and ids.max() >= self.rows:
-            raise ValueError(f"{self.file}: this text has token {ids.max()}, the model only {self.rows:,}")
+        if len(ids) and self.rows and (top := int(ids.max())) >= self.rows:
+            token = next((token for token, i in self.special.items() if i == top), self.decode([top]))
+            raise ValueError(f"{self.file}: token {top} ({token!r}) of this text has no row in the model")
         return ids
 
 

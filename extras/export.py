@@ -31,7 +31,7 @@ LLAMA3_SPECIAL = {0: "<|begin_of_text|>", 1: "<|end_of_text|>", 6: "<|start_head
                   9: "<|eot_id|>"}
 
 # A converted tokenizer must give the same ids here, and on the embedded text with its tables and indented code.
-PROBE = "  Two  spaces,\ttabs\r\nand\n\n\nlines; 1234567 3.14; naïve été e\u0301 ½ ﬁ, 日本語 🙂 \x00 don't WE'RE ▁   "
+PROBE = "  Two  spaces,\ttabs\r\nand\n\n\nlines; 1234567 3.14; naïve été e\u0301 ½ ﬁ, 日本語 🙂 \x00 don't WE'RE ▁ a<s>b </s> <unk> "
 
 
 def dense_weight(model, name):

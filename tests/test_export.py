@@ -308,7 +308,7 @@ def test_dtype_is_what_is_written(small, monkeypatch, capsys):
     ("--ckpt small", "the following arguments are required: --out"),
     ("--ckpt nowhere --out out", "nowhere: no such folder"),
     ("--ckpt small --out small", "small: exists"),
-    ("--ckpt small --out no/such/parent", "no/such is not a folder or read-only"),
+    ("--ckpt small --out no/such/parent", "no/such; create it first"),
     ("--ckpt small --out out --format gguf", "--format: invalid choice: 'gguf'"),
     ("--ckpt small --out out --overwrite", "unrecognized arguments: --overwrite"),
 ])
