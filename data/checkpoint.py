@@ -8,7 +8,6 @@
 The format is detected from the files; the folder's name does not matter.
 """
 import json
-import pickle
 import warnings
 import zipfile
 from pathlib import Path
@@ -78,13 +77,11 @@ def weight_files(folder: Path) -> tuple[bool, list[Path]]:
         org = folder.parent.name if not folder.parent.exists() else None  # it looks like a name on the hub
         hint = f"; from the hub: hf download {org}/{folder.name} --local-dir {folder.name}" if org else ""
         raise FileNotFoundError(f"{folder}: {found}{hint}")
-    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
-        index = folder / f"{stem}{suffix}.index.json"
-        if not (folder / "config.json").is_file():
-            break
-        if (folder / f"{stem}{suffix}").is_file():
-            return True, [folder / f"{stem}{suffix}"]
-        if index.is_file():
+    config = (folder / "config.json").is_file()
+    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")) if config else ():
+        if (file := folder / f"{stem}{suffix}").is_file():
+            return True, [file]
+        if (index := folder / f"{stem}{suffix}.index.json").is_file():
             with error_prefix(f"{index}: weight_map"):
                 files = [folder / name for name in sorted({*read_json(index)["weight_map"].values()})]
             for missing in (f for f in files if f.parent != folder or not f.is_file()):
@@ -153,9 +150,11 @@ def read_pth(file: Path) -> dict[str, Tensor]:
         warnings.simplefilter("ignore")
         try:
             tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except pickle.UnpicklingError as e:  # torch's message also says how to run the code inside
-            reason = str(e).rpartition("WeightsUnpickler error: ")[2].partition(" was not an allowed")[0]
-            raise ValueError(reason) from None
+        except Exception as e:
+            if "WeightsUnpickler error: " not in str(e):
+                raise
+            reason = str(e).partition("WeightsUnpickler error: ")[2].partition(" was not an allowed")[0]
+            raise ValueError(reason) from None  # the rest says how to run the code inside
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors.values()}
     if [storages[place] for place in sorted(storages)] != sizes:  # in the file's order
         raise ValueError("the sizes of the tensors' storages are not those of the archive's records")
@@ -214,7 +213,10 @@ def read_args(p: dict, hugging_face: bool, shards: list[dict[str, Tensor]]) -> d
 
 
 def read_rope(p: dict, hugging_face: bool, factor: float) -> tuple[dict | None, float]:
-    """Return (rope_scaling, rope_theta). factor: of Meta's files, which say only use_scaled_rope."""
+    """Return (rope_scaling, rope_theta). factor: of Meta's files, which say only use_scaled_rope.
+
+    Without rope_theta it is 1e4; in Mistral's params.json (which has hidden_dim) without a window 1e6.
+    """
     rope = hugging_face and p.get("rope_parameters") or p.get("rope_scaling") or {}  # transformers 5; 4, Meta
     kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
     if kind not in ("default", "llama3"):

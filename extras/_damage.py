@@ -43,7 +43,7 @@ def write_good(kind, folder):
         write_json_tokenizer(folder)
         dtype, shard = (torch.float32, "5GB") if kind == "hf" else (torch.float16, "100KB")
         write_hf(good_model(dtype, tied=kind == "hf", vocab_size=600), load_tokenizer(folder), folder, shard)
-        return (folder / "tokenizer_config.json").unlink()  # which no command reads
+        return (folder / "tokenizer_config.json").unlink()  # it says what tokenizer.json says
     if kind == "llama3":
         write_tiktoken(folder)
         return write_meta(folder, good_model(torch.bfloat16, vocab_size=517, rope_theta=5e5), use_scaled_rope=True)

@@ -95,7 +95,8 @@ def meta_folder(folder):
 def hf_folder(folder):
     """The same of a Hugging Face folder, under Meta's names too; the rows of wq and wk as they are."""
     table, index = json.loads((folder / "config.json").read_text()), folder / "model.safetensors.index.json"
-    files = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    single = {"model.safetensors"}
+    files = single if (folder / "model.safetensors").is_file() else set(json.loads(index.read_text())["weight_map"].values())
     shard = {}
     for name, t in (item for file in files for item in safetensors_tensors(folder / file).items()):
         for theirs, ours in NAMES.items():
@@ -112,11 +113,15 @@ def witness_args(table, vocab_size):
     dim, n_layers, n_heads = (int(table[name]) for name in ("dim", "n_layers", "n_heads"))
     scaling = table.get("rope_scaling") or ({} if table.get("use_scaled_rope") else None)
     if scaling is not None:
-        scaling = {**LLAMA31, **{name: value for name, value in scaling.items() if value is not None}}
-    limits = [int(table[name]) for name in ("max_seq_len", "sliding_window") if table.get(name)]
+        positions = {"original_max_position_embeddings": table.get("max_position_embeddings") or 8192.0}
+        scaling = {**LLAMA31, **positions, **{name: value for name, value in scaling.items() if value is not None}}
+    window = table.get("sliding_window", 4096 if table.get("model_type") == "mistral" else None)
+    limits = [int(limit) for limit in (table.get("max_seq_len"), window if table.get("model_type") != "llama" else None)
+              if limit]
+    mistral = "model_type" not in table and table.get("hidden_dim") and not window  # its own code's rule
     return ModelArgs(dim, n_layers, n_heads, int(table.get("n_kv_heads") or n_heads),
                      int(table.get("head_dim") or dim // n_heads), 1, vocab_size, float(table["norm_eps"]),
-                     float(table.get("rope_theta") or 1e4), scaling, min(limits, default=None))
+                     float(table.get("rope_theta") or (1e6 if mistral else 1e4)), scaling, min(limits, default=None))
 
 
 def joined(shards, name, dim):
@@ -129,7 +134,7 @@ def joined(shards, name, dim):
 
 def witness_model(folder):
     """A Transformer filled by hand from what the folder's files say."""
-    meta = (folder / "params.json").is_file() and any(f.is_file() for f in folder.glob("consolidated*"))
+    meta = not any((folder / "config.json").is_file() and f.is_file() for f in folder.glob("model*.safetensors"))
     table, shards = meta_folder(folder) if meta else hf_folder(folder)
     embeddings = joined(shards, "tok_embeddings", int(table["dim"]))
     args, dtype = witness_args(table, len(embeddings)), embeddings.dtype
@@ -156,19 +161,17 @@ def witness_model(folder):
 
 def witness_tokens(folder, text):
     """The tokens of a text by the libraries themselves, which alone know what a damaged vocabulary means."""
-    file = next(f for name in ("tokenizer.model", "tokenizer.model.v*", "tokenizer.json")
+    file = next(f for name in ("tokenizer.json", "tokenizer.model", "tokenizer.model.v*")
                 for f in sorted(folder.glob(name)) if f.is_file())
     content = file.read_bytes()
     if content.lstrip()[:1] == b"{":
         table = json.loads(content)
         table["model"].pop("dropout", None)  # tokens must not be left to chance
         made = need("tokenizers", "").Tokenizer.from_str(json.dumps({**table, "truncation": None, "padding": None}))
-        full, plain = made.encode("a").ids, made.encode("a", add_special_tokens=False).ids
-        bos = full[:1] if len(full) > len(plain) and full[1:len(plain) + 1] == plain else []
-        return bos + made.encode(text, add_special_tokens=False).ids
+        return made.encode(text).ids
     if len(words := content.split(b"\n")[0].split()) == 2 and words[1].isdigit():
         from data.tokenizer import read_tiktoken  # the pattern and the places of special tokens are not in the file
-        return read_tiktoken(file, content).stream(text).tolist()
+        return read_tiktoken(file, content, {}).stream(text).tolist()
     made = sentencepiece.SentencePieceProcessor(model_proto=content)
     return [made.bos_id()] * (made.bos_id() >= 0) + made.encode(text)
 

@@ -6,13 +6,11 @@ import os
 import platform
 import re
 import resource
-import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -43,10 +41,9 @@ class Parser(argparse.ArgumentParser):
         self.texts, self.suffix = {}, None  # {flag: its default}, of the default --out
 
     def error(self, message: str):
-        wrong = message.removeprefix("unrecognized arguments: ").split()[0]
+        wrong = (message.partition("unrecognized arguments: ")[2].split() or [""])[0]
         close = difflib.get_close_matches(wrong, self._option_string_actions, 1)
-        hint = f"; did you mean {close[0]}?" if close and "unrecognized" in message else ""
-        raise ValueError(message + hint)
+        raise ValueError(message + (f"; did you mean {close[0]}?" if close else ""))
 
     def parse_args(self, *words) -> argparse.Namespace:
         """Parse the command line and fill in the defaults that depend on --ckpt. Raises ValueError."""
@@ -251,11 +248,13 @@ def timed(seconds: dict[str, float], phase: str, device: torch.device | None = N
 
 
 def versions() -> dict[str, str | None]:
-    """What results depend on. commit: of this project, None without git."""
-    commit = subprocess.run(["git", "-C", TINY, "rev-parse", "HEAD"], capture_output=True, text=True) \
-        if shutil.which("git") else None
-    return {"python": platform.python_version(), "torch": torch.__version__,
-            "commit": commit.stdout.strip() or None if commit else None}
+    """What results depend on. commit: of this project, None where it is no clone."""
+    git, commit = TINY.parent.parent / ".git", None
+    with suppress(OSError):
+        commit = (git / "HEAD").read_text().strip()
+        if commit.startswith("ref: "):
+            commit = (git / commit[5:]).read_text().strip()
+    return {"python": platform.python_version(), "torch": torch.__version__, "commit": commit}
 
 
 def peak_memory() -> str:

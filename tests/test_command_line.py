@@ -171,6 +171,7 @@ def test_any_words_for_the_extras(name, place, monkeypatch, capsys):
     for opening in ("open_weights", "start_harness", "download", "train_tokenizer"):
         if hasattr(module, opening):
             monkeypatch.setattr(module, opening, refuse)
+    monkeypatch.setattr(cli, "weight_files", refuse)
     monkeypatch.setattr(cli, "load_checkpoint", refuse)
     if hasattr(module, "tempfile"):  # where faults and crashes begin to work
         monkeypatch.setattr(tempfile, "TemporaryDirectory", refuse)

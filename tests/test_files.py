@@ -107,7 +107,7 @@ def test_a_parent_that_vanishes_is_an_error(tmp_path):
         new.write_text("late")
     with pytest.raises(FileNotFoundError):
         write_json(parent / "out", {})
-    with pytest.raises(PermissionError, match="is not a folder or read-only"):
+    with pytest.raises(FileNotFoundError, match="there is no folder .*parent; create it first"):
         check_output(parent / "out")
     assert names(tmp_path) == []
 
