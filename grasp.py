@@ -124,8 +124,11 @@ def main() -> None:
     if not a.layer_ids:
         cosines, errors, redundant = find_redundant(model, sweep, n, a.contiguous)
         print_cosines(cosines, errors, redundant, a.contiguous)
-    if not any(isinstance(model.get_submodule(name), nn.Linear) for name in matrix_names(*redundant)):
+    done = [layer for layer in redundant if parameters_left(model, [layer], 1e-9) == before]
+    if done == redundant:
         raise ValueError(f"{a.ckpt}: layers {redundant} are low-rank already; ask for more layers or others")
+    if done:
+        print(f"layers {done} are low-rank already, and count among the {n}")
     rows = [result_row("dense" if before == dense_params else "input", model, texts, eval_size)]
     with cli.timed(seconds, "compression", model.device):
         for record in compress(model, redundant, sweep, ratio, a.threshold, a.score, a.iterative):

@@ -432,7 +432,7 @@ def main():
     check_layers(model.args.n_layers, n)
     size = min(cli.batch_size(a.batch_size, T, model, n), a.samples)
     text = "as grasp.py takes them" if tokenizer else "random"
-    print(f"tokens       {a.samples} x {T}, {text}, batches of {size}; ratio {a.ratio}; best of {a.repeats} turns\n"
+    print(f"tokens       {a.samples} x {T}, {text}, batches of {size}; ratio {a.ratio}; best of {a.repeats} turn{'s' * (a.repeats > 1)}\n"
           f"peak GiB     {'of each phase' if resets or not before else 'of the process so far'}\n")
     if a.growth:
         report = growth(model, a.samples, T, size, a.ratio, a.repeats, before)

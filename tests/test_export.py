@@ -5,6 +5,7 @@ The witness is the `transformers` library: AutoModelForCausalLM and AutoTokenize
 import base64
 import collections
 import json
+import shutil
 import subprocess
 import sys
 
@@ -160,23 +161,37 @@ def json_folder(folder):
     return folder
 
 
+def chatml_folder(folder):
+    """A SentencePiece model without a BOS in front, and two tokens that other files add."""
+    shutil.copy(TINY / "tokenizer.model", folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "<|im_end|>", "add_bos_token": False}))
+    (folder / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 1024, "<|im_start|>": 1025}))
+    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 1024}))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    return folder
+
+
 def exported_tokenizer(tokenizer, tmp_path):
     export.export(random_model(), tokenizer, tmp_path / "out")
     return transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
 
 
-@pytest.mark.parametrize("folder", [lambda f: TINY, llama3_folder, json_folder])
+@pytest.mark.parametrize("folder", [lambda f: TINY, llama3_folder, json_folder, chatml_folder])
 def test_transformers_gives_the_same_ids(folder, tmp_path):
     ours = load_tokenizer(folder(tmp_path))
     theirs = exported_tokenizer(ours, tmp_path)
-    for text in (TEXT, " a", ""):
+    for text in (TEXT, " a", "", "a<s>b </s> <unk>", "<|im_start|>user\nHi<|im_end|>", "<|eot_id|> <|endoftext|>x"):
         assert theirs(text).input_ids == ours.stream(text).tolist()
-        assert theirs.decode(ours.stream(text).tolist(), skip_special_tokens=True) == text
+        if text in (TEXT, " a", ""):
+            assert theirs.decode(ours.stream(text).tolist(), skip_special_tokens=True) == text
     again = load_tokenizer(tmp_path / "out")
     assert again.stream(TEXT).tolist() == ours.stream(TEXT).tolist()
     assert (again.bos_id, again.ends, again.vocab_size) == (ours.bos_id, ours.ends, ours.vocab_size)
     config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
-    assert config.bos_token_id == theirs.bos_token_id == ours.bos_id and theirs.eos_token_id == ours.ends[0]
+    assert config.bos_token_id == theirs.bos_token_id == (1 if folder is chatml_folder else ours.bos_id)
+    assert theirs.eos_token_id == ours.ends[0]
+    assert {*ours.files} <= {path.name for path in (tmp_path / "out").iterdir()} or folder is llama3_folder
     assert config.eos_token_id == (ours.ends[0] if len(ours.ends) == 1 else list(ours.ends))
 
 

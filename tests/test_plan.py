@@ -75,7 +75,9 @@ def test_layers_that_are_low_rank_already_are_not_compressed_again(nowhere, monk
     line = error_of(grasp.main, f"--ckpt tiny-grasp --layer-ids 5 3 --eval none --calibration embedded {QUICK}",
                     monkeypatch, capsys)
     assert "layers [3, 5] are low-rank already; ask for more layers or others" in line
-    main(f"--ckpt tiny-grasp --layer-ids 3 4 --eval none --calibration embedded {QUICK} --out again", monkeypatch, capsys)
+    out = main(f"--ckpt tiny-grasp --layer-ids 3 4 --eval none --calibration embedded {QUICK} --out again",
+               monkeypatch, capsys)
+    assert "layers [3] are low-rank already, and count among the 2\n" in out
     report = json.loads((nowhere / "again/report.json").read_text())
     assert {record["name"][:9] for record in report["matrices"]} == {"layers.4."}
     assert report["input"]["redundant"] == [3, 5] and report["input"]["input"] is None
