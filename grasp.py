@@ -21,10 +21,10 @@ from data.corpus import calibration_windows
 from evaluate import evaluation_windows, result_row, table
 from model import LowRankLinear, Transformer, finite, matrix_names, save_checkpoint
 from runtime import cli, distributed
-from runtime.files import check_output, check_space, read_json
-from runtime.plan import check_layers, parameters_left, plan, print_plan
+from runtime.files import check_output, check_space, optional_json
+from runtime.plan import check_dense, check_layers, parameters_left, plan, print_plan
 
-LARGEST = 2 ** 26  # bytes of a report.json, which has the index of every kept component
+ROWS = {"taylor": "GRASP", "magnitude": "plain SVD", "gradient": "GRASP, gradient"}  # score -> row's name
 Sweep = Callable[[str], Iterable[Tensor]]  # label of its progress line -> fresh iterator over batches (B, T)
 
 
@@ -97,10 +97,10 @@ def check_settings(sweep: Sweep, ratio: float | None, threshold: float | None, s
 
 def main() -> None:
     a, seconds, records = parse(), {}, []
+    earlier = optional_json(a.ckpt / "report.json")  # what an earlier run wrote
     model, tokenizer = cli.open_checkpoint(a.ckpt, a.device, a.dtype, a.shard)
     n, ratio = plan(model, a.layers, a.layer_ids, a.ratio, a.remove)
-    before, dense_params = model.n_params, model.n_params_dense
-    left = parameters_left(model, a.layer_ids or range(n), ratio)
+    before, left = model.n_params, parameters_left(model, a.layer_ids or range(n), ratio)
     seq_len, eval_len = cli.sequence_length(a.seq_len, 512, model), cli.sequence_length(None, 2048, model)
     size = min(cli.batch_size(a.batch_size, seq_len, model, n), a.samples)
     eval_size = cli.batch_size(a.batch_size, eval_len, model)
@@ -124,31 +124,25 @@ def main() -> None:
     if not a.layer_ids:
         cosines, errors, redundant = find_redundant(model, sweep, n, a.contiguous)
         print_cosines(cosines, errors, redundant, a.contiguous)
-    done = [layer for layer in redundant if parameters_left(model, [layer], 1e-9) == before]
-    if done == redundant:
-        raise ValueError(f"{a.ckpt}: layers {redundant} are low-rank already; ask for more layers or others")
-    if done:
-        print(f"layers {done} are low-rank already, and count among the {n}")
-    rows = [result_row("dense" if before == dense_params else "input", model, texts, eval_size)]
+    check_dense(model, redundant)
+    rows = [result_row("dense" if before == model.n_params_dense else "input", model, texts, eval_size)]
     with cli.timed(seconds, "compression", model.device):
         for record in compress(model, redundant, sweep, ratio, a.threshold, a.score, a.iterative):
             records.append(record)
             print_record(record)
-    names = {"taylor": "GRASP", "magnitude": "plain SVD", "gradient": "GRASP, gradient"}
-    rows.append(result_row(names[a.score], model, texts, eval_size,
+    rows.append(result_row(ROWS[a.score], model, texts, eval_size,
                            seconds.get("redundancy", 0) + seconds["compression"]))
     after = model.n_params
-    print(f"\n{table(rows, texts, dense_params)}\nasked: {asked} of layers {redundant}; achieved: {after:,} "
+    print(f"\n{table(rows, texts, model.n_params_dense)}\nasked: {asked} of layers {redundant}; achieved: {after:,} "
           f"parameters left of {before:,}, {100 * (1 - after / before):.1f} % removed; "
           f"peak memory {cli.peak_memory()}")
-    earlier = a.ckpt / "report.json"  # of a folder that this project made
     report = {"settings": {**vars(a), "ratio": ratio, "seq_len": seq_len, "device": model.device,
                            "dtype": model.dtype},
               "versions": cli.versions(), "cosines": None if cosines is None else cosines.tolist(),
               "redundant": redundant, "matrices": records, "parameters_before": before,
               "parameters_after": after, "calibration": source, "results": rows, "seconds": seconds,
               "protocol": {label: p for label, (_, p) in texts.items()},
-              "input": read_json(earlier, LARGEST) if earlier.is_file() else None}
+              "input": earlier or None}
     save_checkpoint(model, a.out, report, tokenizer.files, a.overwrite)
     print(f"written to {a.out}")
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from data import need
-from runtime.files import TOKENIZER_FILES, error_prefix, read_bytes, read_json
+from runtime.files import TOKENIZER_FILES, error_prefix, optional_json, read_bytes
 
 # Llama 3 splits text by this pattern before it merges bytes; its file does not hold it.
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+"
@@ -90,7 +90,7 @@ def load_tokenizer(folder: str | Path, rows: int | None = None) -> Tokenizer:
     tokenizer.file, tokenizer.files, tokenizer.rows = file, files, rows
     ids = {}
     for table in ("config.json", "generation_config.json"):  # the second one overrides the first
-        ids |= {key: value for key, value in table_of(folder / table).items()
+        ids |= {key: value for key, value in optional_json(folder / table).items()
                 if key in ("bos_token_id", "eos_token_id") and value is not None}
     with error_prefix(f"{folder}: eos_token_id"):
         if (end := ids.get("eos_token_id")) is not None:
@@ -102,22 +102,18 @@ def load_tokenizer(folder: str | Path, rows: int | None = None) -> Tokenizer:
     return tokenizer
 
 
-def table_of(file: Path) -> dict:
-    return read_json(file, LARGEST) if file.is_file() else {}
-
-
 def read_added_tokens(folder: Path) -> tuple[dict, dict[int, dict]]:
     """Return (tokenizer_config.json, {id: {content, lstrip, ...}} of the tokens that it and others add).
 
     special_tokens_map.json and added_tokens.json count only without added_tokens_decoder, as in transformers.
     """
-    config = table_of(folder / "tokenizer_config.json")
+    config = optional_json(folder / "tokenizer_config.json")
     with error_prefix(f"{folder}: tokenizer_config.json, added_tokens.json"):
         added = {int(i): dict(token) for i, token in (config.get("added_tokens_decoder") or {}).items()}
         if not added:
-            config |= table_of(folder / "special_tokens_map.json")
+            config |= optional_json(folder / "special_tokens_map.json")
         config |= {key: t["content"] for key, t in config.items() if isinstance(t, dict) and "content" in t}
-        for token, i in table_of(folder / "added_tokens.json").items() if not added else ():
+        for token, i in optional_json(folder / "added_tokens.json").items() if not added else ():
             special = token in (t for key, t in config.items() if key.endswith("_token"))
             added[int(i)] = {"content": token, "special": special, "normalized": not special}
     return config, dict(sorted(added.items()))
@@ -178,7 +174,7 @@ def read_json_tokenizer(file: Path, content: bytes, added: dict[int, dict]) -> T
         if model.token_to_id(token["content"]) != i:
             raise ValueError(f"{token['content']} is {model.token_to_id(token['content'])}, elsewhere {i}")
     plain, full = (model.encode("a", add_special_tokens=special).ids for special in (False, True))
-    at = next((i for i in range(len(full)) if full[i:i + len(plain)] == plain), 0)
+    at = next((i for i in range(len(full)) if full[i:i + len(plain)] == plain != []), len(full))
     vocab = model.get_vocab()
     return Tokenizer(full[:at], full[at + len(plain):], [vocab[end] for end in ENDS if end in vocab],
                      lambda text: model.encode(text, add_special_tokens=False).ids, model.decode, vocab,

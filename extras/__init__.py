@@ -12,9 +12,7 @@ from torch import nn
 from attribution import low_rank_factors
 from model import LowRankLinear, matrix_names
 from runtime.cli import open_checkpoint
-from runtime.files import read_json
-
-REPORT_BYTES = 2 ** 26  # of a report.json at most: it has the index of every kept component
+from runtime.files import optional_json
 
 
 def keep(model, name, usv, kept):
@@ -58,7 +56,7 @@ def read_report(folder):
     file = Path(folder) / "report.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder}: no report.json; expected a folder written by grasp.py")
-    report = read_json(file, REPORT_BYTES)
+    report = optional_json(file)
     settings, cosines, redundant, records = (report.get(n) for n in ("settings", "cosines", "redundant", "matrices"))
 
     def check(good, field):

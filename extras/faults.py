@@ -95,8 +95,10 @@ def meta_folder(folder):
 def hf_folder(folder):
     """The same of a Hugging Face folder, under Meta's names too; the rows of wq and wk as they are."""
     table, index = json.loads((folder / "config.json").read_text()), folder / "model.safetensors.index.json"
-    single = {"model.safetensors"}
-    files = single if (folder / "model.safetensors").is_file() else set(json.loads(index.read_text())["weight_map"].values())
+    files = {"model.safetensors"}
+    if not (folder / "model.safetensors").is_file():
+        files = (set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else
+                 {file.name for file in folder.glob("model-*.safetensors")})
     shard = {}
     for name, t in (item for file in files for item in safetensors_tensors(folder / file).items()):
         for theirs, ours in NAMES.items():

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from attribution import backward
-from extras import REPORT_BYTES, peak_bytes
+from extras import peak_bytes
 from model import LowRankLinear, matrix_names, save_checkpoint, upcast
 from runtime import cli
-from runtime.files import atomic_write, check_output, read_json
+from runtime.files import atomic_write, check_output, optional_json
 
 # Alpaca's own two templates (github.com/tatsu-lab/stanford_alpaca): models tuned on it know these words.
 WRITE = "Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
@@ -259,7 +259,7 @@ def main():
           f"rate {a.lr}\n"
           f"state        {state_file}, every {a.save_every} steps\n")
     log = train(model, factors, examples, held_out, settings, state_file, a.save_every)
-    old = read_json(a.ckpt / "report.json", REPORT_BYTES) if (a.ckpt / "report.json").is_file() else {}
+    old = optional_json(a.ckpt / "report.json")
     report = {**old, "recovery": {"settings": settings, "log": log, "peak_bytes": peak_bytes(model.device)}}
     save_checkpoint(finish(model, dtype), a.out, report, tokenizer.files, a.overwrite)
     state_file.unlink()

@@ -127,6 +127,11 @@ def read_json(file: str | Path, largest: int = 2 ** 20) -> dict:
     return value
 
 
+def optional_json(file: str | Path) -> dict:
+    """The object in a JSON file, or {} if there is no file. A report.json may be long."""
+    return read_json(file, 2 ** 26) if os.path.isfile(file) else {}
+
+
 def write_json(file: str | Path, content) -> None:
     """Write a JSON file atomically. If `file` is a link, its target is written."""
     with atomic_write(os.path.realpath(file)) as new:

@@ -24,6 +24,15 @@ def parameters_left(model: Transformer, layer_ids: Iterable[int], ratio: float |
     return model.n_params - sum(max(0, m * n - rank_for_ratio(m, n, ratio) * (m + n)) for m, n in dense)
 
 
+def check_dense(model: Transformer, layer_ids: list[int]) -> None:
+    """Raise ValueError if nothing in these layers is dense; print which of them are low-rank already."""
+    done = [layer for layer in layer_ids if parameters_left(model, [layer], 1e-9) == model.n_params]
+    if done == layer_ids:
+        raise ValueError(f"--ckpt: layers {done} are low-rank already; ask for more layers or others")
+    if done:
+        print(f"layers {done} are low-rank already, and count among the {len(layer_ids)}")
+
+
 def plan(model: Transformer, layers: int | None, layer_ids: list[int] | None, ratio: float | None,
          remove: float | None) -> tuple[int, float | None]:
     """Return (how many layers to compress, ratio). remove: fraction of the model's parameters that goes.
