@@ -133,8 +133,8 @@ def main() -> None:
     rows.append(result_row(ROWS[a.score], model, texts, eval_size,
                            seconds.get("redundancy", 0) + seconds["compression"]))
     after = model.n_params
-    print(f"\n{table(rows, texts, model.n_params_dense)}\nasked: {asked} of layers {redundant}; achieved: {after:,} "
-          f"parameters left of {before:,}, {100 * (1 - after / before):.1f} % removed; "
+    print(f"\n{table(rows, texts, model.n_params_dense)}\nasked: {asked} of layers {redundant}; "
+          f"achieved: {after:,} parameters left of {before:,}, {100 * (1 - after / before):.1f} % removed; "
           f"peak memory {cli.peak_memory()}")
     report = {"settings": {**vars(a), "ratio": ratio, "seq_len": seq_len, "device": model.device,
                            "dtype": model.dtype},
