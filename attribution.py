@@ -26,16 +26,12 @@ from runtime import distributed
 SCORES = ("taylor", "gradient", "magnitude")
 
 
-def layer_cosines(model: Transformer, batches: Iterable[Tensor]) -> Tensor:
-    """s_l, the mean over all tokens of cos(h_l, h_{l+1}): (n_layers,) fp64 [GRASP §2.1, Eq. 1]."""
-    return cosines_with_errors(model, batches)[0]
-
-
 @torch.no_grad()
-def cosines_with_errors(model: Transformer, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """s_l, and its standard error over the sequences (0 for one sequence): each (n_layers,) fp64.
+def layer_cosines(model: Transformer, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return (s_l, its standard error over the sequences), each (n_layers,) fp64 [GRASP §2.1, Eq. 1].
 
-    The last block's output is taken before the final norm. Raises ValueError if a state is not finite.
+    s_l is the mean over all tokens of cos(h_l, h_{l+1}). The last block's output is taken before the final
+    norm. The standard error of one sequence is 0. Raises ValueError if a state is not finite.
     """
     total = squares = count = sequences = 0
     for tokens in batches:
@@ -64,7 +60,7 @@ def angular_distances(model: Transformer, batches: Iterable[Tensor], n: int) -> 
     total = count = 0
     for tokens in batches:
         tokens = tokens.to(model.device)
-        last = torch.stack([h[:, -1] for h in model.residual_stream(tokens.clamp(min=0))])
+        last = torch.stack([h[:, -1].clone() for h in model.residual_stream(tokens.clamp(min=0))])
         angles = cosine(last[:-n], last[n:]).clamp(-1, 1).arccos() / math.pi * (tokens[:, -1] >= 0)
         total, count = total + angles.sum(1), count + (tokens[:, -1] >= 0).sum()
     return distributed.mean(total, count)

@@ -11,11 +11,12 @@ By default all gradients come from the dense model, in one sweep (one-shot). Alg
 iterative order, `--iterative`; the paper finds them equal (perplexity 37.86 one-shot, 38.39 iterative).
 """
 import argparse
+import math
 from collections.abc import Callable, Iterable, Iterator
 
 from torch import Tensor, nn
 
-from attribution import (SCORES, angular_distances, cosines_with_errors, importance, low_rank_factors,
+from attribution import (SCORES, angular_distances, importance, layer_cosines, low_rank_factors,
                          rank_for_ratio, rank_for_threshold, sigma_gradients, svd, top_k, weight_gradients)
 from data.corpus import calibration_windows
 from evaluate import evaluation_windows, result_row, table
@@ -35,7 +36,7 @@ def find_redundant(model: Transformer, sweep: Sweep, n: int,
     contiguous: the n neighbours with the smallest angular distance between their two ends [Gromov §3.2].
     """
     check_layers(model.args.n_layers, n)
-    cosines, errors = cosines_with_errors(model, sweep("redundancy"))
+    cosines, errors = layer_cosines(model, sweep("redundancy"))
     if contiguous:
         first = int(angular_distances(model, sweep("redundancy"), n).argmin())
         return cosines, errors, list(range(first, first + n))
@@ -104,11 +105,14 @@ def main() -> None:
     seq_len, eval_len = cli.sequence_length(a.seq_len, 512, model), cli.sequence_length(None, 2048, model)
     size = min(cli.batch_size(a.batch_size, seq_len, model, n), a.samples)
     eval_size = cli.batch_size(a.batch_size, eval_len, model)
-    asked = f"threshold {a.threshold}" if a.threshold else f"ratio {ratio:.6g}"
+    asked = f"threshold {a.threshold}" if a.threshold else f"ratio {ratio}"
+    asked = f"remove {a.remove}, so {asked}" if a.remove else asked
     which = f"layers {a.layer_ids}" if a.layer_ids else f"{n} layer{'s' * (n > 1)}"
     print(f"method       {asked} of {which}{' in a row' * a.contiguous}, score {a.score}, "
           f"{'iterative' if a.iterative else 'one-shot'}; to {a.out}, at most "
           f"{left * model.dtype.itemsize / 2 ** 30:.3f} GiB")
+    if a.layer_ids:
+        check_dense(model, sorted(a.layer_ids))
     if a.dry_run:
         return print_plan(model, (a.layer_ids or [0])[0], ratio, left, size * seq_len, n)
     check_space(a.out, left * model.dtype.itemsize)
@@ -124,7 +128,7 @@ def main() -> None:
     if not a.layer_ids:
         cosines, errors, redundant = find_redundant(model, sweep, n, a.contiguous)
         print_cosines(cosines, errors, redundant, a.contiguous)
-    check_dense(model, redundant)
+        check_dense(model, redundant)
     rows = [result_row("dense" if before == model.n_params_dense else "input", model, texts, eval_size)]
     with cli.timed(seconds, "compression", model.device):
         for record in compress(model, redundant, sweep, ratio, a.threshold, a.score, a.iterative):
@@ -154,7 +158,7 @@ def print_cosines(cosines: Tensor, errors: Tensor, redundant: list[int], contigu
     others = [layer for layer in range(len(cosines)) if layer not in redundant]
     if others and not contiguous:
         last, first = min(redundant, key=cosines.__getitem__), max(others, key=cosines.__getitem__)
-        if cosines[last] - cosines[first] < 2 * max(errors[last], errors[first]):
+        if cosines[last] - cosines[first] < 2 * math.hypot(errors[last], errors[first]):
             print(f"layers {last} and {first} nearly tie; more --samples or --layer-ids decide between them")
 
 
@@ -190,7 +194,8 @@ def parse() -> argparse.Namespace:
     if not (a.layers or a.layer_ids or a.remove):
         raise ValueError("one of --layers N, --layer-ids ID ... and --remove FRACTION is needed")
     a.ratio = None if a.threshold or a.remove else a.ratio or 0.1
-    check_output(a.out, a.overwrite, [a.ckpt])
+    if not a.dry_run:
+        check_output(a.out, a.overwrite, [a.ckpt])
     return a
 
 

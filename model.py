@@ -190,7 +190,7 @@ class Transformer(nn.Module):
 
     @property
     def head_chunk(self) -> int:
-        """How many positions' logits exist at once. On the CPU they stay in the cache."""
+        """How many positions' logits exist at once: 24 MiB in fp32 on the CPU, 168 MiB on CUDA."""
         return max(1, (6 if self.device.type == "cpu" else 42) * 2 ** 20 // self.args.vocab_size)
 
     @property
@@ -264,8 +264,9 @@ def save_checkpoint(model: Transformer, path: str | Path, report: dict | None = 
     that are not finite.
     """
     ranks = {name: m.A.shape[1] for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
-    mlps = {name: [*m.w2.parameters()][-1] for name, m in model.named_modules() if isinstance(m, FeedForward)}
-    ranks |= {name: w.shape[1] for name, w in mlps.items() if w.shape[1] < model.args.hidden_dim}  # channels
+    for name, mlp in [(name, m) for name, m in model.named_modules() if isinstance(m, FeedForward)]:
+        channels = (mlp.w2.B if isinstance(mlp.w2, LowRankLinear) else mlp.w2.weight).shape[1]
+        ranks |= {name: channels} if channels < model.args.hidden_dim else {}
     weights = {}
     for name, p in model.named_parameters():
         tensor = distributed.whole(p.detach())  # needs every process, but only process 0 keeps it

@@ -52,8 +52,7 @@ def read_folder(folder: Path) -> tuple[dict, dict[str, int], list[dict[str, Tens
         head, tied = shards[0].get("output.weight"), hugging_face and params.get("tie_word_embeddings")
         if hugging_face and head is None and not tied:
             raise ValueError("tensor lm_head.weight is missing, and tie_word_embeddings is not true")
-        equal = head is None or len(shards) == 1 and all(  # one row first, because that is quick
-            torch.equal(head[rows], embedding[rows]) for rows in (slice(1), slice(None)))
+        equal = head is None or len(shards) == 1 and torch.equal(head, embedding)
         if tied and not equal:
             raise ValueError("tie_word_embeddings is true, but lm_head.weight is not embed_tokens.weight")
         if equal:
@@ -213,19 +212,20 @@ def read_args(p: dict, hugging_face: bool, shards: list[dict[str, Tensor]]) -> d
 
 
 def read_rope(p: dict, hugging_face: bool, factor: float) -> tuple[dict | None, float]:
-    """Return (rope_scaling, rope_theta). factor: of Meta's files, which say only use_scaled_rope.
+    """Return (rope_scaling, rope_theta). factor: for a params.json that says only use_scaled_rope.
 
-    Without rope_theta it is 1e4; in Mistral's params.json (which has hidden_dim) without a window 1e6.
+    rope_theta defaults to 1e4; for Mistral's params.json (it has hidden_dim) without a sliding window to 1e6.
     """
     rope = hugging_face and p.get("rope_parameters") or p.get("rope_scaling") or {}  # transformers 5; 4, Meta
     kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
     if kind not in ("default", "llama3"):
         raise ValueError(f"the rotary embedding is {rope!r}; supported: rope_type default, llama3")
     mistral = not hugging_face and "hidden_dim" in p and not p.get("sliding_window")
-    theta = number(rope if "rope_theta" in rope else p, "rope_theta", 1e6 if mistral else 1e4, float)
-    if not (kind == "llama3" if hugging_face else rope or p.get("use_scaled_rope")):
+    theta = number(rope if rope.get("rope_theta") else p, "rope_theta", 1e6 if mistral else 1e4, float)
+    if not (kind == "llama3" if hugging_face or "rope_type" in rope else rope or p.get("use_scaled_rope")):
         return None, theta
-    defaults = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    defaults = {"factor": p.get("rope_scaling_factor") or factor, "low_freq_factor": 1.0,
+                "high_freq_factor": p.get("rope_high_freq_factor") or 4.0,
                 "original_max_position_embeddings": p.get("max_position_embeddings", 8192.0)}
     scaling = {name: number(rope, name, default, float) for name, default in defaults.items()}
     if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
@@ -272,8 +272,7 @@ def write_folder(path: str | Path, params: dict, weights: dict[str, Tensor], rep
         folder.mkdir()
         torch.save({name: own_storage(t) for name, t in weights.items()}, folder / "consolidated.00.pth")
         (folder / "params.json").write_text(json.dumps(params, indent=1) + "\n")
-        if report:
-            (folder / "report.json").write_text(json.dumps(report, indent=1, default=str) + "\n")
+        (folder / "report.json").write_text(json.dumps(report or {}, indent=1, default=str) + "\n")
         for name, content in (tokenizer or {}).items():
             (folder / name).write_bytes(content)
 

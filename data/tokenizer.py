@@ -1,4 +1,4 @@
-"""Tokenizers: the same ids as the Hugging Face library gives for the same folder.
+"""Tokenizers. Ids are those that other tools find in the same folder; README.md says where they differ.
 
     tokenizer.json     read by `tokenizers`, wherever there is one
     tokenizer.model    SentencePiece (Llama 1 and 2, Mistral), or lines of base64 and rank (Llama 3, tiktoken)
@@ -23,7 +23,7 @@ from runtime.files import TOKENIZER_FILES, error_prefix, optional_json, read_byt
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+"
                   r"[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
-# Nor its special tokens, here with their places after the ranks. The rest of the 256 is reserved.
+# Nor its special tokens, here with their places after the ranks. Llama 3.0 has reserved the rest of the 256.
 LLAMA3_SPECIAL = {"<|begin_of_text|>": 0, "<|end_of_text|>": 1, "<|start_header_id|>": 6,
                   "<|end_header_id|>": 7, "<|eot_id|>": 9}
 
@@ -40,7 +40,7 @@ class Tokenizer:
     ends: list[int]                        # the tokens that end a text, the general one first
     encode: Callable[[str], list[int]]     # without before and after
     decode: Callable[[list[int]], str]     # without special tokens; unknown ids give nothing
-    special: dict[str, int]                # ids of the special tokens; of a tokenizer.json, of all tokens
+    special: dict[str, int]                # ids of tokens by name: the special ones, or all that are known
     vocab_size: int                        # how many tokens it knows
     file: Path | None = None               # the file that is read
     files: dict[str, bytes] | None = None  # {name: content}: what a folder with this tokenizer needs
@@ -84,7 +84,7 @@ def load_tokenizer(folder: str | Path, rows: int | None = None) -> Tokenizer:
     config, added = read_added_tokens(folder)
     with error_prefix(f"{file}: not {kind}"):
         tokenizer = read(file, content, added)
-    if kind != "a tokenizer.json":  # which says this itself
+    if read is not read_json_tokenizer:  # which says this itself
         tokenizer.before *= config.get("add_bos_token") is not False
         tokenizer.after = tokenizer.ends[:1] * (config.get("add_eos_token") is True)
     tokenizer.file, tokenizer.files, tokenizer.rows = file, files, rows
@@ -98,7 +98,8 @@ def load_tokenizer(folder: str | Path, rows: int | None = None) -> Tokenizer:
         elif (end := tokenizer.special.get(config.get("eos_token"))) is not None:
             tokenizer.ends = [end]
     if ids:  # config.json itself is not carried
-        files.setdefault("generation_config.json", json.dumps(ids, indent=1).encode())
+        generation = optional_json(folder / "generation_config.json")
+        files["generation_config.json"] = json.dumps({**generation, **ids}, indent=1).encode()
     return tokenizer
 
 
@@ -154,6 +155,7 @@ def read_tiktoken(file: Path, content: bytes, added: dict[int, dict]) -> Tokeniz
     encoding = tiktoken.Encoding("llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={})
     n = len(ranks)
     special = {token: n + place for token, place in LLAMA3_SPECIAL.items()}
+    special |= {token["content"]: i for i, token in added.items()}
     return Tokenizer([n], [], [special["<|end_of_text|>"], special["<|eot_id|>"]],
                      cut(special, encoding.encode_ordinary),
                      lambda ids: encoding.decode([i for i in ids if i < n]), special, n + 256)

@@ -113,11 +113,9 @@ def machine_flags(parser: Parser, batches: bool = False, several: bool = False):
 
 
 def between(text: str, kind: type, low: int, high: int, expected: str):
-    try:
+    with suppress(ValueError):
         if low < kind(text) <= high:
             return kind(text)
-    except ValueError:
-        pass
     raise argparse.ArgumentTypeError(f"{text!r}, expected {expected}")
 
 
@@ -189,7 +187,7 @@ def batch_size(asked: int | None, seq_len: int, model: Transformer | None = None
     """Sequences in a micro-batch: as asked, else as many as make 1,024 tokens, for which a CPU is fast.
 
     On CUDA they make up to 8,192 tokens, as many as fit into free memory in a backward sweep over all
-    layers, beside the gradients of `layers` layers and 1 GiB for the head.
+    layers, beside the gradients of `layers` layers and a chunk of logits.
     """
     if asked or model is None or model.device.type != "cuda":
         return asked or max(1, 1024 // seq_len)
@@ -248,12 +246,17 @@ def timed(seconds: dict[str, float], phase: str, device: torch.device | None = N
 
 
 def versions() -> dict[str, str | None]:
-    """What results depend on. commit: of this project, None where it is no clone."""
+    """What results depend on. commit: of this project, None if it is no clone."""
     git, commit = TINY.parent.parent / ".git", None
     with suppress(OSError):
-        commit = (git / "HEAD").read_text().strip()
-        if commit.startswith("ref: "):
-            commit = (git / commit[5:]).read_text().strip()
+        commit = (git / "HEAD").read_text().split()[-1]
+        if "/" in commit:  # a branch
+            ref, commit = commit, None
+            if not (git / ref).is_file():
+                packed = (git / "packed-refs").read_text().splitlines()
+                commit = next((line.split()[0] for line in packed if line.endswith(f" {ref}")), None)
+            else:
+                commit = (git / ref).read_text().strip()
     return {"python": platform.python_version(), "torch": torch.__version__, "commit": commit}
 
 
@@ -306,7 +309,7 @@ def command(main: Callable[[], None], parallel: bool = False):
             raise
         hint = ["out of memory; use a smaller --batch-size, --dtype bfloat16, or torchrun"] * bool(memory)
         if distributed.fails_first():
-            print("error:", *str(e).split(), *hint, file=sys.stderr)
+            print("error:", " ".join(str(e).splitlines()), *hint, file=sys.stderr)
         sys.exit(2)
     finally:
         atexit.register(ignore_signals)  # the last one registered runs first; Python would print an exception

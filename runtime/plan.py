@@ -1,11 +1,12 @@
 """What a run would do, known before it: how many layers, which ratio, how large, how much memory."""
 import math
+from bisect import bisect_right
 from collections.abc import Iterable
 
 from torch import nn
 
 from attribution import rank_for_ratio
-from model import Transformer, matrix_names
+from model import MATRICES, Transformer, matrix_names
 from runtime.cli import sweep_memory
 
 
@@ -14,13 +15,15 @@ def check_layers(count: int, layers: int | None, layer_ids: list[int] | None = N
     ids = range(layers) if layer_ids is None else layer_ids
     if not 0 < len(ids) <= count or len(set(ids)) < len(ids) or not all(0 <= layer < count for layer in ids):
         raise ValueError(f"--layers, --layer-ids: this model has {count} layers, 0 to {count - 1}; asked for "
-                         f"{layers if layer_ids is None else layer_ids}")
+                         f"{layers if layer_ids is None else layer_ids}, expected different ones of them")
 
 
 def parameters_left(model: Transformer, layer_ids: Iterable[int], ratio: float | None) -> int:
     """The model's parameters after compress(model, layer_ids, ratio=ratio); ratio None: as many as now."""
+    if not ratio:
+        return model.n_params
     dense = (m.weight.shape for m in map(model.get_submodule, matrix_names(*layer_ids))
-             if isinstance(m, nn.Linear) and ratio)
+             if isinstance(m, nn.Linear))
     return model.n_params - sum(max(0, m * n - rank_for_ratio(m, n, ratio) * (m + n)) for m, n in dense)
 
 
@@ -37,33 +40,33 @@ def plan(model: Transformer, layers: int | None, layer_ids: list[int] | None, ra
          remove: float | None) -> tuple[int, float | None]:
     """Return (how many layers to compress, ratio). remove: fraction of the model's parameters that goes.
 
-    It sets the ratio. If the layers are not given either, it takes the fewest that reach it at ratio 0.1.
+    It sets the ratio, in millionths. If the layers are not given either, it takes the fewest that reach it at
+    ratio 0.1. All layers of a dense model are alike, so it does not matter which they will be.
     """
     n, count = layers or len(layer_ids or []), model.args.n_layers
-    if remove:
-        target = (1 - remove) * model.n_params
-        n = n or next((i for i in range(1, count) if parameters_left(model, range(i), 0.1) <= target), count)
-        check_layers(count, n, layer_ids)
-        low, high = 1e-9, 1.0
-        for _ in range(50):
-            ratio = (low + high) / 2
-            fits = parameters_left(model, layer_ids or range(n), ratio) <= target
-            low, high = (ratio, high) if fits else (low, ratio)
-        ratio = low
-        if parameters_left(model, layer_ids or range(n), ratio) > target:
-            raise ValueError(f"--remove {remove}: {n} of {count} layers cannot lose that many parameters")
+    target = (1 - (remove or 0)) * model.n_params
+    if remove and not layer_ids and model.n_params < model.n_params_dense:
+        raise ValueError("--remove needs --layer-ids on a compressed folder, whose layers are not alike")
+    n = n or next((i for i in range(1, count) if parameters_left(model, range(i), 0.1) <= target), count)
     check_layers(count, n, layer_ids)
+    if remove:
+        ids, millionths = layer_ids or range(n), range(1, 10 ** 6)
+        fitting = bisect_right(millionths, target, key=lambda i: parameters_left(model, ids, i / 10 ** 6))
+        if not fitting:
+            raise ValueError(f"--remove {remove}: {n} of {count} layers cannot lose that many parameters")
+        ratio = fitting / 10 ** 6
     return n, ratio
 
 
 def print_plan(model: Transformer, layer: int, ratio: float | None, left: int, tokens: int, n: int) -> None:
     """Print what a run would do: the ranks of one layer, the parameters and the memory that it needs."""
-    for name in matrix_names(layer) if ratio else ():
-        if isinstance(matrix := model.get_submodule(name), nn.Linear):
+    for name in MATRICES if ratio else ():
+        if isinstance(matrix := model.get_submodule(f"layers.{layer}.{name}"), nn.Linear):
             shape = list(matrix.weight.shape)
             k = rank_for_ratio(*shape, ratio)
             smaller = k * sum(shape) < math.prod(shape)
-            print(f"{name:<26} {shape}  " + (f"rank {k}" if smaller else "stays dense"))
-    removed = f"{100 * (1 - left / model.n_params):.1f} % removed" if ratio else "if every score counts"
-    print(f"{left:,} parameters would be left of {model.n_params:,}, {removed}\nmemory needed: at most "
+            print(f"{name:<16} {shape}  " + (f"rank {k}" if smaller else "stays dense"))
+    most = "" if ratio else "at most "  # a threshold's ranks depend on the scores
+    print(f"{most}{left:,} parameters would be left of {model.n_params:,}, "
+          f"{100 * (1 - left / model.n_params):.1f} % removed\nmemory needed: at most "
           f"{(sweep_memory(model, tokens, n) + model.n_params * model.dtype.itemsize) / 2 ** 30:.2f} GiB")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attribution import (cosines_with_errors, angular_distances, importance, layer_cosines, low_rank_factors,
+from attribution import (angular_distances, importance, layer_cosines, low_rank_factors,
                          rank_for_ratio, rank_for_threshold, sigma_gradients, svd, top_k, weight_gradients)
 from conftest import random_model, random_tokens
 from model import LowRankLinear, matrix_names
@@ -157,7 +157,7 @@ def test_no_sweep_waits_for_the_gpu():
 
     model = random_model(torch.bfloat16).to("cuda")
     tokens = random_tokens(model, 4, 16)
-    assert layer_cosines(model, watched(tokens)).isfinite().all()
+    assert layer_cosines(model, watched(tokens))[0].isfinite().all()
     assert len(weight_gradients(model, NAMES, watched(tokens))) == len(NAMES)
 
 
@@ -178,7 +178,7 @@ def test_a_sweep_without_batches_is_an_error(batches):
     """An iterator can be used once; without this check the second sweep would divide by zero."""
     model = random_model()
     with pytest.raises(ValueError, match="no batches"):
-        layer_cosines(model, batches())
+        layer_cosines(model, batches())[0]
     with pytest.raises(ValueError, match="no batches"):
         angular_distances(model, batches(), 2)
     with pytest.raises(ValueError, match="no batches"):
@@ -191,7 +191,7 @@ def test_a_sequence_of_minus_100_is_not_counted():
     model = random_model()
     tokens, idle = random_tokens(model, 3, 8), torch.full((1, 8), -100)
     for batches in ([tokens, idle], [torch.cat((idle, tokens))]):
-        for ours, right in ((layer_cosines(model, batches), layer_cosines(model, [tokens])),
+        for ours, right in ((layer_cosines(model, batches)[0], layer_cosines(model, [tokens])[0]),
                             (angular_distances(model, batches, 2), angular_distances(model, [tokens], 2))):
             assert torch.allclose(ours, right, rtol=0, atol=1e-14)
         expected = weight_gradients(model, NAMES, [tokens])
@@ -317,7 +317,7 @@ def test_a_layer_that_does_nothing_has_cosine_1():
     model = random_model()
     for w in (model.layers[2].attention.wo, model.layers[2].feed_forward.w2):
         w.weight.data.zero_()
-    cosines = layer_cosines(model, random_tokens(model, 4, 7).split(3))
+    cosines = layer_cosines(model, random_tokens(model, 4, 7).split(3))[0]
     assert cosines[2] == pytest.approx(1.0, abs=1e-12) and cosines.argmax() == 2 and cosines.min() < 0.99
 
 
@@ -327,7 +327,7 @@ def test_half_precision_streams_are_compared_wide():
     tokens = random_tokens(model, 2, 9)
     states = [h.double() for h in model.residual_stream(tokens)]
     expected = [torch.cosine_similarity(a, b, dim=-1).mean().item() for a, b in zip(states, states[1:])]
-    assert layer_cosines(model, [tokens]).tolist() == pytest.approx(expected, abs=1e-6)
+    assert layer_cosines(model, [tokens])[0].tolist() == pytest.approx(expected, abs=1e-6)
 
 
 class Stream:
@@ -344,7 +344,7 @@ class Stream:
 def test_cosines_and_angles_by_hand():
     tokens, root = torch.zeros(2, 2, dtype=torch.int64), math.sqrt(0.5)
     expected = [(0 + 1 + root + root) / 4, (-1 + 1 + 0 + 1) / 4]
-    assert layer_cosines(Stream(), [tokens]).tolist() == pytest.approx(expected)
+    assert layer_cosines(Stream(), [tokens])[0].tolist() == pytest.approx(expected)
     # on the last tokens only: angles 0 and 45 degrees, then 0 and 0; from end to end 0 and 45
     assert angular_distances(Stream(), [tokens], 1).tolist() == pytest.approx([0.125, 0.0])
     assert angular_distances(Stream(), [tokens], 2).tolist() == pytest.approx([0.125])
@@ -362,9 +362,9 @@ def test_angles_of_equal_vectors_are_zero():
 def test_the_standard_error_is_that_of_the_sequences_means():
     model = random_model()
     tokens = random_tokens(model, 7, 9)
-    cosines, errors = cosines_with_errors(model, tokens.split(3))
-    each = torch.stack([layer_cosines(model, [row[None]]) for row in tokens])  # (7, n_layers)
+    cosines, errors = layer_cosines(model, tokens.split(3))
+    each = torch.stack([layer_cosines(model, [row[None]])[0] for row in tokens])  # (7, n_layers)
     torch.testing.assert_close(cosines, each.mean(0))
     torch.testing.assert_close(errors, each.std(0) / 7 ** 0.5)
     idle = torch.full_like(tokens[:2], -100)  # what a process without sequences gets
-    torch.testing.assert_close(cosines_with_errors(model, [tokens, idle]), (cosines, errors))
+    torch.testing.assert_close(layer_cosines(model, [tokens, idle]), (cosines, errors))

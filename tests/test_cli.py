@@ -175,7 +175,7 @@ def test_help_shows_the_flags_in_groups():
 
 
 def test_layers_by_hand_need_no_redundancy_sweep(nowhere, monkeypatch, capsys):
-    monkeypatch.setattr(grasp, "cosines_with_errors", lambda *_: pytest.fail("a redundancy sweep"))
+    monkeypatch.setattr(grasp, "layer_cosines", lambda *_: pytest.fail("a redundancy sweep"))
     monkeypatch.setattr(sys, "argv", "grasp.py --layer-ids 3 --samples 2 --seq-len 16 --eval none".split())
     cli.command(grasp.main)
     assert "cosine" not in capsys.readouterr().out
@@ -362,3 +362,15 @@ def test_the_embedded_text_can_be_asked_for(nowhere, monkeypatch, capsys):
 def test_a_read_only_parent_is_refused(nowhere, monkeypatch, capsys):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     assert "tiny-grasp: cannot be written" in error_of(grasp.main, "--layers 2", monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("files, commit", [
+    ({}, None), ({"HEAD": "abc123"}, "abc123"), ({"HEAD": "ref: refs/heads/main"}, None),
+    ({"HEAD": "ref: refs/heads/main", "refs/heads/main": "abc123\n"}, "abc123"),
+    ({"HEAD": "ref: refs/heads/main", "packed-refs": "# pack-refs\n9 refs/heads/x\nabc123 refs/heads/main\n"}, "abc123")])
+def test_a_report_has_the_commit_where_there_is_one(files, commit, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "TINY", tmp_path / "data/tiny")
+    for name, content in files.items():
+        (tmp_path / ".git" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / ".git" / name).write_text(content)
+    assert cli.versions()["commit"] == commit

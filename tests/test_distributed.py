@@ -68,7 +68,7 @@ def test_sequences_of_minus_100_are_not_counted(monkeypatch):
     windows = random_tokens(model, 5, 8)
     every = [batch for mine in batches_of_each(4, windows, 1, monkeypatch) for batch in mine]
     assert len(every) == 8
-    for ours, expected in ((layer_cosines(model, every), layer_cosines(model, [windows])),
+    for ours, expected in ((layer_cosines(model, every)[0], layer_cosines(model, [windows])[0]),
                            (angular_distances(model, every, 2), angular_distances(model, [windows], 2))):
         assert torch.allclose(ours, expected, rtol=0, atol=1e-14)
     assert perplexity(model, every) == pytest.approx(perplexity(model, [windows]), rel=1e-13)
@@ -134,7 +134,7 @@ def sweeps(model):
     Each of several processes computes the scores of its matrices.
     """
     sweep = partial(batches, random_tokens(model, 6, 11), 1)
-    cosines = layer_cosines(model, sweep(""))
+    cosines = layer_cosines(model, sweep(""))[0]
     names = matrix_names(*range(4))
     G, scores = weight_gradients(model, names, sweep("")), {}
     for i, name in enumerate(names):

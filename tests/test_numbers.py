@@ -114,23 +114,23 @@ def test_cosines_do_not_depend_on_scale(scale):
     """In fp32 the squares of 1e30 and of 1e-30 are infinity and 0: the cosine of equal vectors would be 0."""
     model = States([scale, 0.0], [scale, 0.0], [scale, scale])
     tokens = torch.zeros(1, 1, dtype=torch.int64)
-    assert layer_cosines(model, [tokens]).tolist() == pytest.approx([1, math.sqrt(0.5)], rel=1e-4)
+    assert layer_cosines(model, [tokens])[0].tolist() == pytest.approx([1, math.sqrt(0.5)], rel=1e-4)
     assert angular_distances(model, [tokens], 1).tolist() == pytest.approx([0, 0.25], abs=1e-4)
 
 
 def test_cosines_of_zeros():
     """A layer that leaves zeros as they are is redundant. Zeros and other vectors count as orthogonal."""
     model, tokens = States([0.0, 0.0], [0.0, 0.0], [1.0, 0.0]), torch.zeros(1, 1, dtype=torch.int64)
-    assert layer_cosines(model, [tokens]).tolist() == [1, 0]
+    assert layer_cosines(model, [tokens])[0].tolist() == [1, 0]
     assert angular_distances(model, [tokens], 1).tolist() == [0, 0.5]
 
 
 def test_a_cosine_that_is_not_finite_is_refused():
     tokens = torch.zeros(1, 1, dtype=torch.int64)
     with pytest.raises(ValueError, match="cosine of layer 1 is not a number in torch.float32"):
-        layer_cosines(States([1.0, 0.0], [1.0, 0.0], [math.nan, 0.0]), [tokens])
+        layer_cosines(States([1.0, 0.0], [1.0, 0.0], [math.nan, 0.0]), [tokens])[0]
     with pytest.raises(ValueError, match="cosine of layer 0 is not a number"):
-        layer_cosines(States([1.0, 0.0], [math.inf, 0.0], [1.0, 0.0]), [tokens])
+        layer_cosines(States([1.0, 0.0], [math.inf, 0.0], [1.0, 0.0]), [tokens])[0]
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, 710.0])
@@ -190,16 +190,16 @@ def test_zero_norms_predict_nothing():
             p.data.zero_()
     tokens = random_tokens(model, 2, 7)
     assert perplexity(model, [tokens]) == pytest.approx(model.args.vocab_size, rel=1e-6)
-    assert layer_cosines(model, [tokens]).tolist() == [1] * 4
+    assert layer_cosines(model, [tokens])[0].tolist() == [1] * 4
     assert all(not G.any() for G in weight_gradients(model, matrix_names(1), [tokens]).values())
 
 
 def test_embeddings_of_absent_tokens_do_not_matter():
     model = random_model()
     tokens = torch.full((2, 6), 7)
-    found = layer_cosines(model, [tokens]), weight_gradients(model, matrix_names(2), [tokens])
+    found = layer_cosines(model, [tokens])[0], weight_gradients(model, matrix_names(2), [tokens])
     model.tok_embeddings.weight.data[torch.arange(50) != 7] = 1e30
-    assert torch.equal(layer_cosines(model, [tokens]), found[0])
+    assert torch.equal(layer_cosines(model, [tokens])[0], found[0])
     for name, G in weight_gradients(model, matrix_names(2), [tokens]).items():
         assert torch.equal(G, found[1][name]), name
 

@@ -41,6 +41,15 @@ def test_more_than_the_layers_have_cannot_be_removed():
         plan(random_model(), 1, None, None, 0.9)
 
 
+def test_layers_that_are_not_alike_are_to_be_named():
+    model = random_model()
+    list(compress(model, [3], None, ratio=0.3, score="magnitude"))
+    with pytest.raises(ValueError, match="--remove needs --layer-ids on a compressed folder"):
+        plan(model, 2, None, None, 0.1)
+    n, ratio = plan(model, None, [0, 1], None, 0.1)
+    assert n == 2 and parameters_left(model, [0, 1], ratio) <= 0.9 * model.n_params
+
+
 def main(words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["grasp.py", *words.split()])
     cli.command(grasp.main)
@@ -54,7 +63,8 @@ def test_a_run_does_what_its_plan_says(nowhere, monkeypatch, capsys):
     out = main(words, monkeypatch, capsys)
     report = json.loads((nowhere / "tiny-grasp/report.json").read_text())
     assert f"{report['parameters_after']:,} parameters would be left of 886,368, 15" in said
-    assert f"of {len(report['redundant'])} layer" in said and "15" in out
+    assert f"of {len(report['redundant'])} layer" in said and f"asked: remove 0.15, so ratio {report['settings']['ratio']} of" in out
+    assert "memory needed" in main(f"{words} --dry-run", monkeypatch, capsys)  # it writes nothing: the folder may exist
     assert report["parameters_after"] <= 0.85 * report["parameters_before"]
     for record in report["matrices"][:7]:
         name = record["name"].partition(".")[2].partition(".")[2]

@@ -40,7 +40,7 @@ def test_no_hadamard_matrix_is_said_so(n):
 def test_cosines_of_runs_are_those_between_their_ends():
     model = random_model()
     tokens = random_tokens(model, 3, 7)
-    torch.testing.assert_close(run_cosines(model, tokens.split(2), 1), layer_cosines(model, [tokens]))
+    torch.testing.assert_close(run_cosines(model, tokens.split(2), 1), layer_cosines(model, [tokens])[0])
     states = [h.flatten(0, 1) for h in model.residual_stream(tokens)]
     by_hand = [torch.stack([a @ b / (a.norm() * b.norm()) for a, b in zip(states[l], states[l + 3])]).mean()
                for l in range(2)]

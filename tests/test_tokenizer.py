@@ -268,6 +268,12 @@ def test_a_written_folder_has_the_same_ids_bos_and_ends(tmp_path):
     save_checkpoint(load_checkpoint(TINY), tmp_path / "out", {"a": 1}, after.files, overwrite=True)
 
 
+def test_what_only_config_json_says_joins_the_generation_config(tmp_path):
+    folder = sentencepiece_folder(tmp_path, config={"eos_token_id": [7, 2]}, generation_config={"temperature": 0.6})
+    files = load_tokenizer(folder).files
+    assert json.loads(files["generation_config.json"]) == {"temperature": 0.6, "eos_token_id": [7, 2]}
+
+
 @pytest.mark.parametrize("name, content, message", [
     ("tokenizer.model", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5", "a Git LFS pointer"),
     ("tekken.json", "{}", "no tokenizer; .*tekken.json is not supported"),

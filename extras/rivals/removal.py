@@ -27,7 +27,7 @@ def shortgpt(model, sweep, budget):
     ValueError if all blocks would have to go, or the block to be slimmed cannot lose the rest.
     """
     n, rest = whole_blocks(model, budget, 0, len(model.layers) - 1)
-    cosines = layer_cosines(model, sweep("ShortGPT"))
+    cosines = layer_cosines(model, sweep("ShortGPT"))[0]
     dropped = top_k(cosines, n).tolist()
     cosines[dropped] = -2  # less than any cosine
     slim(model, *top_k(cosines, 1).tolist(), rest)
@@ -104,7 +104,7 @@ def laco(model, sweep, budget, merge=2, lowest=1, highest=None, interval=None, s
     model.layers = nn.ModuleList(collapse(model, merges))
     model.args = replace(model.args, n_layers=len(model.layers))
     if rest:
-        slim(model, *top_k(layer_cosines(model, sweep("LaCo, the rest")), 1).tolist(), rest)
+        slim(model, *top_k(layer_cosines(model, sweep("LaCo, the rest"))[0], 1).tolist(), rest)
     return model
 
 
