@@ -15,7 +15,7 @@ from data.corpus import TEXTS, consecutive_windows, load_text
 from data.tokenizer import Tokenizer
 from model import Transformer
 from runtime import cli, distributed
-from runtime.files import write_json
+from runtime.files import error_prefix, write_json
 
 Texts = dict[str, tuple[Tensor, dict]]  # label -> (windows (n, seq_len) int64, protocol)
 
@@ -47,7 +47,8 @@ def evaluation_windows(names: list[str], tokenizer: Tokenizer, seq_len: int, lim
     for name in names:
         text, source = distributed.from_first(partial(load_text, name, "test", data_dir))
         tokens = tokenizer.stream(text)
-        windows = consecutive_windows(tokens, seq_len, limit)
+        with error_prefix(name):
+            windows = consecutive_windows(tokens, seq_len, limit)
         label = Path(name).name  # of a file; its whole path if that name is taken
         label = name if label in texts or (label, "test") in TEXTS else label
         texts[label] = windows, {"text": source, "tokens": len(tokens), "windows": len(windows),

@@ -22,8 +22,8 @@ from data.corpus import calibration_windows
 from evaluate import evaluation_windows, result_row, table
 from model import LowRankLinear, Transformer, finite, matrix_names, save_checkpoint
 from runtime import cli, distributed
-from runtime.files import check_output, check_space, optional_json
-from runtime.plan import check_dense, check_layers, parameters_left, plan, print_plan
+from runtime.files import check_output, check_space
+from runtime.plan import check_dense, check_layers, plan, print_plan
 
 ROWS = {"taylor": "GRASP", "magnitude": "plain SVD", "gradient": "GRASP, gradient"}  # score -> row's name
 Sweep = Callable[[str], Iterable[Tensor]]  # label of its progress line -> fresh iterator over batches (B, T)
@@ -98,10 +98,9 @@ def check_settings(sweep: Sweep, ratio: float | None, threshold: float | None, s
 
 def main() -> None:
     a, seconds, records = parse(), {}, []
-    earlier = optional_json(a.ckpt / "report.json")  # what an earlier run wrote
     model, tokenizer = cli.open_checkpoint(a.ckpt, a.device, a.dtype, a.shard)
-    n, ratio = plan(model, a.layers, a.layer_ids, a.ratio, a.remove)
-    before, left = model.n_params, parameters_left(model, a.layer_ids or range(n), ratio)
+    n, ratio, left = plan(model, a.layers, a.layer_ids, a.ratio, a.remove)
+    before = model.n_params
     seq_len, eval_len = cli.sequence_length(a.seq_len, 512, model), cli.sequence_length(None, 2048, model)
     size = min(cli.batch_size(a.batch_size, seq_len, model, n), a.samples)
     eval_size = cli.batch_size(a.batch_size, eval_len, model)
@@ -146,7 +145,7 @@ def main() -> None:
               "redundant": redundant, "matrices": records, "parameters_before": before,
               "parameters_after": after, "calibration": source, "results": rows, "seconds": seconds,
               "protocol": {label: p for label, (_, p) in texts.items()},
-              "input": earlier or None}
+              "input": cli.earlier_report(a.ckpt)}
     save_checkpoint(model, a.out, report, tokenizer.files, a.overwrite)
     print(f"written to {a.out}")
 

@@ -86,7 +86,8 @@ def weight_files(folder: Path) -> tuple[bool, list[Path]]:
             for missing in (f for f in files if f.parent != folder or not f.is_file()):
                 raise FileNotFoundError(f"{folder}: no {missing.name}, which {index.name} names")
             return True, files
-        if files := sorted(folder.glob(f"{stem}-*{suffix}")):
+    for pattern in ("model-*.safetensors", "pytorch_model-*.bin") if config else ():  # without an index
+        if files := [f for f in sorted(folder.glob(pattern)) if f.is_file()]:
             return True, files
     found = [f for f in sorted(folder.glob("consolidated*")) if f.is_file()]
     raw = [f for f in found if f.suffix == ".pth"] or [f for f in found if f.suffix == ".safetensors"]
@@ -216,7 +217,7 @@ def read_rope(p: dict, hugging_face: bool, factor: float) -> tuple[dict | None, 
 
     rope_theta defaults to 1e4; for Mistral's params.json (it has hidden_dim) without a sliding window to 1e6.
     """
-    rope = hugging_face and p.get("rope_parameters") or p.get("rope_scaling") or {}  # transformers 5; 4, Meta
+    rope = p.get("rope_scaling") or hugging_face and p.get("rope_parameters") or {}  # transformers 4, Meta; 5
     kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
     if kind not in ("default", "llama3"):
         raise ValueError(f"the rotary embedding is {rope!r}; supported: rope_type default, llama3")

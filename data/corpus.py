@@ -6,6 +6,7 @@ compared. `embedded` is the language reference that Python carries, for the embe
 import hashlib
 import io
 import os
+import re
 import sys
 import urllib.request
 import zipfile
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from data.tokenizer import Tokenizer
 from runtime import distributed
-from runtime.files import atomic_write, error_prefix
+from runtime.files import atomic_write, error_prefix, refuse_pointer
 
 CACHE = Path.home() / ".cache/grasp"
 WIKITEXT = "https://wikitext.smerity.com/wikitext-2-raw-v1.zip"
@@ -78,10 +79,12 @@ def load_text(name: str, use: str, data_dir: str | None = None) -> tuple[str, st
         return join(content.decode("utf-8")), description + " (only its head)" * head
     if not Path(name).is_file():
         raise FileNotFoundError(f"no text {name!r}: expected {text_names(use)}, or the path of a file")
-    if Path(name).suffix.lower() in (".json", ".jsonl"):
-        raise ValueError(f"{name}: JSON is no text; extract it first, e.g. jq -r .text {name} > text.txt")
+    refuse_pointer(name)
     with error_prefix(f"{name}: not UTF-8 text"):  # a byte order mark is not text
-        return Path(name).read_bytes().decode("utf-8-sig"), "the file as it stands"
+        text = Path(name).read_bytes().decode("utf-8-sig")
+    if Path(name).suffix.lower() in (".json", ".jsonl", ".ndjson") or re.match(r'\s*\{\s*"\w+"\s*:', text):
+        raise ValueError(f"{name}: JSON is no text; extract it first, e.g. jq -r .text {name} > text.txt")
+    return text, "the file as it stands"
 
 
 def find_file(wanted: str, data_dir: str | None = None) -> tuple[bytes, bool]:

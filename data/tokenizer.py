@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -81,9 +82,9 @@ def load_tokenizer(folder: str | Path, rows: int | None = None) -> Tokenizer:
         kind, read = "lines of base64 and rank", read_tiktoken
     else:
         kind, read = "a SentencePiece model, nor lines of base64 and rank, nor JSON", read_sentencepiece
-    config, added = read_added_tokens(folder)
+    config, added, named = read_added_tokens(folder)
     with error_prefix(f"{file}: not {kind}"):
-        tokenizer = read(file, content, added)
+        tokenizer = read(file, content, added, named)
     if read is not read_json_tokenizer:  # which says this itself
         tokenizer.before *= config.get("add_bos_token") is not False
         tokenizer.after = tokenizer.ends[:1] * (config.get("add_eos_token") is True)
@@ -103,49 +104,68 @@ def load_tokenizer(folder: str | Path, rows: int | None = None) -> Tokenizer:
     return tokenizer
 
 
-def read_added_tokens(folder: Path) -> tuple[dict, dict[int, dict]]:
-    """Return (tokenizer_config.json, {id: {content, lstrip, ...}} of the tokens that it and others add).
+def read_added_tokens(folder: Path) -> tuple[dict, dict[int, dict], list[str]]:
+    """Return (tokenizer_config.json, {id: {content, lstrip, ...}} of added tokens, names of special tokens).
 
     special_tokens_map.json and added_tokens.json count only without added_tokens_decoder, as in transformers.
     """
     config = optional_json(folder / "tokenizer_config.json")
     with error_prefix(f"{folder}: tokenizer_config.json, added_tokens.json"):
-        added = {int(i): dict(token) for i, token in (config.get("added_tokens_decoder") or {}).items()}
-        if not added:
+        decoder = config.get("added_tokens_decoder")
+        if decoder is None:
             config |= optional_json(folder / "special_tokens_map.json")
         config |= {key: t["content"] for key, t in config.items() if isinstance(t, dict) and "content" in t}
-        for token, i in optional_json(folder / "added_tokens.json").items() if not added else ():
-            special = token in (t for key, t in config.items() if key.endswith("_token"))
-            added[int(i)] = {"content": token, "special": special, "normalized": not special}
-    return config, dict(sorted(added.items()))
+        named = [t for key, t in config.items() if key.endswith("_token") and isinstance(t, str)]
+        more = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
+        named += [t["content"] if isinstance(t, dict) else t for t in more if isinstance(more, list)]
+        added = {int(i): dict(token) for i, token in (decoder or {}).items()}
+        for token, i in optional_json(folder / "added_tokens.json").items() if decoder is None else ():
+            added[int(i)] = {"content": token, "special": token in named, "normalized": token not in named}
+    return config, dict(sorted(added.items())), named
 
 
-def cut(special: dict[str, int], encode: Callable[[str], list[int]]) -> Callable[[str], list[int]]:
-    """An encode that takes special tokens out of a text and encodes the parts between them."""
-    pattern = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
+def cut(special: dict[str, int], flags: dict[str, dict], encode: Callable[[str], list[int]]) -> Callable:
+    """An encode that takes special tokens out of a text and encodes the parts between them.
+
+    flags: {token: {lstrip, rstrip}}: whether the blanks before and after a token belong to it.
+    """
+    def pattern(token):
+        left, right = (r"\s*" * bool(flags.get(token, {}).get(side)) for side in ("lstrip", "rstrip"))
+        return f"{left}({re.escape(token)}){right}"
+
+    tokens = re.compile("|".join(map(pattern, sorted(special, key=len, reverse=True))) or "(?!)")
 
     def encode_parts(text):
         ids, end = [], 0
-        for match in pattern.finditer(text):
-            ids += encode(text[end:match.start()]) + [special[match[0]]]
+        for match in tokens.finditer(text):
+            ids += encode(text[end:match.start()]) + [special[match[match.lastindex]]]
             end = match.end()
         return ids + encode(text[end:])
     return encode_parts
 
 
-def read_sentencepiece(file: Path, content: bytes, added: dict[int, dict]) -> Tokenizer:
+def read_sentencepiece(file: Path, content: bytes, added: dict[int, dict], named: list[str]) -> Tokenizer:
     from sentencepiece import SentencePieceProcessor
     model = SentencePieceProcessor()
     model.LoadFromSerializedProto(content)
     n, bos, end = model.vocab_size(), model.bos_id(), model.eos_id()  # -1: it has none
     special = {model.id_to_piece(i): i for i in range(n) if model.is_control(i) or model.is_unknown(i)}
     special |= {token["content"]: i for i, token in added.items()}
-    return Tokenizer([bos] * (bos >= 0), [], [end] * (end >= 0), cut(special, model.encode),
-                     lambda ids: model.decode([i for i in ids if i < n]), special,
-                     max([n, *(i + 1 for i in added)]))
+    for token in named:  # a name without an id gets the next one
+        if token not in special and model.id_to_piece(model.piece_to_id(token)) != token:
+            special[token] = max([n - 1, *special.values()]) + 1
+    flags = {token["content"]: token for token in added.values()}
+    plain = {i: token["content"] for i, token in added.items() if not token.get("special")}
+
+    def decode(ids):  # special tokens and unknown ids give nothing
+        runs = groupby((i for i in ids if i in plain or i < n and i not in special.values()), plain.get)
+        return "".join(text * len([*run]) if text else model.decode([*run]) for text, run in runs)
+
+    return Tokenizer([bos] * (bos >= 0), [], [end] * (end >= 0), cut(special, flags, model.encode), decode,
+                     special, max([n, *(i + 1 for i in special.values())]))
 
 
-def read_tiktoken(file: Path, content: bytes, added: dict[int, dict]) -> Tokenizer:
+def read_tiktoken(file: Path, content: bytes, added: dict[int, dict], named: list[str]) -> Tokenizer:
     """Llama 3: the ranks of the file, then 256 special tokens."""
     tiktoken = need("tiktoken", f"reading {file}")
     pairs = [line.split() for line in content.splitlines()]
@@ -157,11 +177,11 @@ def read_tiktoken(file: Path, content: bytes, added: dict[int, dict]) -> Tokeniz
     special = {token: n + place for token, place in LLAMA3_SPECIAL.items()}
     special |= {token["content"]: i for i, token in added.items()}
     return Tokenizer([n], [], [special["<|end_of_text|>"], special["<|eot_id|>"]],
-                     cut(special, encoding.encode_ordinary),
+                     cut(special, {}, encoding.encode_ordinary),
                      lambda ids: encoding.decode([i for i in ids if i < n]), special, n + 256)
 
 
-def read_json_tokenizer(file: Path, content: bytes, added: dict[int, dict]) -> Tokenizer:
+def read_json_tokenizer(file: Path, content: bytes, added: dict[int, dict], named: list[str]) -> Tokenizer:
     tokenizers = need("tokenizers", f"reading {file}")
     if re.search(rb'"continuing_subword_prefix"\s*:\s*"[^"]', content):  # the library may abort the process
         raise ValueError("a continuing_subword_prefix, which no Llama tokenizer has")
@@ -170,11 +190,15 @@ def read_json_tokenizer(file: Path, content: bytes, added: dict[int, dict]) -> T
     model.no_padding()
     if hasattr(model.model, "dropout"):
         model.model.dropout = None  # would leave out merges at random
+    known = {token.content for token in model.get_added_tokens_decoder().values()}
     for i, token in added.items():
+        if token["content"] in known and "lstrip" not in token:  # added_tokens.json does not know the flags
+            continue
         flags = {key: value for key, value in token.items() if not key.startswith("__")}
         model.add_tokens([tokenizers.AddedToken(**flags)])
         if model.token_to_id(token["content"]) != i:
             raise ValueError(f"{token['content']} is {model.token_to_id(token['content'])}, elsewhere {i}")
+    model.add_special_tokens([token for token in named if model.token_to_id(token) is None])
     plain, full = (model.encode("a", add_special_tokens=special).ids for special in (False, True))
     at = next((i for i in range(len(full)) if full[i:i + len(plain)] == plain != []), len(full))
     vocab = model.get_vocab()

@@ -154,12 +154,14 @@ def write_tokenizer(tokenizer, folder, positions):
         if same:
             made.save(str(folder / "tokenizer.json"))
         else:
-            print(f"tokenizer    {tokenizer.file.name} could not be converted to the same ids: copied as it is, so "
-                  "transformers loads the model but not the tokenizer")
+            print(f"tokenizer    {tokenizer.file.name} could not be converted to the same ids: copied as it is; "
+                  "transformers may give other ids, or load the model but not the tokenizer")
         if same and not sentencepiece:  # under this name it would be taken for a SentencePiece model
             del files[tokenizer.file.name]
-        if not same:
-            files = {tokenizer.file.name: content}
+    config = json.loads(files.get("tokenizer_config.json", "{}"))
+    if "tokenizer_config.json" in files and str(config.get("tokenizer_class")).startswith("LlamaTokenizer"):
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers 5 would give other ids for spaces
+        files["tokenizer_config.json"] = json.dumps(config, indent=1).encode()
     for name, content in files.items():
         (folder / name).write_bytes(content)
     if (folder / "tokenizer.json").is_file() and "tokenizer_config.json" not in files:

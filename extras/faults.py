@@ -173,7 +173,7 @@ def witness_tokens(folder, text):
         return made.encode(text).ids
     if len(words := content.split(b"\n")[0].split()) == 2 and words[1].isdigit():
         from data.tokenizer import read_tiktoken  # the pattern and the places of special tokens are not in the file
-        return read_tiktoken(file, content, {}).stream(text).tolist()
+        return read_tiktoken(file, content, {}, []).stream(text).tolist()
     made = sentencepiece.SentencePieceProcessor(model_proto=content)
     return [made.bos_id()] * (made.bos_id() >= 0) + made.encode(text)
 

@@ -22,7 +22,7 @@ from data.corpus import text_names
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import Transformer, load_checkpoint
 from runtime import distributed
-from runtime.files import check_parent
+from runtime.files import check_parent, optional_json
 
 TINY = Path(__file__).resolve().parent.parent / "data" / "tiny"  # the embedded model
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
@@ -42,7 +42,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         wrong = (message.partition("unrecognized arguments: ")[2].split() or [""])[0]
-        close = difflib.get_close_matches(wrong, self._option_string_actions, 1)
+        close = difflib.get_close_matches(wrong, self._option_string_actions, 1, 0.75)
         raise ValueError(message + (f"; did you mean {close[0]}?" if close else ""))
 
     def parse_args(self, *words) -> argparse.Namespace:
@@ -258,6 +258,13 @@ def versions() -> dict[str, str | None]:
             else:
                 commit = (git / ref).read_text().strip()
     return {"python": platform.python_version(), "torch": torch.__version__, "commit": commit}
+
+
+def earlier_report(ckpt: Path) -> dict | None:
+    """The report.json of a folder that this project wrote. Another's of that name is ignored."""
+    with suppress(OSError, ValueError):
+        report = optional_json(ckpt / "report.json")
+        return report if "parameters_after" in report else None
 
 
 def peak_memory() -> str:

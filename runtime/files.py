@@ -85,7 +85,7 @@ def check_parent(path: Path) -> None:
 def check_space(path: str | Path, size: int) -> None:
     """Raise OSError if the file system of `path` has not so many bytes free."""
     if size > (free := shutil.disk_usage(Path(path).absolute().parent).free):
-        raise OSError(f"{path}: needs {size / 2 ** 30:.2f} GiB, {free / 2 ** 30:.2f} GiB are free there")
+        raise OSError(f"{path}: needs {size:,} bytes, only {free:,} are free there")
 
 
 @contextmanager

@@ -37,15 +37,16 @@ def check_dense(model: Transformer, layer_ids: list[int]) -> None:
 
 
 def plan(model: Transformer, layers: int | None, layer_ids: list[int] | None, ratio: float | None,
-         remove: float | None) -> tuple[int, float | None]:
-    """Return (how many layers to compress, ratio). remove: fraction of the model's parameters that goes.
+         remove: float | None) -> tuple[int, float | None, int]:
+    """Return (how many layers to compress, ratio, how many parameters the model will have at most).
 
-    It sets the ratio, in millionths. If the layers are not given either, it takes the fewest that reach it at
-    ratio 0.1. All layers of a dense model are alike, so it does not matter which they will be.
+    remove: fraction of the model's parameters that goes. It sets the ratio, in millionths. If the layers are
+    not given either, it takes the fewest that reach it at ratio 0.1. All layers of a dense model are alike:
+    it does not matter which they will be.
     """
     n, count = layers or len(layer_ids or []), model.args.n_layers
-    target = (1 - (remove or 0)) * model.n_params
-    if remove and not layer_ids and model.n_params < model.n_params_dense:
+    target, dense = (1 - (remove or 0)) * model.n_params, model.n_params == model.n_params_dense
+    if remove and not (layer_ids or dense):
         raise ValueError("--remove needs --layer-ids on a compressed folder, whose layers are not alike")
     n = n or next((i for i in range(1, count) if parameters_left(model, range(i), 0.1) <= target), count)
     check_layers(count, n, layer_ids)
@@ -55,7 +56,7 @@ def plan(model: Transformer, layers: int | None, layer_ids: list[int] | None, ra
         if not fitting:
             raise ValueError(f"--remove {remove}: {n} of {count} layers cannot lose that many parameters")
         ratio = fitting / 10 ** 6
-    return n, ratio
+    return n, ratio, parameters_left(model, layer_ids or range(n), ratio if layer_ids or dense else None)
 
 
 def print_plan(model: Transformer, layer: int, ratio: float | None, left: int, tokens: int, n: int) -> None:
@@ -66,7 +67,7 @@ def print_plan(model: Transformer, layer: int, ratio: float | None, left: int, t
             k = rank_for_ratio(*shape, ratio)
             smaller = k * sum(shape) < math.prod(shape)
             print(f"{name:<16} {shape}  " + (f"rank {k}" if smaller else "stays dense"))
-    most = "" if ratio else "at most "  # a threshold's ranks depend on the scores
+    most = "at most " * (left == model.n_params)  # with a threshold, or on a compressed folder
     print(f"{most}{left:,} parameters would be left of {model.n_params:,}, "
           f"{100 * (1 - left / model.n_params):.1f} % removed\nmemory needed: at most "
           f"{(sweep_memory(model, tokens, n) + model.n_params * model.dtype.itemsize) / 2 ** 30:.2f} GiB")

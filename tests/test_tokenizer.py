@@ -178,15 +178,21 @@ SHAPES = {  # name: (arguments of write_json_tokenizer, {file: content}); N stan
     "special_tokens_map.json": ({}, {"special_tokens_map": {"eos_token": token_of("</s>")}}),
     "added_tokens_decoder": ({"bos": "<s>"}, {"tokenizer_config": {**FAST, "added_tokens_decoder": {
         "N": token_of(CHATML[0]), "N1": token_of(CHATML[1], rstrip=True)}}}),
+    "added twice": ({"bos": "<s>", "byte_level": False, "added": CHATML}, {
+        "tokenizer_config": {**FAST, "eos_token": CHATML[0]}, "added_tokens": {CHATML[0]: "N-2", CHATML[1]: "N-1"}}),
+    "tokens without an id": ({"bos": "<s>"}, {"tokenizer_config": {
+        **FAST, "pad_token": "<pad>", "additional_special_tokens": ["<|im_end|>"]}}),
+    "an end without an id": ({}, {"special_tokens_map": {"eos_token": CHATML[0], "bos_token": token_of("<s>")}}),
     "a pad token of the file": ({"added": ("<pad>",)}, {"tokenizer_config": {**FAST, "pad_token": "<pad>"}}),
 }
 
 
 def fill(value, n):
     """The same with "N" and "N1" replaced by n and n + 1, as strings where they are keys."""
+    places = {"N-2": n - 2, "N-1": n - 1, "N": n, "N1": n + 1}
     if isinstance(value, dict):
-        return {{"N": str(n), "N1": str(n + 1)}.get(key, key): fill(v, n) for key, v in value.items()}
-    return {"N": n, "N1": n + 1}.get(value, value) if isinstance(value, str) else value
+        return {str(places.get(key, key)): fill(v, n) for key, v in value.items()}
+    return places.get(value, value) if isinstance(value, str) else value
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -230,7 +236,12 @@ def test_special_strings_are_cut_out_of_a_text(tmp_path):
     assert tokenizer.stream("<s>").tolist() == [1, 1] and encode("<s") == [*encode("<s")] != [1]
     added = load_tokenizer(sentencepiece_folder(tmp_path, added_tokens={"<|im_end|>": 1024, "<|im": 1025}))
     assert added.encode("a<|im_end|>b<|im") == [*encode("a"), 1024, *encode("b"), 1025]
-    assert added.decode([*encode("a"), 1024, 5000]) == "a"  # unknown ids decode to nothing
+    assert added.decode([*encode("a"), 1024, 5000, 0, 2]) == "a<|im_end|>"  # special and unknown ids give nothing
+    flags = {"1024": token_of("<|x|>", lstrip=True, rstrip=True)}
+    strips = load_tokenizer(sentencepiece_folder(tmp_path, tokenizer_config={
+        "added_tokens_decoder": flags, "pad_token": "<pad>"}))
+    assert strips.encode("a  <|x|>\n b<pad>") == [*encode("a"), 1024, *encode("b"), 1025]
+    assert strips.decode([*encode("a"), 1024, 1025]) == "a"
 
 
 @pytest.mark.parametrize("config, around", [
