@@ -165,7 +165,7 @@ def main():
     texts = evaluation_windows(a.eval, tokenizer, eval_len, a.windows, a.data_dir)
     fixed = {"budget": f"ratio {a.ratio}", "samples": f"{a.samples[0]} samples", "seeds": f"seed {a.seeds[0]}",
              "score": "score taylor", "schedule": "one-shot"}
-    print(f"study        {a.study}, {len(variants)} variants, each of {n} layers; "
+    print(f"study        {a.study}, {len(variants)} variants, each of {n} layer{'s' * (n > 1)}; "
           f"{', '.join(fixed[s] for s in fixed if s != a.study)}; windows of {seq_len}, batches of {sizes[0]}\n")
     rows = [result_row("dense" if before == model.n_params_dense else "input", model, texts, sizes[1])]
     for row in ablate(model, variants, windows, texts, sizes, a.layers, a.layer_ids):

@@ -136,7 +136,8 @@ def main():
     budget = budget_of(model, a.layers, a.ratio, a.budget)
     if not budget:
         raise ValueError("--ratio, --budget: leave nothing to remove")
-    of = f"{100 * a.budget:g} % of its blocks" if a.budget else f"as GRASP of {a.layers} layers at ratio {a.ratio}"
+    which = f"{a.layers} layer{'s' * (a.layers > 1)}"
+    of = f"{100 * a.budget:g} % of its blocks" if a.budget else f"as GRASP of {which} at ratio {a.ratio}"
     notes = [f"calibration  {calibration['protocol']}, batches of {size}",
              f"budget       {budget:,} parameters, {100 * budget / model.n_params:.1f} % of the model, {of}",
              "measured     seconds of the method alone, peak GiB "
