@@ -89,18 +89,16 @@ def load_tokenizer(folder: str | Path, rows: int | None = None) -> Tokenizer:
         tokenizer.before *= config.get("add_bos_token") is not False
         tokenizer.after = tokenizer.ends[:1] * (config.get("add_eos_token") is True)
     tokenizer.file, tokenizer.files, tokenizer.rows = file, files, rows
-    ids = {}
-    for table in ("config.json", "generation_config.json"):  # the second one overrides the first
-        ids |= {key: value for key, value in optional_json(folder / table).items()
-                if key in ("bos_token_id", "eos_token_id") and value is not None}
+    tables = [optional_json(folder / name) for name in ("config.json", "generation_config.json")]
+    ids = {key: value for table in tables for key, value in table.items()  # the second overrides the first
+           if key in ("bos_token_id", "eos_token_id") and value is not None}
     with error_prefix(f"{folder}: eos_token_id"):
         if (end := ids.get("eos_token_id")) is not None:
             tokenizer.ends = list(map(int, end if isinstance(end, list) else [end]))
         elif (end := tokenizer.special.get(config.get("eos_token"))) is not None:
             tokenizer.ends = [end]
     if ids:  # config.json itself is not carried
-        generation = optional_json(folder / "generation_config.json")
-        files["generation_config.json"] = json.dumps({**generation, **ids}, indent=1).encode()
+        files["generation_config.json"] = json.dumps({**tables[1], **ids}, indent=1).encode()
     return tokenizer
 
 

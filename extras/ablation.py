@@ -21,7 +21,7 @@ from statistics import mean, stdev
 
 from torch import nn
 
-from attribution import SCORES, rank_for_ratio, weight_gradients
+from attribution import SCORES, weight_gradients
 from data.corpus import load_text, random_windows, text_names
 from evaluate import evaluation_windows, result_row, table
 from extras import short_names
@@ -29,6 +29,7 @@ from grasp import check_layers, compress, find_redundant
 from model import matrix_names
 from runtime import cli
 from runtime.files import write_json
+from runtime.plan import held
 
 EQUAL = "equal"                                          # as a ratio: the one that keeps what the variant before kept
 DRAWN_BY = itemgetter("calibration", "samples", "seed")  # the settings that say which windows are drawn
@@ -110,11 +111,6 @@ def compress_as(model, redundant, G, sweep, s):
         cli.show(record["name"], last=False)  # the evaluation that follows takes the line away
         records.append(record)
     return records
-
-
-def held(shapes, ratio=None):
-    """The parameters in matrices of these shapes (m, n), dense or compressed by one ratio as grasp.compress does it."""
-    return sum(m * n if ratio is None else min(m * n, rank_for_ratio(m, n, ratio) * (m + n)) for m, n in shapes)
 
 
 def ratio_of_size(shapes, size):

@@ -18,7 +18,7 @@ import torch
 from data.corpus import calibration_windows
 from evaluate import evaluation_windows, markdown, result_row, table
 from extras import fisher, peak_bytes, reset_peak
-from extras.ablation import held, ratio_of_size
+from extras.ablation import ratio_of_size
 from extras.rivals import block_params
 from extras.rivals.decomposition import asvd, fwsvd, plain_svd, svd_llm
 from extras.rivals.lorap import lorap
@@ -31,6 +31,7 @@ from grasp import check_layers, compress, find_redundant
 from model import load_checkpoint, matrix_names
 from runtime import cli
 from runtime.files import write_json
+from runtime.plan import held
 
 
 def methods(n):

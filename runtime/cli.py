@@ -247,17 +247,15 @@ def timed(seconds: dict[str, float], phase: str, device: torch.device | None = N
 
 def versions() -> dict[str, str | None]:
     """What results depend on. commit: of this project, None if it is no clone."""
-    git, commit = TINY.parent.parent / ".git", None
-    with suppress(OSError):
-        commit = (git / "HEAD").read_text().split()[-1]
-        if "/" in commit:  # a branch
-            ref, commit = commit, None
-            if not (git / ref).is_file():
-                packed = (git / "packed-refs").read_text().splitlines()
-                commit = next((line.split()[0] for line in packed if line.endswith(f" {ref}")), None)
-            else:
-                commit = (git / ref).read_text().strip()
-    return {"python": platform.python_version(), "torch": torch.__version__, "commit": commit}
+    git = TINY.parent.parent / ".git"
+
+    def text(name):
+        return (git / name).read_text().strip() if (git / name).is_file() else ""
+
+    ref = text("HEAD").removeprefix("ref: ")  # a branch, or the commit itself
+    packed = re.search(rf"^(\w+) {re.escape(ref)}$", text("packed-refs"), re.MULTILINE)
+    commit = text(ref) or packed and packed[1] if "/" in ref else ref
+    return {"python": platform.python_version(), "torch": torch.__version__, "commit": commit or None}
 
 
 def earlier_report(ckpt: Path) -> dict | None:

@@ -1,12 +1,12 @@
 """What a run would do, known before it: how many layers, which ratio, how large, how much memory."""
-import math
 from bisect import bisect_right
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 
 from attribution import rank_for_ratio
-from model import MATRICES, Transformer, matrix_names
+from model import Transformer, matrix_names
 from runtime.cli import sweep_memory
 
 
@@ -18,18 +18,27 @@ def check_layers(count: int, layers: int | None, layer_ids: list[int] | None = N
                          f"{layers if layer_ids is None else layer_ids}, expected different ones of them")
 
 
+def dense_matrices(model: Transformer, layer_ids: Iterable[int]) -> dict[str, torch.Size]:
+    """{name: shape (m, n)} of those matrices of these layers that are still dense."""
+    modules = {name: model.get_submodule(name) for name in matrix_names(*layer_ids)}
+    return {name: m.weight.shape for name, m in modules.items() if isinstance(m, nn.Linear)}
+
+
+def held(shapes: Iterable[tuple[int, int]], ratio: float | None = None) -> int:
+    """The parameters in matrices of these shapes, dense or, with a ratio, as grasp.compress leaves them."""
+    return sum(m * n if ratio is None else min(m * n, rank_for_ratio(m, n, ratio) * (m + n))
+               for m, n in shapes)
+
+
 def parameters_left(model: Transformer, layer_ids: Iterable[int], ratio: float | None) -> int:
     """The model's parameters after compress(model, layer_ids, ratio=ratio); ratio None: as many as now."""
-    if not ratio:
-        return model.n_params
-    dense = (m.weight.shape for m in map(model.get_submodule, matrix_names(*layer_ids))
-             if isinstance(m, nn.Linear))
-    return model.n_params - sum(max(0, m * n - rank_for_ratio(m, n, ratio) * (m + n)) for m, n in dense)
+    shapes = dense_matrices(model, layer_ids).values()
+    return model.n_params - held(shapes) + held(shapes, ratio)
 
 
 def check_dense(model: Transformer, layer_ids: list[int]) -> None:
     """Raise ValueError if nothing in these layers is dense; print which of them are low-rank already."""
-    done = [layer for layer in layer_ids if parameters_left(model, [layer], 1e-9) == model.n_params]
+    done = [layer for layer in layer_ids if not dense_matrices(model, [layer])]
     if done == layer_ids:
         raise ValueError(f"--ckpt: layers {done} are low-rank already; ask for more layers or others")
     if done:
@@ -59,15 +68,15 @@ def plan(model: Transformer, layers: int | None, layer_ids: list[int] | None, ra
     return n, ratio, parameters_left(model, layer_ids or range(n), ratio if layer_ids or dense else None)
 
 
-def print_plan(model: Transformer, layer: int, ratio: float | None, left: int, tokens: int, n: int) -> None:
+def print_plan(model: Transformer, layer: int, ratio: float | None, left: int, tokens: int,
+               layers: int) -> None:
     """Print what a run would do: the ranks of one layer, the parameters and the memory that it needs."""
-    for name in MATRICES if ratio else ():
-        if isinstance(matrix := model.get_submodule(f"layers.{layer}.{name}"), nn.Linear):
-            shape = list(matrix.weight.shape)
-            k = rank_for_ratio(*shape, ratio)
-            smaller = k * sum(shape) < math.prod(shape)
-            print(f"{name:<16} {shape}  " + (f"rank {k}" if smaller else "stays dense"))
+    for name, (m, n) in dense_matrices(model, [layer]).items() if ratio else ():
+        smaller = held([(m, n)], ratio) < m * n
+        rank = f"rank {rank_for_ratio(m, n, ratio)}" if smaller else "stays dense"
+        print(f"{name.removeprefix(f'layers.{layer}.'):<16} [{m}, {n}]  {rank}")
     most = "at most " * (left == model.n_params)  # with a threshold, or on a compressed folder
+    memory = sweep_memory(model, tokens, layers) + model.n_params * model.dtype.itemsize
     print(f"{most}{left:,} parameters would be left of {model.n_params:,}, "
-          f"{100 * (1 - left / model.n_params):.1f} % removed\nmemory needed: at most "
-          f"{(sweep_memory(model, tokens, n) + model.n_params * model.dtype.itemsize) / 2 ** 30:.2f} GiB")
+          f"{100 * (1 - left / model.n_params):.1f} % removed\n"
+          f"memory needed: at most {memory / 2 ** 30:.2f} GiB")

@@ -244,6 +244,23 @@ def test_special_strings_are_cut_out_of_a_text(tmp_path):
     assert strips.decode([*encode("a"), 1024, 1025]) == "a"
 
 
+@pytest.mark.parametrize("files", [
+    {}, {"tokenizer_config": FAST}, {"tokenizer_config": {**FAST, "pad_token": "<pad>"}},
+    {"tokenizer_config": {**FAST, "eos_token": CHATML[0]}, "added_tokens": {CHATML[0]: 1024, CHATML[1]: 1025}},
+    {"tokenizer_config": {**FAST, "added_tokens_decoder": {"1024": token_of(CHATML[0]), "1025": token_of(CHATML[1])}}},
+    *({"tokenizer_config": {**FAST, **flags}} for flags in (
+        {"add_bos_token": False}, {"add_bos_token": True}, {"add_bos_token": True, "add_eos_token": True}))])
+def test_a_sentencepiece_model_alone_gives_the_ids_of_transformers(files, tmp_path):
+    """But for BOS where no file asks for one or forbids it: transformers 5 leaves it out, Llama's own code does not."""
+    transformers = pytest.importorskip("transformers", reason="pip install -r requirements-test.txt")
+    sentencepiece_folder(tmp_path, config={"model_type": "llama", "vocab_size": 1026}, **files)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    bos = [1] * ("add_bos_token" not in files.get("tokenizer_config", {}))
+    for text in TEXTS:
+        assert ours.stream(text).tolist() == bos + theirs(text)["input_ids"], text
+    assert ours.ends == [theirs.eos_token_id]
+
+
 @pytest.mark.parametrize("config, around", [
     ({}, ([1], [])), ({"add_bos_token": True}, ([1], [])), ({"add_bos_token": False}, ([], [])),
     ({"add_bos_token": False, "add_eos_token": True}, ([], [2]))])
