@@ -73,8 +73,9 @@ def weight_files(folder: Path) -> tuple[bool, list[Path]]:
     """
     if not folder.is_dir():
         found = "a file, expected a folder" if folder.exists() else "no such folder"
-        org = folder.parent.name if not folder.parent.exists() else None  # it looks like a name on the hub
-        hint = f"; from the hub: hf download {org}/{folder.name} --local-dir {folder.name}" if org else ""
+        org = folder.parent
+        hint = f"; from the hub: hf download {org.name}/{folder.name} --local-dir {folder.name}" * (
+            not org.exists() and org.parent.exists())  # it looks like ORG/NAME
         raise FileNotFoundError(f"{folder}: {found}{hint}")
     config = (folder / "config.json").is_file()
     for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")) if config else ():
