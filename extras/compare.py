@@ -1,10 +1,10 @@
-"""GRASP and its rivals on one model, one calibration set and one budget: every row removes as many parameters.
+"""GRASP and the baselines on one model, one calibration set and one budget: every row removes as many parameters.
 
     python -m extras.compare --ckpt FOLDER --layers 7 --ratio 0.1 --methods shortgpt svd grasp
 
 The budget is what GRASP removes from the N redundant layers at that ratio, or --budget, a fraction of all blocks'
 parameters. svd, fwsvd, asvd, svd-llm, kfac and grasp work on the N redundant layers, which each finds for itself, in
-its own seconds; with -all behind them on every layer. What a method is, its file in extras/rivals/ says. kfac
+its own seconds; with -all behind them on every layer. What a method is, its file in extras/baselines/ says. kfac
 (low-rank, one ratio), kfac-all (low-rank, one ranking) and fisher (channels of the MLPs too) are extras/fisher.py's.
 
 Every method starts from a freshly loaded dense model and a freshly seeded generator, so that no row depends on the rows
@@ -19,14 +19,14 @@ from data.corpus import calibration_windows
 from evaluate import evaluation_windows, markdown, result_row, table
 from extras import fisher, peak_bytes, reset_peak
 from extras.ablation import ratio_of_size
-from extras.rivals import block_params
-from extras.rivals.decomposition import asvd, fwsvd, plain_svd, svd_llm
-from extras.rivals.lorap import lorap
-from extras.rivals.patch import linearpatch, replaceme
-from extras.rivals.pruner import llm_pruner
-from extras.rivals.removal import laco, shortgpt, sleb
-from extras.rivals.slicegpt import slicegpt
-from extras.rivals.streamline import streamline
+from extras.baselines import block_params
+from extras.baselines.decomposition import asvd, fwsvd, plain_svd, svd_llm
+from extras.baselines.lorap import lorap
+from extras.baselines.patch import linearpatch, replaceme
+from extras.baselines.pruner import llm_pruner
+from extras.baselines.removal import laco, shortgpt, sleb
+from extras.baselines.slicegpt import slicegpt
+from extras.baselines.streamline import streamline
 from grasp import check_layers, compress, find_redundant
 from model import load_checkpoint, matrix_names
 from runtime import cli

@@ -23,7 +23,7 @@ from attribution import SCORES, backward, importance, sigma_gradients, top_k, we
 from data.corpus import calibration_windows
 from evaluate import evaluation_windows, result_row, table
 from extras import keep
-from extras.rivals import block_params, input_of, linear, uniform_ranks, watch_inputs
+from extras.baselines import block_params, input_of, linear, uniform_ranks, watch_inputs
 from grasp import check_layers, find_redundant
 from model import matrix_names, save_checkpoint, upcast
 from runtime import cli

@@ -15,7 +15,7 @@ from torch import nn
 
 from attribution import (angular_distances, importance, layer_cosines, low_rank_factors,
                          rank_for_ratio, rank_for_threshold, sigma_gradients, svd, top_k, weight_gradients)
-from conftest import random_model, random_tokens
+from tests.conftest import random_model, random_tokens
 from model import LowRankLinear, matrix_names
 
 NAMES = matrix_names(1, 3)

@@ -14,7 +14,7 @@ import torch
 
 import evaluate
 import grasp
-from conftest import ROOT, error_of, obey_all_signals, run
+from tests.conftest import ROOT, error_of, obey_all_signals, run
 from runtime import cli
 
 QUICK = ["--layers", "2", "--samples", "6", "--seq-len", "64", "--windows", "4"]

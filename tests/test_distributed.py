@@ -17,7 +17,7 @@ import torch.distributed.fsdp
 import evaluate
 import grasp
 from attribution import angular_distances, importance, layer_cosines, sigma_gradients, svd, weight_gradients
-from conftest import ROOT, random_model, random_tokens
+from tests.conftest import ROOT, random_model, random_tokens
 from data import corpus
 from evaluate import perplexity
 from model import load_checkpoint, matrix_names, save_checkpoint

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import random_model, random_tokens
+from tests.conftest import random_model, random_tokens
 from data.corpus import consecutive_windows
 from data.tokenizer import load_tokenizer
 from evaluate import evaluation_windows, perplexity, table

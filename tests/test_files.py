@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, obey_all_signals, random_model
+from tests.conftest import ROOT, obey_all_signals, random_model
 from model import load_checkpoint, save_checkpoint
 from runtime.files import atomic_write, check_output, read_bytes, read_json, write_json
 
@@ -184,7 +184,7 @@ def test_what_a_leftover_link_points_to_stays(tmp_path):
 
 WRITING = """
 import pathlib, sys, time
-from conftest import random_model
+from tests.conftest import random_model
 import model
 from runtime import cli
 def slow(file, content):
@@ -204,7 +204,7 @@ def test_a_signal_during_an_overwrite_keeps_the_old_folder(number, tmp_path):
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     process = subprocess.Popen([sys.executable, "-c", WRITING], cwd=tmp_path, text=True,
                                preexec_fn=obey_all_signals, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                               env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests"})
+                               env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert process.stdout.readline() == "there\n"
     process.send_signal(number)
     process.communicate(timeout=60)
@@ -228,7 +228,7 @@ files.remove = slowly
 """
     process = subprocess.Popen([sys.executable, "-c", WRITING.replace("pathlib.Path.write_bytes =", slow_remove + "pathlib.Path.write_bytes =")],
                                cwd=tmp_path, text=True, preexec_fn=obey_all_signals, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                               env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests"})
+                               env={**os.environ, "PYTHONPATH": str(ROOT)})
     for line in ("there\n", "removing\n"):
         assert process.stdout.readline() == line
         process.send_signal(signal.SIGINT)

@@ -5,7 +5,7 @@ import torch
 import grasp
 from attribution import (importance, low_rank_factors, rank_for_ratio, sigma_gradients, svd, top_k,
                          weight_gradients)
-from conftest import random_model, random_tokens
+from tests.conftest import random_model, random_tokens
 from grasp import compress, find_redundant
 from model import MATRICES, LowRankLinear, matrix_names
 

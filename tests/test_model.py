@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import model as model_file
 from attribution import weight_gradients
-from conftest import ROOT, random_model, random_tokens
+from tests.conftest import ROOT, random_model, random_tokens
 from data.checkpoint import pair_rows, read_args
 from model import (LowRankLinear, RMSNorm, apply_rotary, load_checkpoint, matrix_names, rotary_frequencies,
                    save_checkpoint)
@@ -322,14 +322,14 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     No target and no leftovers remain.
     """
     code = ("import resource, signal, sys\n"
-            "from conftest import random_model\n"
+            "from tests.conftest import random_model\n"
             "from model import save_checkpoint\n"
             "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))\n"
             "try: save_checkpoint(random_model(), sys.argv[1])\n"
             "except OSError as e: print('refused:', e)")
     run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], cwd=ROOT, capture_output=True,
-                         text=True, env={"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "PATH": ""})
+                         text=True, env={"PYTHONPATH": str(ROOT), "PATH": ""})
     assert "refused:" in run.stdout, run.stderr
     assert list(tmp_path.iterdir()) == []
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import grasp
-from conftest import error_of, random_model
+from tests.conftest import error_of, random_model
 from grasp import compress
 from model import load_checkpoint
 from runtime import cli, files

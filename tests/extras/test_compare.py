@@ -1,0 +1,270 @@
+"""The lesson: methods are compared on the same tokens, from the same model, at one size; no row owes another."""
+import gc
+import json
+import re
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+import grasp
+from attribution import layer_cosines, top_k
+from tests.conftest import error_of, random_model, random_tokens
+from data.corpus import load_text, random_windows
+from data.tokenizer import load_tokenizer
+from extras import compare, controls, reset_peak
+from extras.compare import budget_of, measure
+from model import LowRankLinear, Transformer, load_checkpoint, save_checkpoint
+from runtime import cli
+from runtime.cli import TINY
+
+QUICK = "--layers 2 --samples 4 --seq-len 64 --windows 2".split()
+CPU = torch.device("cpu")
+
+
+def report(main, words, monkeypatch, file):
+    monkeypatch.setattr(sys, "argv", ["command", *QUICK, *words.split()])
+    cli.command(main)
+    return json.loads(Path(file).read_text())
+
+
+@pytest.fixture
+def run(nowhere, monkeypatch):
+    """compare's main with these functions as its methods: what it wrote with --json."""
+    def run(words="", **fakes):
+        monkeypatch.setattr(compare, "methods", lambda n: fakes)
+        return report(compare.main, f"{words} --json a.json", monkeypatch, "a.json")
+    return run
+
+
+def drop(count, model, sweep=None, budget=None):
+    """A method that takes the last blocks out."""
+    model.layers = model.layers[:-count]
+    return model
+
+
+def models_here():
+    """How many models this process holds, without those that only cycles of objects hold."""
+    gc.collect()
+    return sum(type(thing) is Transformer for thing in gc.get_objects())
+
+
+def low_rank(model):
+    """The layers with low-rank matrices."""
+    return {int(name.split(".")[1]) for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
+
+
+# ------------------------------------------------------------------------------------------------ the budget
+
+@pytest.mark.parametrize("ratio, removed", [
+    (0.5, 2 * (256 - 4 * 32) + 2 * (128 - 2 * 24) + 3 * (384 - 4 * 40)),
+    (1.0, 2 * 0 + 2 * (128 - 5 * 24) + 3 * (384 - 9 * 40))])  # rank 8 of 16 x 16 is no smaller: it stays dense
+def test_the_budget_by_hand(ratio, removed):
+    """wq, wo 16 x 16; wk, wv 8 x 16; w1, w2, w3 of 24 and 16: what these lose in three layers."""
+    model = random_model()
+    before = model.n_params
+    assert budget_of(model, 3, ratio) == 3 * removed
+    list(grasp.compress(model, [0, 1, 3], lambda label: [random_tokens(model, 2, 9)], ratio))
+    assert before - model.n_params == 3 * removed
+
+
+def test_the_budget_as_a_share_of_the_blocks():
+    """Each of four blocks has 2 * 256 + 2 * 128 + 3 * 384 parameters and two norms of 16; embeddings do not count."""
+    assert budget_of(random_model(), 2, None, 0.25) == 1952
+    assert budget_of(random_model(vocab_size=99), 2, None, 0.3) == round(0.3 * 4 * 1952) == 2342
+
+
+def test_grasp_meets_any_budget_by_one_ratio():
+    tokens = random_tokens(random_model(), 2, 9)
+    for budget in (150_000, 400_000, 800_000):
+        model = random_model(dim=256, head_dim=64, hidden_dim=384)
+        before = model.n_params
+        compare.grasp(model, lambda label: [tokens], budget, layers=[1, 2])
+        assert before - model.n_params == pytest.approx(budget, rel=0.005) and low_rank(model) == {1, 2}
+        shares = [m.A.shape[1] * (1 / m.A.shape[0] + 1 / m.B.shape[1]) for m in model.layers[1].modules()
+                  if isinstance(m, LowRankLinear)]
+        assert len(shares) == 7 and max(shares) - min(shares) < 0.02
+    most = 2 * (2 * (256 * 256 - 512) + 2 * (128 * 256 - 384) + 3 * (384 * 256 - 640))  # all matrices of rank 1
+    with pytest.raises(ValueError, match=f"cannot remove 999,999 parameters: GRASP of 2 layers removes {most:,} at"):
+        compare.grasp(random_model(dim=256, head_dim=64, hidden_dim=384), lambda label: [tokens], 999_999, [1, 2])
+
+
+def test_what_is_kept_to_the_redundant_layers_finds_them_itself():
+    for name, everywhere in [("svd", False), ("fwsvd", False), ("asvd", False), ("svd-llm", False),
+                             ("grasp", False), ("kfac", False),
+                             ("svd-all", True), ("fwsvd-all", True), ("asvd-all", True), ("svd-llm-all", True)]:
+        model = random_model(dim=32, head_dim=8, hidden_dim=56)
+        windows, before = random_tokens(model, 4, 12), model.n_params
+        expected = set(range(4)) if everywhere else set(top_k(layer_cosines(model, [windows])[0], 2).tolist())
+        model = compare.methods(2)[name](model, lambda label: [windows], 10_000)
+        assert low_rank(model) == expected and before - model.n_params > 9_000
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA device"))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", compare.methods(1))
+def test_every_method_stays_where_the_model_is(name, dtype, device):
+    """Device and dtype of what comes back are the model's, its size what was asked, its losses numbers."""
+    model = random_model(dtype, dim=32, head_dim=8, hidden_dim=72, n_layers=8).to(device)
+    tokens, before = random_tokens(model, 6, 24), model.n_params
+    budget = round(1.9 * sum(p.numel() for p in model.layers[0].parameters()))
+    small = compare.methods(3)[name](model, lambda label: tokens.split(2), budget)
+    assert {(p.device.type, p.dtype) for p in small.parameters()} == {(device, dtype)}
+    assert before - small.n_params == pytest.approx(budget, rel=0.02)
+    assert evaluate.perplexity(small, [tokens]) < float("inf")
+
+
+# ------------------------------------------------------------------------------------------------ rows
+
+def test_a_row_is_what_the_method_returned():
+    """Its parameters and perplexity, though it is another object than the model that the method was given."""
+    model, other = random_model(), drop(2, random_model(seed=5))
+    windows = random_tokens(model, 3, 12)
+    before = model.n_params
+    row = measure("other", lambda model, sweep, budget: other, model, None, 4000, {"text": (windows, None)}, 2)
+    assert row["removed"] == before - other.n_params == 2 * 1952 and row["off"] == pytest.approx(-0.024)
+    assert row["perplexity"] == {"text": evaluate.perplexity(other, windows.split(2))}
+
+
+def test_every_method_has_the_same_tokens_and_a_fresh_model(run):
+    tokens, drawn, others = {}, {}, models_here()
+
+    def spy(name, model, sweep, budget):
+        assert models_here() == others + 1  # one model at a time
+        tokens[name], drawn[name] = [*sweep(name)], torch.rand(3)
+        dense = load_checkpoint(TINY)
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), dense.parameters(), strict=True))
+        for p in model.parameters():
+            p.zero_()
+        cycle = [model]
+        cycle.append(cycle)  # outlives the method until it is collected
+        return drop(1, model)
+
+    gc.disable()  # what is collected is collected by the command
+    try:
+        found = run("--methods b a c --seed 7 --batch-size 3", **{name: partial(spy, name) for name in "abc"})
+    finally:
+        gc.enable()
+    assert list(tokens) == ["b", "a", "c"] == [row["method"] for row in found["results"][1:]]
+    stream = load_tokenizer(TINY).stream(load_text("embedded", "train")[0])
+    windows, offsets = random_windows(stream, 4, 64, 7)
+    assert found["calibration"]["offsets"] == offsets.tolist()
+    for name in "abc":
+        assert [len(batch) for batch in tokens[name]] == [3, 1] and torch.equal(torch.cat(tokens[name]), windows)
+        assert torch.equal(drawn[name], drawn["a"])
+
+
+def test_seconds_are_the_methods_alone(run, monkeypatch):
+    def slowly(function, *words):
+        time.sleep(0.2)
+        return function(*words)
+
+    for name in ("load_checkpoint", "result_row"):
+        monkeypatch.setattr(compare, name, partial(slowly, getattr(compare, name)))
+    quick, slow = run(quick=partial(drop, 1), slow=partial(slowly, partial(drop, 1)))["results"][1:]
+    assert quick["seconds"] < 0.2 <= slow["seconds"]
+
+
+def test_a_peak_is_the_methods_alone_or_the_table_says_so(run, monkeypatch, capsys):
+    left = []
+
+    def lavish(model, sweep, budget):
+        left.append([torch.ones(4000) for _ in range(15_000)].pop())  # 240 MB, freed but for the end of the heap
+        return drop(1, model)
+
+    fakes = {"lavish": lavish, "thrifty": partial(drop, 1)}
+    for possible in (reset_peak(CPU), False):
+        monkeypatch.setattr(compare, "reset_peak", reset_peak if possible else lambda device: False)
+        lavish_row, thrifty_row = run(**fakes)["results"][1:]
+        assert (lavish_row["peak_bytes"] > thrifty_row["peak_bytes"] + 10 ** 8) == possible
+        assert ("peak GiB too" if possible else "peak GiB of the process so far") in capsys.readouterr().out
+    monkeypatch.setattr(Path, "write_text", lambda *words: open(""))  # as where there is no such file
+    assert not reset_peak(CPU)
+
+
+def test_a_method_that_fails_is_a_row_with_its_reason(run, capsys):
+    def fail(model, sweep, budget):
+        raise ValueError("too little\nto go by")
+
+    dense, bad, good = run(bad=fail, good=partial(drop, 1))["results"]
+    assert bad == {"method": "bad", "error": "too little to go by"} and good["removed"] > 0
+    assert dense["removed"] == 0 and dense["perplexity"]["embedded"] < good["perplexity"]["embedded"]
+    out = capsys.readouterr().out
+    assert "bad          too little to go by\ngood " in out and "\nbad: too little to go by\n" in out
+    assert "| bad | - | - | - | - | - | | good | " in " ".join(out.split())
+
+
+def test_an_interrupted_run_has_shown_and_written_what_it_had(run, capsys):
+    def stop(model, sweep, budget):
+        raise SystemExit(130)
+
+    with pytest.raises(SystemExit):
+        run(first=partial(drop, 1), stop=stop, never=None)
+    rows = json.loads(Path("a.json").read_text())["results"]
+    assert [row["method"] for row in rows] == ["dense", "first"] and list(Path().iterdir()) == [Path("a.json")]
+    assert f"first        removed {rows[1]['removed']:,}  off budget " in capsys.readouterr().out
+
+
+def test_a_row_off_the_budget_is_named(run, capsys):
+    """The budget is of two layers at ratio 0.1; two whole blocks are more, two layers by GRASP are exactly it."""
+    exact, more = run(exact=compare.methods(2)["grasp"], more=partial(drop, 2))["results"][1:]
+    assert exact["off"] == 0 and more["off"] == pytest.approx(2 * 98_496 / exact["removed"] - 1)
+    out = capsys.readouterr().out
+    assert "\nnot comparable, as more than 0.5 % off the budget: more\n" in out
+    assert f"{100 * more['off']:+.2f} %" in out and "+0.00 %" in out
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+def test_the_rows_are_those_of_grasp_and_of_its_control(nowhere, monkeypatch, capsys):
+    ours = report(compare.main, "--ratio 0.1 --methods svd grasp --json a.json", monkeypatch, "a.json")
+    out = capsys.readouterr().out
+    dense, compressed = report(grasp.main, "--ratio 0.1", monkeypatch, "tiny-grasp/report.json")["results"]
+    monkeypatch.setattr("sys.argv", "controls svd --ckpt tiny-grasp --out svd".split())
+    controls.main()
+    monkeypatch.setattr("sys.argv", "evaluate --ckpt svd --data embedded --windows 2 --json e.json".split())
+    evaluate.main()
+    plain = json.loads(Path("e.json").read_text())
+    for row, theirs in zip(ours["results"], [dense, plain, compressed], strict=True):
+        perplexity = theirs["perplexity"]["embedded"]
+        assert row["perplexity"]["embedded"] == pytest.approx(perplexity, rel=1e-6)
+        assert ours["parameters"] - row["removed"] == theirs["parameters"]
+        assert re.search(rf"\| {row['method']} +\| +{row['removed']:,} .* {perplexity:.2f} \|", out)
+    assert ours["budget"] == ours["results"][1]["removed"] == ours["results"][2]["removed"]
+    assert ours["settings"]["methods"] == ["svd", "grasp"] and ours["settings"]["ckpt"] == str(TINY)
+    assert ours["protocol"]["embedded"]["windows"] == 2 and "2 windows of 256" in out
+
+
+def test_texts_of_any_file_are_columns(run, capsys):
+    Path("words.txt").write_text("some words here " * 400)
+    row = run("--eval embedded words.txt", one=partial(drop, 1))["results"][1]
+    assert list(row["perplexity"]) == ["embedded", "words.txt"]
+    assert "| embedded ppl | words.txt ppl |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words, message", [
+    ("", "the following arguments are required: --layers"),
+    ("--layers 2 --methods grasp magic", "--methods: invalid choice: magic (choose from shortgpt, sleb, laco, "),
+    ("--layers 9", "this model has 8 layers, 0 to 7; asked for 9"),
+    ("--layers 2 --ratio 0.1 --budget 0.2", "give one of --ratio and --budget"),
+    ("--layers 2 --budget 20", "--budget: 20, expected more than 0 and at most 1"),
+    ("--layers 2 --budget 1e-9", "--ratio, --budget: leave nothing to remove"),
+    ("--layers 2 --samples 0", "--samples: 0, expected"),
+    ("--layers 2 --seq-len 257", "--seq-len 257: expected 2 to 256"),
+    ("--layers 2 --calibration short", "the calibration text has 3 tokens, too few"),
+    ("--layers 2 --eval short", "the evaluation text has 3 tokens, too few"),
+    ("--layers 2 --json no/such/file", "no/such/file: cannot be written"),
+    ("--layers 2 --ckpt small", "small: is compressed already, expected a dense folder")])
+def test_mistakes_are_one_line_before_any_method(words, message, nowhere, monkeypatch, capsys):
+    (nowhere / "short").write_text("if x")
+    model = load_checkpoint(TINY)
+    list(grasp.compress(model, [3], lambda label: [], 0.1, score="magnitude"))
+    save_checkpoint(model, nowhere / "small", tokenizer=load_tokenizer(TINY).files)
+    monkeypatch.setattr(compare, "result_row", None)
+    error = error_of(compare.main, words, monkeypatch, capsys)
+    assert message in error.replace("'", "")  # Pythons differ in whether they quote choices

@@ -1,0 +1,45 @@
+"""The lesson: the extras stand on the core, which knows none of them, and ask by name for what they need beyond it."""
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT, error_of
+from extras import plot, short_names, smollm2, zeroshot
+
+MODULES = sorted(file.stem for file in (ROOT / "extras").glob("[a-z]*.py"))
+
+
+def test_the_core_imports_none_of_them_and_no_optional_package():
+    optional = "extras safetensors tokenizers tiktoken gguf matplotlib lm_eval transformers datasets".split()
+    code = ("import json, sys, grasp, evaluate\n"
+            "print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and not set(optional) & set(json.loads(done.stdout)), done.stderr
+
+
+def test_each_says_how_it_is_run_and_has_its_lines_in_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    assert len(MODULES) == 12
+    for name in MODULES:
+        assert f"python -m extras.{name}" in (ROOT / f"extras/{name}.py").read_text() and f"extras.{name}" in readme
+
+
+@pytest.mark.parametrize("main, words, package", [
+    (smollm2.main, "there", "gguf"), (smollm2.main, "there", "safetensors"), (plot.main, "small", "matplotlib"),
+    (zeroshot.main, "--local .", "lm_eval")])
+def test_a_missing_package_is_one_line(main, words, package, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small/report.json").write_text(json.dumps({
+        "settings": {"ckpt": str(ROOT / "data/tiny"), "score": "taylor", "dtype": "torch.float32"},
+        "cosines": [0.5] * 8, "redundant": [3], "matrices": []}))
+    monkeypatch.setitem(sys.modules, package, None)
+    assert f"needs the package {package}: pip install {package}" in error_of(main, words, monkeypatch, capsys)
+    assert [p.name for p in tmp_path.iterdir()] == ["small"]
+
+
+def test_folders_are_named_shortly_unless_two_would_be_alike():
+    assert short_names(["a/small", "b/big"]) == ["small", "big"]
+    assert short_names(["a/small", "b/small"]) == ["a/small", "b/small"]
