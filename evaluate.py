@@ -71,10 +71,15 @@ def table(rows: list[dict], texts: Texts, dense_params: int) -> str:
     cells = [[row["model"], f"{row['parameters']:,}", f"{100 * row['parameters'] / dense_params:.1f}",
               *(f"{row['perplexity'][label]:.2f}" for label in texts),
               "-" if row["seconds"] is None else f"{row['seconds']:.1f}"] for row in rows]
-    lines = [f"{label}: {p['text']}; {p['tokens']:,} tokens, {'first ' * (p['windows'] < p['all_windows'])}"
-             f"{p['windows']} window{'s' * (p['windows'] > 1)} of {p['seq_len']:,}, "
-             f"{'BOS once at the start' if p['bos'] else 'no BOS'}" for label, (_, p) in texts.items()]
-    return "\n".join([markdown(head, cells), "", *lines])
+    return f"{markdown(head, cells)}\n\n{protocols(texts)}"
+
+
+def protocols(texts: Texts) -> str:
+    """What each text's perplexity is of, a line for each."""
+    return "\n".join(
+        f"{label}: {p['text']}; {p['tokens']:,} tokens, {'first ' * (p['windows'] < p['all_windows'])}"
+        f"{p['windows']} window{'s' * (p['windows'] > 1)} of {p['seq_len']:,}, "
+        f"{'BOS once at the start' if p['bos'] else 'no BOS'}" for label, (_, p) in texts.items())
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:

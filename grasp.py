@@ -18,11 +18,10 @@ from torch import Tensor, nn
 
 from attribution import (SCORES, angular_distances, importance, layer_cosines, low_rank_factors,
                          rank_for_ratio, rank_for_threshold, sigma_gradients, svd, top_k, weight_gradients)
-from data.corpus import calibration_windows
-from evaluate import evaluation_windows, result_row, table
 from model import LowRankLinear, Transformer, finite, matrix_names, save_checkpoint
 from runtime import cli, distributed
 from runtime.files import check_output, check_space
+from runtime.job import Job
 from runtime.plan import check_dense, check_layers, plan, print_plan
 
 ROWS = {"taylor": "GRASP", "magnitude": "plain SVD", "gradient": "GRASP, gradient"}  # score -> row's name
@@ -97,13 +96,10 @@ def check_settings(sweep: Sweep, ratio: float | None, threshold: float | None, s
 
 
 def main() -> None:
-    a, seconds, records = parse(), {}, []
+    a, records = parse(), []
     model, tokenizer = cli.open_checkpoint(a.ckpt, a.device, a.dtype, a.shard)
     n, ratio, left = plan(model, a.layers, a.layer_ids, a.ratio, a.remove)
-    before = model.n_params
-    seq_len, eval_len = cli.sequence_length(a.seq_len, 512, model), cli.sequence_length(None, 2048, model)
-    size = min(cli.batch_size(a.batch_size, seq_len, model, n), a.samples)
-    eval_size = cli.batch_size(a.batch_size, eval_len, model)
+    job = Job(a, model, n)
     asked = f"threshold {a.threshold}" if a.threshold else f"ratio {ratio}"
     asked = f"remove {a.remove}, so {asked}" if a.remove else asked
     which = f"layers {a.layer_ids}" if a.layer_ids else f"{n} layer{'s' * (n > 1)}"
@@ -113,39 +109,25 @@ def main() -> None:
     if a.layer_ids:
         check_dense(model, sorted(a.layer_ids))
     if a.dry_run:
-        return print_plan(model, (a.layer_ids or [0])[0], ratio, left, size * seq_len, n)
+        return print_plan(model, (a.layer_ids or [0])[0], ratio, left, job.size * job.seq_len, n)
     check_space(a.out, left * model.dtype.itemsize)
-    windows, source = calibration_windows(tokenizer, a.calibration, a.samples, seq_len, a.seed, a.data_dir)
-    texts = evaluation_windows(a.eval, tokenizer, eval_len, a.windows, a.data_dir)
-    print(f"calibration  {source['protocol']}, batches of {size}\n")
-
-    def sweep(label):
-        with cli.timed(seconds, label, model.device):
-            yield from cli.batches(windows.to(model.device), size, label)
+    job.read(tokenizer)
 
     cosines, errors, redundant = None, None, sorted(a.layer_ids or [])
     if not a.layer_ids:
-        cosines, errors, redundant = find_redundant(model, sweep, n, a.contiguous)
+        cosines, errors, redundant = find_redundant(model, job.sweep, n, a.contiguous)
         print_cosines(cosines, errors, redundant, a.contiguous)
         check_dense(model, redundant)
-    rows = [result_row("dense" if before == model.n_params_dense else "input", model, texts, eval_size)]
-    with cli.timed(seconds, "compression", model.device):
-        for record in compress(model, redundant, sweep, ratio, a.threshold, a.score, a.iterative):
+    job.evaluate()
+    with cli.timed(job.seconds, "compression", model.device):
+        for record in compress(model, redundant, job.sweep, ratio, a.threshold, a.score, a.iterative):
             records.append(record)
             print_record(record)
-    rows.append(result_row(ROWS[a.score], model, texts, eval_size,
-                           seconds.get("redundancy", 0) + seconds["compression"]))
-    after = model.n_params
-    print(f"\n{table(rows, texts, model.n_params_dense)}\nasked: {asked} of layers {redundant}; "
-          f"achieved: {after:,} parameters left of {before:,}, {100 * (1 - after / before):.1f} % removed; "
+    job.evaluate(ROWS[a.score], job.seconds.get("redundancy", 0) + job.seconds["compression"])
+    print(f"\n{job.table()}\nasked: {asked} of layers {redundant}; achieved: {job.achieved()}; "
           f"peak memory {cli.peak_memory()}")
-    report = {"settings": {**vars(a), "ratio": ratio, "seq_len": seq_len, "device": model.device,
-                           "dtype": model.dtype},
-              "versions": cli.versions(), "cosines": None if cosines is None else cosines.tolist(),
-              "redundant": redundant, "matrices": records, "parameters_before": before,
-              "parameters_after": after, "calibration": source, "results": rows, "seconds": seconds,
-              "protocol": {label: p for label, (_, p) in texts.items()},
-              "input": cli.earlier_report(a.ckpt)}
+    report = job.report({"ratio": ratio}, cosines=None if cosines is None else cosines.tolist(),
+                        redundant=redundant, matrices=records, input=cli.earlier_report(a.ckpt))
     save_checkpoint(model, a.out, report, tokenizer.files, a.overwrite)
     print(f"written to {a.out}")
 

@@ -261,15 +261,17 @@ def save_checkpoint(model: Transformer, path: str | Path, report: dict | None = 
     """Write `model` in Meta's layout, atomically. report: for report.json. tokenizer: its files.
 
     Raises FileExistsError unless overwrite, OSError (no space left, read-only), and ValueError for weights
-    that are not finite.
+    that are not finite, or that load_checkpoint could not read.
     """
     ranks = {name: m.A.shape[1] for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
-    for name, mlp in [(name, m) for name, m in model.named_modules() if isinstance(m, FeedForward)]:
-        channels = (mlp.w2.B if isinstance(mlp.w2, LowRankLinear) else mlp.w2.weight).shape[1]
-        ranks |= {name: channels} if channels < model.args.hidden_dim else {}
-    weights = {}
+    widths = {name: [*m.w2.parameters()][-1].shape[1]  # of w2, or of its factor B
+              for name, m in model.named_modules() if isinstance(m, FeedForward)}
+    ranks |= {name: width for name, width in widths.items() if width < model.args.hidden_dim}
+    weights, readable = {}, dict(empty_model(model.args, False, ranks).named_parameters())
     for name, p in model.named_parameters():
         tensor = distributed.whole(p.detach())  # needs every process, but only process 0 keeps it
+        if name not in readable or readable[name].shape != tensor.shape:
+            raise ValueError(f"{path}: not written, {name} {list(tensor.shape)} has no place in a checkpoint")
         if not finite(tensor):
             raise ValueError(f"{path}: not written, {name} holds NaN or infinite values in {tensor.dtype}")
         if not distributed.index():

@@ -21,6 +21,11 @@ def keep(model, name, usv, kept):
     model.set_submodule(name, LowRankLinear(A, B).to(model.dtype))
 
 
+def is_tied(model):
+    """Whether the output head is the embeddings."""
+    return model.output.weight is model.tok_embeddings.weight
+
+
 def peak_bytes(device: torch.device) -> int:
     """Peak memory: allocated on a CUDA device, else resident in this process."""
     if device.type == "cuda":
@@ -87,7 +92,15 @@ def indices(found, end):
             and found == sorted(set(found)))
 
 
-def open_dense(report, dense, device, dtype, names=()):
+def open_dense(ckpt, device, dtype):
+    """Load the model and tokenizer of a dense folder. Raises ValueError if it is compressed."""
+    model, tokenizer = open_checkpoint(ckpt, device, dtype)
+    if model.n_params < model.n_params_dense:
+        raise ValueError(f"{ckpt}: is compressed already, expected a dense folder")
+    return model, tokenizer
+
+
+def open_original(report, dense, device, dtype, names=()):
     """(folder, model, tokenizer) of the dense weights that the folder of a report was made from.
 
     dense: where they are, None for where the report says. dtype: as --dtype gives it, "auto" for the report's.

@@ -23,12 +23,12 @@ from torch import nn
 
 from attribution import SCORES, weight_gradients
 from data.corpus import load_text, random_windows, text_names
-from evaluate import evaluation_windows, result_row, table
 from extras import short_names
 from grasp import check_layers, compress, find_redundant
 from model import matrix_names
 from runtime import cli
 from runtime.files import write_json
+from runtime.job import Job
 from runtime.plan import held
 
 EQUAL = "equal"                                          # as a ratio: the one that keeps what the variant before kept
@@ -52,19 +52,19 @@ def studies(calibration, samples, seeds, thresholds):
         "seeds": [(f"seed {s}", {"seed": s}) for s in seeds]}
 
 
-def ablate(model, variants, windows, texts, sizes, layers=None, layer_ids=None):
-    """Compress and evaluate the model for each variant (name, settings), yielding a row; in between it is as it came.
+def ablate(job, variants, windows, layers=None, layer_ids=None):
+    """Compress and evaluate job.model for each variant (name, settings), yielding a row. In between it is as it came.
 
-    windows: {DRAWN_BY(settings): (samples, seq_len) int64}; texts: as evaluation_windows gives them; sizes: sequences
-    in a micro-batch of the one and of the other. layers: how many redundant ones to find; or layer_ids: which they are.
-    Row: what evaluate.table takes, and the settings, the redundant layers, the matrices as `compress` records them, and
-    the fraction of its components kept `in_common` with the first variant's, a ratio's with its threshold's.
+    windows: {DRAWN_BY(settings): (samples, seq_len) int64}. layers: how many redundant ones to find; or layer_ids:
+    which they are. Row: that of the table, and the settings, the redundant layers, the matrices as `compress` records them,
+    and the fraction of its components kept `in_common` with the first variant's, a ratio's with its threshold's.
     """
     drawn = row = first = None
+    model = job.model
     for name, s in variants:
         if drawn != DRAWN_BY(s):
             drawn, G = DRAWN_BY(s), None  # the old windows' gradients make room
-            sweep = partial(cli.batches, windows[drawn], sizes[0])
+            sweep = partial(cli.batches, windows[drawn], job.size)
             redundant, dense, G, seconds = look(model, sweep, layers, layer_ids)
         if s["ratio"] == EQUAL:
             shapes = [module.weight.shape for module in dense.values()]
@@ -75,15 +75,15 @@ def ablate(model, variants, windows, texts, sizes, layers=None, layer_ids=None):
             with cli.timed(seconds, "compression", model.device):
                 records = compress_as(model, redundant, G, sweep, s)
             shared = not s["iterative"] and s["score"] != "magnitude"
-            row = result_row(name, model, texts, sizes[1], seconds["redundancy"] + seconds["compression"]
-                             + shared * seconds["attribution"])
+            row = job.evaluate(name, seconds["redundancy"] + seconds["compression"] + shared * seconds["attribution"])
         finally:
             for matrix, module in dense.items():
                 model.set_submodule(matrix, module)
         leads = first is None or s["threshold"]
         first = records if leads else first
-        yield {**row, "settings": s, "redundant": redundant, "matrices": records,
-               "in_common": None if leads else in_common(records, first)}
+        row.update(settings=s, redundant=redundant, matrices=records,
+                   in_common=None if leads else in_common(records, first))
+        yield row
 
 
 def look(model, sweep, layers, layer_ids):
@@ -147,33 +147,29 @@ def spread(rows, texts):
 def main():
     a = parse()
     model, tokenizer = cli.open_checkpoint(a.ckpt, a.device, a.dtype)
-    n, before = a.layers or len(a.layer_ids), model.n_params
+    n = a.layers or len(a.layer_ids)
     check_layers(model.args.n_layers, a.layers, a.layer_ids)
-    seq_len, eval_len = cli.sequence_length(a.seq_len, 512, model), cli.sequence_length(None, 2048, model)
-    sizes = cli.batch_size(a.batch_size, seq_len, model, n), cli.batch_size(a.batch_size, eval_len, model, n)
+    job = Job(a, model, n)
     base = {"calibration": a.calibration[0], "samples": a.samples[0], "seed": a.seeds[0], "score": "taylor",
             "iterative": False, "ratio": a.ratio, "threshold": None}
     variants = [(name, {**base, **changes}) for name, changes in
                 studies(a.calibration, a.samples, a.seeds, a.thresholds)[a.study]]
-    tokens, calibration = read_calibration(a.calibration, tokenizer, a.data_dir)
-    windows = {DRAWN_BY(s): random_windows(tokens[s["calibration"]], s["samples"], seq_len, s["seed"])[0]
+    tokens, job.calibration = read_calibration(a.calibration, tokenizer, a.data_dir)
+    windows = {DRAWN_BY(s): random_windows(tokens[s["calibration"]], s["samples"], job.seq_len, s["seed"])[0]
                for _, s in variants}
-    texts = evaluation_windows(a.eval, tokenizer, eval_len, a.windows, a.data_dir)
+    job.read_texts(tokenizer)
     fixed = {"budget": f"ratio {a.ratio}", "samples": f"{a.samples[0]} samples", "seeds": f"seed {a.seeds[0]}",
              "score": "score taylor", "schedule": "one-shot"}
     print(f"study        {a.study}, {len(variants)} variants, each of {n} layer{'s' * (n > 1)}; "
-          f"{', '.join(fixed[s] for s in fixed if s != a.study)}; windows of {seq_len}, batches of {sizes[0]}\n")
-    rows = [result_row("dense" if before == model.n_params_dense else "input", model, texts, sizes[1])]
-    for row in ablate(model, variants, windows, texts, sizes, a.layers, a.layer_ids):
-        rows.append(row)
+          f"{', '.join(fixed[s] for s in fixed if s != a.study)}; windows of {job.seq_len}, batches of {job.size}\n")
+    job.evaluate()
+    for row in ablate(job, variants, windows, a.layers, a.layer_ids):
         print(describe(row))
-    print("\n" + table(rows, texts, model.n_params_dense))
+    print("\n" + job.table())
     if a.study == "seeds":
-        print(spread(rows[1:], texts))
+        print(spread(job.rows[1:], job.texts))
     if a.json:
-        protocol = {label: protocol for label, (_, protocol) in texts.items()}
-        write_json(a.json, {"study": a.study, "ckpt": str(a.ckpt), "dtype": str(model.dtype), "seq_len": seq_len,
-                            "calibration": calibration, "protocol": protocol, "results": rows})
+        write_json(a.json, job.report())
 
 
 def read_calibration(names, tokenizer, data_dir):
@@ -223,7 +219,7 @@ def parse():
 def values(flag, given, study, ckpt):
     """The values of one flag of VALUES in a study: those given or the defaults. ValueError if they are not as many."""
     varies, several, one = VALUES[flag]
-    if flag == "calibration" and ckpt == cli.TINY:
+    if flag == "calibration" and cli.made_on_embedded(ckpt):
         several, one = [], ["embedded"]  # the embedded model has but one text
     chosen = given or (several if study == varies else one)
     if study != varies and len(chosen) != len(one):

@@ -1,23 +1,26 @@
-"""GRASP and the baselines on one model, one calibration set and one budget: every row removes as many parameters.
+"""GRASP and published baselines on one model, one calibration set and one budget, ranked by perplexity.
 
     python -m extras.compare --ckpt FOLDER --layers 7 --ratio 0.1 --methods shortgpt svd grasp
 
 The budget is what GRASP removes from the N redundant layers at that ratio, or --budget, a fraction of all blocks'
-parameters. svd, fwsvd, asvd, svd-llm, kfac and grasp work on the N redundant layers, which each finds for itself, in
-its own seconds; with -all behind them on every layer. What a method is, its file in extras/baselines/ says. kfac
-(low-rank, one ratio), kfac-all (low-rank, one ranking) and fisher (channels of the MLPs too) are extras/fisher.py's.
+parameters. Methods that take out whole blocks cannot meet it: they have two rows, with the whole blocks below the
+budget and above it. Each method is described in its file in extras/baselines/. svd, fwsvd, asvd, svd-llm, kfac and
+grasp work on the N redundant layers, which each finds for itself, in its own seconds; with -all behind them on every
+layer. kfac (low-rank, one ratio), kfac-all (low-rank, one ranking) and fisher (channels of the MLPs too) are those of
+extras/fisher.py.
 
-Every method starts from a freshly loaded dense model and a freshly seeded generator, so that no row depends on the rows
-before it. Its seconds and its peak memory are the method's own: loading comes before them, evaluation after.
+Every row starts from a freshly loaded dense model and a freshly seeded generator: none depends on the rows before it.
+(sleb's second row goes on from its first one, which is the same.) Its seconds and its peak memory are the method's own:
+loading comes before them, evaluation after.
 """
 import gc
 from functools import partial
+from pathlib import Path
 
 import torch
 
-from data.corpus import calibration_windows
-from evaluate import evaluation_windows, markdown, result_row, table
-from extras import fisher, peak_bytes, reset_peak
+from evaluate import markdown, protocols, result_row
+from extras import fisher, open_dense, peak_bytes, reset_peak
 from extras.ablation import ratio_of_size
 from extras.baselines import block_params
 from extras.baselines.decomposition import asvd, fwsvd, plain_svd, svd_llm
@@ -28,25 +31,48 @@ from extras.baselines.removal import laco, shortgpt, sleb
 from extras.baselines.slicegpt import slicegpt
 from extras.baselines.streamline import streamline
 from grasp import check_layers, compress, find_redundant
-from model import load_checkpoint, matrix_names
+from model import load_checkpoint, matrix_names, save_checkpoint
 from runtime import cli
-from runtime.files import write_json
+from runtime.files import check_output, write_json
+from runtime.job import Job
 from runtime.plan import held
+
+BLOCKS = {"shortgpt": shortgpt, "sleb": sleb, "laco": laco, "linearpatch": linearpatch, "replaceme": replaceme}
+CLOSE = 0.005  # of the budget: off by more than that is said
 
 
 def methods(n):
-    """{name: function (model, sweep, budget) -> model}; what is `here` works on the n redundant layers alone."""
+    """{name: function (model, sweep, budget) -> model}. What is `here` works on the n redundant layers alone."""
     def here(method):
         return partial(on_redundant, method, n)
 
-    return {"shortgpt": shortgpt, "sleb": sleb, "laco": laco,
-            "linearpatch": linearpatch, "replaceme": replaceme, "streamline": streamline,
+    return {"streamline": streamline,
             "svd": here(plain_svd), "fwsvd": here(fwsvd), "asvd": here(asvd), "svd-llm": here(svd_llm),
             "svd-all": plain_svd, "fwsvd-all": fwsvd, "asvd-all": asvd, "svd-llm-all": svd_llm,
             "lorap": lorap, "slicegpt": slicegpt, "llm-pruner": llm_pruner,
             "grasp": here(grasp),
             "kfac": here(partial(second_order, allocate="ratio", channels=False)),
             "kfac-all": partial(second_order, channels=False), "fisher": second_order}
+
+
+def rows_of(name, n, model, budget):
+    """[(name of a row, function (model, sweep) -> model, whether it goes on from the row before)] of a method.
+
+    A method of whole blocks has two: the most blocks that the budget holds and one more. If the budget is a whole
+    number of blocks but for CLOSE, it has one.
+    """
+    if name not in BLOCKS:
+        return [(name, lambda model, sweep: methods(n)[name](model, sweep, budget), False)]
+    added, size = model.args.dim ** 2 if name == "linearpatch" else 0, block_params(model)
+    below, rest = divmod(budget + added, size)
+    counts = [below, below + 1]
+    if min(rest, size - rest) <= CLOSE * budget:
+        counts = [below + (rest > size / 2)]
+    rows = [(f"{name}, {count} block{'s' * (count > 1)}", partial(BLOCKS[name], n=count), False)
+            for count in counts if count]
+    if name == "sleb" and len(rows) == 2:  # greedy: n + 1 blocks are n blocks and one more
+        rows[1] = rows[1][0], partial(sleb, n=1), True
+    return rows
 
 
 def on_redundant(method, n, model, sweep, budget):
@@ -83,21 +109,22 @@ def budget_of(model, n, ratio, part=None):
     return held(shapes) - held(shapes, ratio)
 
 
-def measure(name, method, model, sweep, budget, texts, size):
-    """The row of one method, run on this dense model and then evaluated in micro-batches of `size` sequences.
+def run(name, method, job, budget, spent=0.0):
+    """Run one method on job.model and evaluate what it returns, job.model from then on: its row.
 
-    {method, removed (parameters), off (relative distance from the budget), perplexity, seconds, peak_bytes}; of a
-    method that cannot do it, or whose perplexity is no number (ValueError, LinAlgError), {method, error}.
+    Row: {method, removed (parameters), off (relative distance from the budget), perplexity, seconds, peak_bytes}. If a
+    method cannot do it, or its perplexity is no number (ValueError, LinAlgError), {method, error}.
+    spent: seconds that the model has cost already.
     """
-    before, seconds = model.n_params, {}
-    reset_peak(model.device)
+    seconds, device = {}, job.model.device
+    reset_peak(device)
     try:
-        with cli.timed(seconds, name, model.device):
-            model = method(model, sweep, budget)
-        peak, removed = peak_bytes(model.device), before - model.n_params
+        with cli.timed(seconds, name, device):
+            job.model = method(job.model, job.sweep)
+        peak, removed = peak_bytes(device), job.before - job.model.n_params
         return {"method": name, "removed": removed, "off": removed / budget - 1,
-                "perplexity": result_row(name, model, texts, size)["perplexity"], "seconds": seconds[name],
-                "peak_bytes": peak}
+                "perplexity": result_row(name, job.model, job.texts, job.eval_size)["perplexity"],
+                "seconds": spent + seconds[name], "peak_bytes": peak}
     except (ValueError, torch.linalg.LinAlgError) as e:
         return {"method": name, "error": " ".join(str(e).split())}
 
@@ -114,61 +141,76 @@ def columns(row, texts):
             "peak GiB": cell("peak_bytes", lambda peak: f"{peak / 2 ** 30:.2f}")}
 
 
+def ranked(rows, texts):
+    """The rows in the order of the first text's perplexity; the dense model comes first, methods that failed last."""
+    return rows[:1] + sorted(rows[1:], key=lambda row: next(iter(row.get("perplexity", {}).values()), float("inf")))
+
+
 def compared(rows, texts, notes):
-    """The Markdown table; under it which methods failed or missed the budget, the notes and the texts' protocols."""
-    shown = [columns(row, texts) for row in rows]
-    off = [row["method"] for row in rows if abs(row.get("off", 0)) > 0.005]
+    """The Markdown table; under it which methods failed or are off the budget, the notes and the texts' protocols."""
+    shown = [columns(row, texts) for row in ranked(rows, texts)]
+    off = [row["method"] for row in rows if abs(row.get("off", 0)) > CLOSE]
     return "\n".join([markdown([*shown[0]], [[*row.values()] for row in shown]), "",
                       *(f"{row['method']}: {row['error']}" for row in rows if "error" in row),
-                      *[f"not comparable, as more than 0.5 % off the budget: {', '.join(off)}"] * bool(off), *notes,
-                      table([], texts, 1).partition("\n\n")[2]])  # the protocols, which it puts under every table
+                      *[f"off the budget by more than {100 * CLOSE} %: {'; '.join(off)}"] * bool(off), *notes,
+                      protocols(texts)])
 
 
 def main():
     a = parse()
-    model, tokenizer = cli.open_checkpoint(a.ckpt, a.device, a.dtype)
+    model, tokenizer = open_dense(a.ckpt, a.device, a.dtype)
     check_layers(model.args.n_layers, a.layers)
-    if model.n_params < model.n_params_dense:
-        raise ValueError(f"{a.ckpt}: is compressed already, expected a dense folder")
-    seq_len, eval_len = cli.sequence_length(a.seq_len, 512, model), cli.sequence_length(None, 2048, model)
-    windows, calibration = calibration_windows(tokenizer, a.calibration, a.samples, seq_len, a.seed, a.data_dir)
-    texts = evaluation_windows(a.eval, tokenizer, eval_len, a.windows, a.data_dir)
-    size, eval_size = cli.batch_size(a.batch_size, seq_len), cli.batch_size(a.batch_size, eval_len, model)
-    budget = budget_of(model, a.layers, a.ratio, a.budget)
+    budget, job = budget_of(model, a.layers, a.ratio, a.budget), Job(a, model)
     if not budget:
         raise ValueError("--ratio, --budget: leave nothing to remove")
     which = f"{a.layers} layer{'s' * (a.layers > 1)}"
     of = f"{100 * a.budget:g} % of its blocks" if a.budget else f"as GRASP of {which} at ratio {a.ratio}"
-    notes = [f"calibration  {calibration['protocol']}, batches of {size}",
-             f"budget       {budget:,} parameters, {100 * budget / model.n_params:.1f} % of the model, {of}",
+    notes = [f"budget       {budget:,} parameters, {100 * budget / model.n_params:.1f} % of the model, {of}",
              "measured     seconds of the method alone, peak GiB "
              f"{'too' if reset_peak(model.device) else 'of the process so far'}"]
-    print("\n".join(notes) + "\n")
-    rows, report = [], {
-        "settings": {**vars(a), "seq_len": seq_len}, "dtype": str(model.dtype), "parameters": model.n_params,
-        "budget": budget, "calibration": calibration, "notes": notes,
-        "protocol": {label: protocol for label, (_, protocol) in texts.items()}}
+    print("\n".join(notes))
+    job.read(tokenizer)
+    notes.append(f"calibration  {job.calibration['protocol']}, batches of {job.size}")
 
     def add(row):
-        rows.append(row)
-        _, *values = columns(row, texts).items()
+        job.rows.append(row)
+        _, *values = columns(row, job.texts).items()
         print(f"{row['method']:<12} " + (row.get("error") or "  ".join(map(" ".join, values))))
         if a.json:
-            write_json(a.json, {**report, "results": rows})
+            write_json(a.json, job.report(budget=budget, notes=notes))
 
-    dense = result_row("dense", model, texts, eval_size)
+    dense = result_row("dense", model, job.texts, job.eval_size)
     add({"method": "dense", "removed": 0, "perplexity": dense["perplexity"]})
-    load, sweep = partial(load_checkpoint, a.ckpt, model.dtype, model.device), partial(cli.batches, windows, size)
+    dtype, device = model.dtype, model.device
+    plans = {name: rows_of(name, a.layers, model, budget) for name in a.methods}
     del model
-    for name in a.methods:
-        torch.manual_seed(a.seed)
-        gc.collect()  # the model before goes even where a cycle of objects holds it
-        add(measure(name, methods(a.layers)[name], load(), sweep, budget, texts, eval_size))
-    print("\n" + compared(rows, texts, notes))
+    for name, rows in plans.items():
+        for row_name, method, goes_on in rows:
+            spent = job.rows[-1].get("seconds", 0.0) if goes_on else 0.0
+            torch.manual_seed(a.seed)
+            if not goes_on:
+                job.model = None
+                gc.collect()  # the model before goes even where a cycle of objects holds it
+                job.model = load_checkpoint(a.ckpt, dtype, device)
+            add(run(row_name, method, job, budget, spent))
+            if a.keep and "error" not in job.rows[-1]:
+                keep_folder(job, row_name, a.keep, tokenizer)
+    print("\n" + compared(job.rows, job.texts, notes))
+
+
+def keep_folder(job, name, folder, tokenizer):
+    """Write the model of a row as a folder, if it is one that a folder can hold."""
+    path = folder / name.replace(", ", "-").replace(" ", "-")
+    folder.mkdir(exist_ok=True)
+    try:
+        save_checkpoint(job.model, path, job.report(method=name), tokenizer.files)
+        print(f"written to {path}")
+    except ValueError as e:
+        print(e)
 
 
 def parse():
-    p, known = cli.Parser(__doc__), list(methods(1))
+    p, known = cli.Parser(__doc__), [*BLOCKS, *methods(1)]
     add = cli.model_flags(p, "what to compress").add_argument
     add("--methods", nargs="+", choices=known, default=known, metavar="NAME",
         help=f"in this order (default: {' '.join(known)})")
@@ -178,13 +220,16 @@ def parse():
         help="instead: fraction of all blocks' parameters to remove")
     cli.calibration_flags(p, samples=32)
     cli.evaluation_flags(p)
-    p.add_argument_group("output").add_argument("--json", type=cli.json_file, metavar="FILE",
-                                                help="write everything there too, after every row")
+    add = p.add_argument_group("output").add_argument
+    add("--json", type=cli.json_file, metavar="FILE", help="write everything there too, after every row")
+    add("--keep", type=Path, metavar="DIR", help="write the model of every row as a folder in DIR, a new one")
     cli.machine_flags(p, batches=True)
     a = p.parse_args()
     if a.ratio and a.budget:
         raise ValueError("give one of --ratio and --budget")
     a.ratio = a.ratio or (None if a.budget else 0.1)
+    if a.keep:
+        check_output(a.keep)
     return a
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from attribution import svd
-from extras import keep, open_dense, read_report
+from extras import keep, open_original, read_report
 from model import save_checkpoint
 from runtime import cli
 from runtime.files import check_output
@@ -63,7 +63,7 @@ def main():
     if a.kind == "random":
         model, tokenizer = cli.open_checkpoint(a.ckpt, a.device, a.dtype)
     else:
-        _, model, tokenizer = open_dense(report, a.dense, a.device, a.dtype)
+        _, model, tokenizer = open_original(report, a.dense, a.device, a.dtype)
     dense_params = model.n_params_dense
     if a.kind == "dropped":
         drop_layers(model, report["redundant"])
@@ -71,7 +71,8 @@ def main():
         truncate(model, {record["name"]: record["rank"] for record in report["matrices"] if record["rank"]})
     else:
         randomize(model, a.seed)
-    save_checkpoint(model, out, {"control": a.kind, "of": str(a.ckpt)}, tokenizer.files, a.overwrite)
+    made = {"control": a.kind, "of": str(a.ckpt), "settings": report["settings"], "parameters_after": model.n_params}
+    save_checkpoint(model, out, made, tokenizer.files, a.overwrite)
     print(f"{a.kind:<12} {model.n_params:,} parameters left of {dense_params:,}; written to {out}")
 
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from data import need
 from data.checkpoint import HF_FIELDS, HF_TENSORS, own_storage, read_args
 from data.corpus import embedded_text
+from extras import is_tied
 from model import LowRankLinear, Transformer, upcast
 from runtime import cli
 from runtime.files import atomic_write, check_output, write_json
@@ -52,10 +53,6 @@ def dense_shapes(model):
     with torch.device("meta"):
         dense = Transformer(model.args, tied=is_tied(model)).to(model.dtype)
     return dict(dense.named_parameters())
-
-
-def is_tied(model):
-    return model.output.weight is model.tok_embeddings.weight
 
 
 def export(model, tokenizer, out, layout="hf", shard="5GB"):

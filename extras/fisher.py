@@ -20,14 +20,13 @@ from functools import partial
 import torch
 
 from attribution import SCORES, backward, importance, sigma_gradients, top_k, weight_gradients
-from data.corpus import calibration_windows
-from evaluate import evaluation_windows, result_row, table
-from extras import keep
+from extras import keep, open_dense
 from extras.baselines import block_params, input_of, linear, uniform_ranks, watch_inputs
 from grasp import check_layers, find_redundant
 from model import matrix_names, save_checkpoint, upcast
 from runtime import cli
 from runtime.files import check_output
+from runtime.job import Job
 
 BASES = ("plain", "whitened", "kfac")
 DAMPING = 0.03  # fraction of a moment's mean diagonal that is added to it: few tokens leave it singular
@@ -215,37 +214,28 @@ def global_ranks(costs, sizes, budget):
 
 def main():
     a = parse()
-    seconds = {}
-    model, tokenizer = cli.open_checkpoint(a.ckpt, a.device, a.dtype)
-    before, dense_params = model.n_params, model.n_params_dense
-    if before < dense_params:
-        raise ValueError(f"{a.ckpt}: is compressed already, expected a dense folder")
+    model, tokenizer = open_dense(a.ckpt, a.device, a.dtype)
     if a.layers or a.layer_ids:
         check_layers(model.args.n_layers, a.layers, a.layer_ids)
-    seq_len, eval_len = cli.sequence_length(a.seq_len, 512, model), cli.sequence_length(None, 2048, model)
-    windows, calibration = calibration_windows(tokenizer, a.calibration, a.samples, seq_len, a.seed, a.data_dir)
-    texts = evaluation_windows(a.eval, tokenizer, eval_len, a.windows, a.data_dir)
-    budget = round(a.budget * model.args.n_layers * block_params(model))
+    blocks = model.args.n_layers * block_params(model)
+    budget, job = round(a.budget * blocks), Job(a, model)
     if not budget:
         raise ValueError(f"--budget {a.budget}: leaves nothing to remove")
-    size, eval_size = cli.batch_size(a.batch_size, seq_len), cli.batch_size(a.batch_size, eval_len, model)
-    what = f"{a.basis} basis, {a.allocate} allocation, score {a.score}, MLPs by {a.mlp}"
-    print(f"calibration  {calibration['protocol']}, batches of {size}\n"
-          f"method       {what}; {budget:,} parameters to remove\n")
-    sweep, rows = partial(cli.batches, windows, size), [result_row("dense", model, texts, eval_size)]
-    with cli.timed(seconds, "compression", model.device):
-        layers = find_redundant(model, sweep, a.layers)[-1] if a.layers else a.layer_ids
-        kept = compress(model, sweep, budget, layers, a.basis, a.allocate, a.score, a.mlp == "channels")
+    print(f"method       {a.basis} basis, {a.allocate} allocation, score {a.score}, MLPs by {a.mlp}; {budget:,} "
+          f"parameters to remove, {100 * budget / blocks:.1f} % of the blocks' and {100 * budget / job.before:.1f} % "
+          "of the model's")
+    job.read(tokenizer)
+    job.evaluate()
+    with cli.timed(job.seconds, "compression", model.device):
+        layers = find_redundant(model, job.sweep, a.layers)[-1] if a.layers else a.layer_ids
+        kept = compress(model, job.sweep, budget, layers, a.basis, a.allocate, a.score, a.mlp == "channels")
     for name, indices in kept.items():
         print(f"{name:<26} keeps {len(indices):5} {'channels' if name.endswith('feed_forward') else 'components'}")
-    rows.append(result_row("compressed", model, texts, eval_size, seconds["compression"]))
-    print(f"\n{table(rows, texts, dense_params)}\nasked: {budget:,} parameters less; achieved: {model.n_params:,} left "
-          f"of {before:,}, {100 * (1 - model.n_params / before):.1f} % removed")
-    report = {"settings": {**vars(a), "seq_len": seq_len, "device": model.device, "dtype": model.dtype},
-              "layers": layers, "kept": kept, "calibration": calibration, "results": rows,
-              "parameters_before": before, "parameters_after": model.n_params, "seconds": seconds,
-              "protocol": {label: protocol for label, (_, protocol) in texts.items()}}
-    save_checkpoint(model, a.out, report, tokenizer.files, a.overwrite)
+    job.evaluate("compressed", job.seconds["compression"])
+    gone = job.before - model.n_params
+    print(f"\n{job.table()}\nasked: {budget:,} parameters less; achieved: {job.achieved()}, "
+          f"{100 * gone / blocks:.1f} % of the blocks'")
+    save_checkpoint(model, a.out, job.report(layers=layers, kept=kept), tokenizer.files, a.overwrite)
     print(f"written to {a.out}")
 
 

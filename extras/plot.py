@@ -20,7 +20,7 @@ from attribution import importance, sigma_gradients, svd, weight_gradients
 from data import need
 from data.corpus import text_names
 from evaluate import evaluation_windows, perplexity
-from extras import open_dense, read_report
+from extras import open_original, read_report
 from model import matrix_names, upcast
 from runtime import cli
 from runtime.files import atomic_write, write_json
@@ -188,7 +188,7 @@ def main():
     if not set(a.layer_ids or []) <= set(compressed):
         raise ValueError(f"--layer-ids {a.layer_ids}: {a.ckpt} has compressed layers {compressed}")
     need("matplotlib", "extras.plot")
-    dense, model, tokenizer = open_dense(report, a.dense, a.device, a.dtype, a.matrix)
+    dense, model, tokenizer = open_original(report, a.dense, a.device, a.dtype, a.matrix)
     if a.matrix:
         seq_len = cli.sequence_length(a.seq_len, 2048, model)
         name = a.data or ("embedded" if dense == cli.TINY else "wikitext2")

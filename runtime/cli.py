@@ -51,7 +51,7 @@ class Parser(argparse.ArgumentParser):
         for flag, default in self.texts.items():
             if getattr(a, flag) is None:
                 tiny = "embedded" if isinstance(default, str) else ["embedded"]
-                setattr(a, flag, tiny if a.ckpt.resolve() == TINY else default)
+                setattr(a, flag, tiny if made_on_embedded(a.ckpt) else default)
             elif getattr(a, flag) == ["none"]:
                 setattr(a, flag, [])
         if self.suffix:
@@ -263,6 +263,13 @@ def earlier_report(ckpt: Path) -> dict | None:
     with suppress(OSError, ValueError):
         report = optional_json(ckpt / "report.json")
         return report if "parameters_after" in report else None
+
+
+def made_on_embedded(ckpt: Path) -> bool:
+    """Whether a folder is the embedded model, or was compressed on its text."""
+    settings = (earlier_report(ckpt) or {}).get("settings")
+    text = settings.get("calibration") if isinstance(settings, dict) else None
+    return os.path.realpath(ckpt) == str(TINY) or text == "embedded"
 
 
 def peak_memory() -> str:

@@ -1,4 +1,5 @@
 """What the tests share: small random models, and the real data where it is at hand."""
+import argparse
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import torch
 from data import corpus
 from model import ModelArgs, Transformer
 from runtime import cli
+from runtime.job import Job
 
 torch.set_num_threads(1)  # matrices this small gain nothing from a second thread
 
@@ -30,6 +32,13 @@ def random_model(dtype=torch.float64, tied=False, seed=0, **changes):
 
 def random_tokens(model, B, T, seed=1):
     return torch.randint(model.args.vocab_size, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def job_of(model, texts, size=2, windows=None):
+    """A Job on a model, with these texts and calibration windows, in micro-batches of `size` sequences."""
+    job = Job(argparse.Namespace(seq_len=None, batch_size=size), model)
+    job.texts, job.windows = texts, windows
+    return job
 
 
 def folder_in(variable, otherwise):

@@ -15,7 +15,7 @@ import torch
 import evaluate
 import grasp
 from tests.conftest import ROOT, error_of, obey_all_signals, run
-from runtime import cli
+from runtime import cli, job
 
 QUICK = ["--layers", "2", "--samples", "6", "--seq-len", "64", "--windows", "4"]
 
@@ -302,7 +302,7 @@ def test_out_of_memory_is_one_line(nowhere, monkeypatch, capsys):
     def fail(*words):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 PB")
 
-    monkeypatch.setattr(grasp, "calibration_windows", fail)
+    monkeypatch.setattr(job, "calibration_windows", fail)
     assert "out of memory; use a smaller --batch-size" in error_of(grasp.main, "--layers 2", monkeypatch, capsys)
 
 

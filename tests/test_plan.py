@@ -10,7 +10,7 @@ import grasp
 from tests.conftest import error_of, random_model
 from grasp import compress
 from model import load_checkpoint
-from runtime import cli, files
+from runtime import cli, files, job
 from runtime.cli import TINY
 from runtime.plan import parameters_left, plan
 
@@ -75,7 +75,7 @@ def test_a_run_does_what_its_plan_says(nowhere, monkeypatch, capsys):
 def test_a_full_disk_is_found_before_the_sweep(nowhere, monkeypatch, capsys):
     usage = shutil.disk_usage(nowhere)._replace(free=1000)
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(grasp, "calibration_windows", None)
+    monkeypatch.setattr(job, "calibration_windows", None)
     line = error_of(grasp.main, f"--layers 2 {QUICK}", monkeypatch, capsys)
     assert "tiny-grasp: needs 2,826,112 bytes, only 1,000 are free there" in line
 

@@ -1,17 +1,15 @@
-"""Other ways to make a LLaMA smaller, a file a family; `python -m extras.compare` holds them against GRASP.
+"""Published ways to make a LLaMA smaller, a file a family. `python -m extras.compare` holds them against GRASP.
 
-Every method is one function (model, sweep, budget) -> model. `model` is dense and may be changed in place;
-`sweep(label)` is a fresh iterator over the calibration set's batches (B, T) int64; `budget` is the number of parameters
-to remove, met to 0.5 %. What a method adds (a patch, a rotation) counts as parameters of the model it returns, so
-n_params is honest.
+A method that meets any budget is a function (model, sweep, budget) -> model: `budget` is the number of parameters to
+remove, met to 0.5 %. A method that takes out whole blocks is a function (model, sweep, n) -> model: n blocks go.
+`model` is dense and may be changed in place. `sweep(label)` is a fresh iterator over the calibration set's batches
+(B, T) int64. What a method adds (a patch, a rotation) counts among the parameters of the model that it returns.
 """
 from contextlib import contextmanager
 
 from torch import nn
 
 from attribution import rank_for_ratio
-from extras.controls import truncate
-from model import matrix_names
 
 SAME_INPUT = {"wk": "wq", "wv": "wq", "w3": "w1"}
 
@@ -21,21 +19,11 @@ def block_params(model):
     return sum(p.numel() for p in model.layers[0].parameters())
 
 
-def whole_blocks(model, budget, least, most, added=0):
-    """(n, rest): blocks to take out, and what another is to lose, where `added` parameters come in.
-
-    ValueError if n is not one of least .. most.
-    """
-    size = block_params(model)
-    n, rest = divmod(budget + added, size)
-    if rest <= 0.005 * budget:  # within the tolerance: no block is slimmed for so little, because even the highest
-        rest = 0  # rank that is smaller than dense costs it half its singular values
-    elif size - rest <= 0.005 * budget:
-        n, rest = n + 1, 0
-    if not least <= n <= most:
-        raise ValueError(f"cannot remove {budget:,} parameters where {added:,} come in: expected {least} to {most} "
-                         f"blocks of {size:,} to go, got {n}")
-    return n, rest
+def check_blocks(model, n, spared):
+    """Raise ValueError if a method that leaves at least `spared` blocks cannot take out n."""
+    most = len(model.layers) - spared
+    if not 1 <= n <= most:
+        raise ValueError(f"cannot take out {n} blocks: expected 1 to {most} of {len(model.layers)}")
 
 
 def uniform_ranks(model, names, budget):
@@ -64,13 +52,6 @@ def uniform_ranks(model, names, budget):
         if m + n <= over and (k[name] + 1) * (m + n) < m * n:
             k[name], over = k[name] + 1, over - m - n
     return k
-
-
-def slim(model, layer, budget):
-    """Plain SVD of one block's seven matrices, so that it loses `budget` parameters: how methods that take whole
-    blocks out meet a budget that is no whole number of blocks (our liberty, the same for all of them)."""
-    if budget > 0:
-        truncate(model, uniform_ranks(model, matrix_names(layer), budget))
 
 
 def input_of(name):

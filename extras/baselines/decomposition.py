@@ -1,12 +1,26 @@
-"""Weighted SVD: the same low-rank factors four times, by four answers to which inputs of a matrix matter.
+"""Baselines by weighted SVD: the same low-rank factors, with four answers to which inputs of a matrix matter.
 
-y = W x becomes y = A (B x) with k components, for the A B of rank k that minimises ||(W - A B) D||:
+y = W x becomes y = A (B x) with k components: the A B of rank k that minimises ||(W - A B) D||.
 
-    method      D                                                           from
-    plain_svd   1                                                           -
-    fwsvd       diag d_j = sqrt(sum_i E[(dL/dW_ij)^2])                      gradients, E over sequences
-    asvd        diag d_j = (mean |x_j|)^alpha                               inputs x (n,) of the matrix
-    svd_llm     lower triangular, D D^T = X X^T                             inputs X (n, tokens)
+    name        plain_svd
+    paper       Eckart and Young 1936
+    equation    D = 1
+    liberties   none
+
+    name        fwsvd
+    paper       FWSVD, arXiv 2207.00112
+    equation    D = diag sqrt(sum_i E[(dL/dW_ij)^2]), E over sequences, L the next token's loss
+    liberties   that loss, where the paper has a task's; no training afterwards
+
+    name        asvd
+    paper       ASVD, arXiv 2312.05821, §3
+    equation    D = diag (mean |x_j|)^alpha, x (n,) the matrix's inputs
+    liberties   ranks of one ratio, where the paper searches one for every matrix by its effect on the perplexity
+
+    name        svd_llm
+    paper       SVD-LLM, arXiv 2403.07378, §3.1
+    equation    D lower triangular, D D^T = X X^T, X (n, tokens) the matrix's inputs
+    liberties   without the update of the factors (its §3.2)
 
 layers: ids of the blocks whose seven matrices are decomposed (None: all), with ranks of one ratio. As in the papers,
 every D comes from the dense model, in one sweep. A constant factor of D cancels in A B, so sums stand for means.
@@ -18,37 +32,31 @@ import torch
 from attribution import backward, svd
 from extras import keep
 from extras.baselines import input_of, uniform_ranks, watch_inputs
+from extras.controls import truncate
 from model import matrix_names, upcast
 
 
 def plain_svd(model, sweep, budget, layers=None):
-    """The largest singular values of W itself [Eckart and Young 1936]; `sweep` is not used."""
-    ranks = ranks_of(model, layers, budget)
-    return decompose(model, ranks, {name: torch.ones_like(model.get_submodule(name).weight[0]) for name in ranks})
+    """Keep the largest singular values of W itself. `sweep` is not used."""
+    truncate(model, ranks_of(model, layers, budget))
+    return model
 
 
 def fwsvd(model, sweep, budget, layers=None):
-    """FWSVD [arXiv 2207.00112]: inputs weighted by the Fisher information of their column of W.
-
-    The paper writes y = x W, so its rows are our columns. Liberties: it takes the loss of a task and trains on that
-    afterwards; here the loss is the next token's, and nothing is trained.
-    """
+    """Weight inputs by the Fisher information of their column of W (the paper writes y = x W: its rows)."""
     ranks = ranks_of(model, layers, budget)
     return decompose(model, ranks, fisher_weights(model, ranks, sweep("FWSVD")))
 
 
 def asvd(model, sweep, budget, layers=None, alpha=0.5):
-    """ASVD [arXiv 2312.05821, §3]: inputs weighted by their mean size, d_j = (mean |x_j|)^alpha.
-
-    Liberty: ranks of one ratio, where the paper searches one for every matrix by its effect on the perplexity.
-    """
+    """Weight inputs by their mean size, d_j = (mean |x_j|)^alpha."""
     ranks = ranks_of(model, layers, budget)
     sums = input_sums(model, ranks, sweep("ASVD"), lambda x: upcast(x).abs().sum(0))
     return decompose(model, ranks, {name: sums[input_of(name)] ** alpha for name in ranks})
 
 
 def svd_llm(model, sweep, budget, layers=None):
-    """SVD-LLM (W) [arXiv 2403.07378, §3.1]: truncation-aware whitening, without the update of the factors (its §3.2).
+    """Whiten the inputs: SVD-LLM (W), truncation-aware whitening.
 
     With D D^T = X X^T the loss on the calibration set is known, ||(W - A B) X||^2 = the sum of the dropped sigma^2, and
     no A B of rank k has less. Holds an fp64 n x n moment for each of the four different inputs of every block.

@@ -1,9 +1,16 @@
-"""LoRAP: low-rank attention and pruned MLP channels, block after block, and its recovery training [arXiv 2404.09695].
+"""A baseline of low-rank attention and pruned MLP channels, block after block, and its recovery training.
 
     python -m extras.baselines.lorap --ckpt FOLDER --ratio 0.8 --recover alpaca.json
 
-prints the table of the dense model, of LoRAP's and, with --recover, of what training adapters and its re-decomposition
-make of that. It measures and writes no folder.
+    name        lorap
+    paper       LoRAP, arXiv 2404.09695, and its code at commit 4e34b7f
+    equation    attention: U of W diag(d) = U S V^T (AWSVD); MLP: the channels of lowest |W1[c] d| + |W3[c] d| +
+                |W2[:, c] d2| go, but for the very least 1 %
+    liberties   an MLP sees what its block's compressed attention gives (the code takes a block's statistics all at
+                once, from the block still dense); rho is found from the budget; grouped queries, see `allot`
+
+The command prints a table: the dense model, LoRAP and, with --recover, the model after training adapters and after its
+re-decomposition. It writes no folder.
 
     rho      share of a block's parameters that stays, the same for its attention and its MLP
     d        (n,) weights of a matrix's inputs: root of their sums of squares over the calibration set
@@ -12,7 +19,6 @@ make of that. It measures and writes no folder.
 """
 import math
 from bisect import bisect_left
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,12 +26,11 @@ import torch
 import torch.nn.functional as F
 
 from attribution import rank_for_ratio, svd
-from data.corpus import calibration_windows
-from evaluate import evaluation_windows, result_row, table
-from extras import keep, recover
+from extras import keep, open_dense, recover
 from extras.baselines import input_of, linear, watch_inputs
 from model import MATRICES, LowRankLinear, rotary_frequencies, upcast
 from runtime import cli
+from runtime.job import Job
 
 # as its post_training.py has them; but that holds out 2,000 records, and trains its adapters with dropout 0.05
 SCRIPT = {"epochs": 2, "batch_size": 64, "micro_batch": 4, "lr": 1e-4, "held_out": 128, "response_only": True}
@@ -33,14 +38,11 @@ SCRIPT = {"epochs": 2, "batch_size": 64, "micro_batch": 4, "lr": 1e-4, "held_out
 
 @torch.no_grad()
 def lorap(model, sweep, budget, sublayer="both", mlp="prune", decomposition="awsvd"):
-    """LoRAP [arXiv 2404.09695; its code at commit 4e34b7f]: the model, in place, with `budget` parameters less.
+    """Remove `budget` parameters from the model, in place, and return it.
 
     sublayer: attention, mlp or both. mlp: prune (channels) or decompose. decomposition: awsvd, afm or svd (`basis`).
-    ValueError where all that can go is less than the budget. Holds the states of the whole calibration set, as its
-    code does: samples * seq_len * dim numbers.
-
-    Liberties: an MLP sees what its block's compressed attention gives (the code takes a block's statistics all at once,
-    from the block still dense); rho is not given but what meets the budget; grouped queries, see `allot`.
+    Holds the states of the whole calibration set, as its code does: samples * seq_len * dim numbers.
+    Raises ValueError if less can be removed.
     """
     shares = shares_for(model, budget, sublayer, mlp)
     states = [next(model.residual_stream(tokens.to(model.device))) for tokens in sweep("LoRAP")]
@@ -207,39 +209,28 @@ def train_adapters(model, rank, examples, held_out, settings):
 def main():
     a = parse()
     records = recover.read_records(a.recover)[0] if a.recover else None
-    model, tokenizer = cli.open_checkpoint(a.ckpt, a.device, a.dtype)
-    before, seconds, rows = model.n_params, {}, []
-    if before < model.n_params_dense:
-        raise ValueError(f"{a.ckpt}: is compressed already, expected a dense folder")
-    seq_len, eval_len = cli.sequence_length(a.seq_len, 512, model), cli.sequence_length(None, 2048, model)
-    windows, calibration = calibration_windows(tokenizer, a.calibration, a.samples, seq_len, a.seed, a.data_dir)
+    model, tokenizer = open_dense(a.ckpt, a.device, a.dtype)
+    job = Job(a, model)
+    budget = math.ceil((1 - a.ratio) * job.before)
     settings = {**SCRIPT, "seq_len": cli.sequence_length(None, 256, model), "samples": a.records, "seed": a.seed}
     examples, held_out = recover.split(records, tokenizer, settings) if a.recover else (None, None)
-    texts = evaluation_windows(a.eval, tokenizer, eval_len, a.windows, a.data_dir)
-    eval_size = cli.batch_size(a.batch_size, eval_len, model)
-    budget = math.ceil((1 - a.ratio) * before)
-    print(f"calibration  {calibration['text']}; {a.samples} random windows of {seq_len}, seed {a.seed}\n"
-          f"method       LoRAP of {a.sublayer}, mlp {a.mlp}, {a.decomposition}; {budget:,} parameters to remove\n")
-
-    def add_row(name, phase=None):
-        rows.append(result_row(name, model, texts, eval_size, seconds.get(phase)))
-
-    add_row("dense")
-    with cli.timed(seconds, "LoRAP", model.device):
-        sweep = partial(cli.batches, windows, cli.batch_size(a.batch_size, seq_len))
-        lorap(model, sweep, budget, a.sublayer, a.mlp, a.decomposition)
-    add_row("LoRAP", "LoRAP")
+    print(f"method       LoRAP of {a.sublayer}, mlp {a.mlp}, {a.decomposition}; {budget:,} parameters to remove")
+    job.read(tokenizer)
+    job.evaluate()
+    with cli.timed(job.seconds, "compression", model.device):
+        lorap(model, job.sweep, budget, a.sublayer, a.mlp, a.decomposition)
+    job.evaluate("LoRAP", job.seconds["compression"])
+    achieved = job.achieved()
     if a.recover:
         ranks = multiply_out(model)
-        with cli.timed(seconds, "training", model.device):
+        with cli.timed(job.seconds, "training", model.device):
             train_adapters(model, a.lora, examples, held_out, settings)
-        add_row("recovered, multiplied out", "training")
+        job.evaluate("recovered, multiplied out", job.seconds["training"])
         for more in (a.lora, 0) if ranks else ():
             redecompose(model, ranks, more)
-            add_row(f"re-decomposed, rank + {more}" if more else "re-decomposed")
+            job.evaluate(f"re-decomposed, rank + {more}" if more else "re-decomposed")
             multiply_out(model)
-    print(f"\n{table(rows, texts, before)}\nasked: {a.ratio} of the model's parameters; achieved: "
-          f"{rows[1]['parameters']:,} left of {before:,}")
+    print(f"\n{job.table()}\nasked: {a.ratio} of the model's parameters; achieved: {achieved}")
 
 
 def parse():

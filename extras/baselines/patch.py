@@ -1,16 +1,23 @@
-"""A run of neighbouring blocks taken out, and one matrix at the cut that carries what they did: no training.
+"""Baselines that take out a run of n neighbouring blocks and put one matrix at the cut. No training.
 
-    linearpatch   channel by channel, in a Hadamard basis, the size that the run's last state had  [arXiv 2505.24680]
-    replaceme     least squares from the block before the cut to the run's last state              [arXiv 2505.02819]
+    name        linearpatch
+    paper       LinearPatch, arXiv 2505.24680
+    equation    h <- H diag(d) H^T h at the cut: each channel of a Hadamard basis gets its mean size after the run
+    liberties   means, cosine, dtype and H, see `linearpatch`; without its fine-tuning
 
-    here          the papers      shape            what
+    name        replaceme
+    paper       ReplaceMe, arXiv 2505.02819
+    equation    least squares from the feed-forward before the cut to the run's last state
+    liberties   a small ridge; its other objective, a cosine, is left out
+
+    here          the papers      shape            meaning
     i, j          l*, l* + n                       the run is blocks i .. j - 1; block j is the first after the cut
     h_i, h_j      X^(l)           (B, T, dim)      residual stream before block i and before block j
     H             H               (dim, dim)       orthonormal Hadamard matrix, entries +-1 / sqrt(dim)
     A, M          M, T            (tokens, dim)    block i - 1's feed-forward output; (dim, dim) its linear map
 
-Both runs begin after block 0 and end before the last: LinearPatch's code looks no further, ReplaceMe needs a block
-before the cut, and block j has to be there to be slimmed where the budget is no whole number of blocks.
+Both runs begin after block 0 and end before the last block: LinearPatch's code looks no further, and ReplaceMe needs a
+block before the cut.
 """
 import math
 from collections import deque
@@ -22,7 +29,7 @@ from torch import nn
 
 from attribution import angular_distances
 from extras.controls import drop_layers
-from extras.baselines import slim, watch_inputs, whole_blocks
+from extras.baselines import check_blocks, watch_inputs
 from model import upcast
 
 
@@ -37,51 +44,45 @@ class Patch(nn.Module):
 
 
 @torch.no_grad()
-def linearpatch(model, sweep, budget):
-    """LinearPatch without its fine-tuning [arXiv 2505.24680]: the run whose ends have the highest cosine goes.
+def linearpatch(model, sweep, n):
+    """Take out the run of n blocks whose ends have the highest cosine, and patch the cut [LinearPatch].
 
-    h <- H diag(d) H^T h at the cut, d_c = mean |h_j H|_c / mean |h_i H|_c, c a channel. Its code keeps the product, a
-    dense matrix of dim^2 parameters, and so do we; they count. Liberties: means over all tokens before the one division
-    (its code averages the ratios of single sequences); the cosine is that of a token's two states (its code's, with
-    dim=1, is that of a channel over the tokens); the matrix in the model's dtype (there fp32); its H is another for the
-    sizes that are no power of two; what the blocks leave of the budget, block j gives (`slim`).
-    args.n_layers counts the blocks, not what stands in for the run.
+    d_c = mean |h_j H|_c / mean |h_i H|_c for each channel c. The product is a dense matrix of dim^2 parameters, which
+    count, as in its code.
+
+    Liberties: the means are over all tokens before the one division (its code averages the ratios of single
+    sequences); the cosine is that of a token's two states (its code's, with dim=1, is that of a channel over the
+    tokens); the matrix has the model's dtype (there fp32); H is another for sizes that are no power of two.
+    args.n_layers counts the blocks, not the patch.
     """
+    check_blocks(model, n, spared=2)
     H = hadamard(model.args.dim).to(model.device)
-    n, rest = whole_blocks(model, budget, 1, len(model.layers) - 2, H.numel())
     i = 1 + int(run_cosines(model, sweep("cosines of runs"), n)[1:-1].argmax())
     before, after = rotated_magnitudes(model, sweep("magnitudes"), H, i, i + n)
     P = H * (after / before) @ H.T
-    cut(model, i, n, rest)
+    drop_layers(model, range(i, i + n))
     model.layers.insert(i, Patch(P.to(model.dtype)))
     return model
 
 
 @torch.no_grad()
-def replaceme(model, sweep, budget, alpha=1e-6):
-    """ReplaceMe by least squares [arXiv 2505.02819]: the run of blocks whose ends have the smallest angle goes.
+def replaceme(model, sweep, n, alpha=1e-6):
+    """Take out the run of n blocks whose ends have the smallest angle, and fit the block before it [ReplaceMe].
 
     M = (A^T A + alpha s I)^-1 A^T (h_j + A - h_i), rows are tokens, so that block i - 1 gives (h_i - A) + A M, which is
-    near h_j; w2 <- M^T w2 takes it in and costs no parameter. Sums and solution are fp64. s is the mean diagonal of
-    A^T A, so that alpha means the same whatever the size of A and the number of tokens; the released settings have
-    alpha = 0, ours only keeps the system solvable: alpha = 0 needs at least dim tokens. As in its code the angle is the
-    last token's. Not here: its other objective, the cosine, which Adam minimises. Liberty: block j gives what the
-    blocks leave of the budget (`slim`).
+    near h_j. w2 <- M^T w2 takes it in and costs no parameter. Sums and solution are fp64. s is the mean diagonal of
+    A^T A, so that alpha means the same whatever the size of A and the number of tokens. The released settings have
+    alpha = 0, which needs at least dim tokens; ours only keeps the system solvable. As in its code the angle is the
+    last token's.
     """
-    n, rest = whole_blocks(model, budget, 1, len(model.layers) - 2)
+    check_blocks(model, n, spared=2)
     i = 1 + int(angular_distances(model, sweep("angular distances"), n)[1:-1].argmin())
     AtA, AtY = normal_equations(model, sweep("normal equations"), i, i + n)
     M = torch.linalg.solve(AtA + alpha * AtA.diagonal().mean() * torch.eye(len(AtA)).to(AtA), AtY)
     w2 = model.layers[i - 1].feed_forward.w2
     w2.weight.data = (M.T @ w2.weight.double()).to(model.dtype)
-    cut(model, i, n, rest)
-    return model
-
-
-def cut(model, i, n, rest):
-    """Take out blocks i .. i + n - 1, and `rest` parameters of the block after them."""
-    slim(model, i + n, rest)
     drop_layers(model, range(i, i + n))
+    return model
 
 
 @torch.no_grad()

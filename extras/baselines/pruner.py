@@ -1,4 +1,10 @@
-"""LLM-Pruner: whole heads and whole channels leave a block, and smaller dense matrices stay [arXiv 2305.11627].
+"""A baseline that prunes structures: whole heads and channels leave a block, and smaller dense matrices stay.
+
+    name        llm_pruner
+    paper       LLM-Pruner, arXiv 2305.11627, §3.2, block-wise, `param_first`
+    equation    a group's importance is the sum of its |w dL/dw|
+    liberties   the common calibration set (10 sequences of 64 tokens there); channels make up for the rounding of
+                heads, which are few and large; no LoRA training afterwards
 
     half of a block   a group is                                    its rows of      its columns of
     attention         a key/value head with all its query heads     wq, wk, wv       wo
@@ -19,12 +25,9 @@ AXES = {"attention": {"wq": 0, "wk": 0, "wv": 0, "wo": 1}, "feed_forward": {"w1"
 
 
 def llm_pruner(model, sweep, budget):
-    """LLM-Pruner, block-wise with first-order scores of single weights (`param_first`) [arXiv 2305.11627, §3.2].
+    """Of every block but the first and last ones, remove the same share of the groups: those of the lowest importance.
 
-    Of every block but the first and last ones the same share of the groups goes: those of the lowest sum of |w dL/dw|,
-    among the heads and among the channels. Liberties: L is over our calibration set (10 sequences of 64 tokens there);
-    heads are few and large, so the channels make up for their rounding; LoRA training afterwards is left out. Holds the
-    fp32 gradients of all pruned blocks.
+    Heads are compared with heads, and channels with channels. Holds the fp32 gradients of all pruned blocks.
     """
     blocks = pruned_blocks(len(model.layers))
     heads, channels = group_counts(model, budget, len(blocks))

@@ -1,14 +1,23 @@
-"""Rivals that make the model shallower.
+"""Baselines that make the model shallower: they take out n whole blocks.
 
-    shortgpt   drop the blocks whose output is most parallel to their input       arXiv 2403.03853
-    sleb       again and again drop the block without which the loss is lowest    arXiv 2402.09025
-    laco       merge blocks into the one before them, from the top down           arXiv 2402.11187
+    name        shortgpt
+    paper       ShortGPT, arXiv 2403.03853
+    equation    Block Influence 1 - E[cos(h_l, h_{l+1})] of the dense model: the n lowest blocks go
+    liberties   none
 
-Each takes out as many whole blocks as the budget holds, and plain SVD of one more (baselines.slim) takes out the rest:
-none of the papers meets a budget that is no whole number of blocks.
+    name        sleb
+    paper       SLEB, arXiv 2402.09025
+    equation    Metric 3: the loss without a block, measured anew after each of n greedy steps
+    liberties   the common calibration set (128 sequences of 2,048 tokens there)
+
+    name        laco
+    paper       LaCo, arXiv 2402.11187
+    equation    Alg. 1: merge blocks l+1 .. l+K into block l if the last hidden state's cosine stays above T
+    liberties   the choice of T, C, H and I, see `laco`
 """
 from dataclasses import replace
 from functools import cache
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -16,78 +25,65 @@ from torch import nn
 
 from attribution import layer_cosines, top_k
 from extras.controls import drop_layers
-from extras.baselines import slim, whole_blocks
+from extras.baselines import check_blocks
 from model import MATRICES, Block, rotary_frequencies, upcast
 
 
-def shortgpt(model, sweep, budget):
-    """Drop the blocks of lowest Block Influence, 1 - E[cos(h_l, h_{l+1})], all measured on the dense model [ShortGPT].
-
-    Liberty: the block next in line is slimmed to meet the budget.
-    ValueError if all blocks would have to go, or the block to be slimmed cannot lose the rest.
-    """
-    n, rest = whole_blocks(model, budget, 0, len(model.layers) - 1)
-    cosines = layer_cosines(model, sweep("ShortGPT"))[0]
-    dropped = top_k(cosines, n).tolist()
-    cosines[dropped] = -2  # less than any cosine
-    slim(model, *top_k(cosines, 1).tolist(), rest)
-    drop_layers(model, dropped)
+def shortgpt(model, sweep, n):
+    """Drop the n blocks of lowest Block Influence, all measured on the dense model [ShortGPT]."""
+    check_blocks(model, n, spared=1)
+    drop_layers(model, top_k(layer_cosines(model, sweep("ShortGPT"))[0], n).tolist())
     return model
 
 
-def sleb(model, sweep, budget, samples=8):
-    """Drop block after block, each time the one without which the loss, as things then are, is lowest [SLEB, Metric 3].
+def sleb(model, sweep, n):
+    """Drop n blocks, each time the one without which the loss is lowest as things then are [SLEB, Metric 3].
 
-    samples: sequences of the calibration set to use; its authors use 128 of 2,048 tokens.
-    Liberties: that; the next greedy choice is slimmed to meet the budget; the first and the last block are candidates
-    like any other (the authors' code leaves them out).
-    ValueError if all blocks would have to go, or the block to be slimmed cannot lose the rest.
+    The first and the last block stay, as in the authors' code. To drop n blocks and then one more is to drop n + 1.
     """
-    n, rest = whole_blocks(model, budget, 0, len(model.layers) - 1)
+    check_blocks(model, n, spared=2)
     for i in range(n):
-        drop_layers(model, [least_missed(model, first_sequences(sweep(f"SLEB {i + 1}/{n}"), samples))])
-    if rest:
-        slim(model, least_missed(model, first_sequences(sweep("SLEB, the rest"), samples)), rest)
+        drop_layers(model, [least_missed(model, sweep(f"SLEB {i + 1}/{n}"))])
     return model
 
 
 @torch.no_grad()
 def least_missed(model, batches):
-    """The id of the block without which the summed loss (nats) is lowest, the first of equal ones.
+    """Return the id of the block without which the summed loss is lowest. The first and the last one stay.
 
-    What comes before a candidate does not depend on it: each state h_l is computed once and goes on from block l + 1,
-    which halves the work of a round.
+    Each state h_l is computed once and goes on from block l + 1: this halves the work.
     """
-    n = len(model.layers)
-    losses = torch.zeros(n, dtype=torch.float64, device=model.device)
+    candidates = range(1, len(model.layers) - 1)
+    losses = torch.zeros(len(candidates), dtype=torch.float64, device=model.device)
     for tokens in batches:
         tokens = tokens.to(model.device)
-        for layer, h in zip(range(n), model.residual_stream(tokens)):
+        for layer, h in zip(candidates, islice(model.residual_stream(tokens), 1, None)):
             h = through(model, model.layers[layer + 1:], h)
-            losses[layer] += sum(nll.double() for nll in model.losses(h, tokens))
-    return int(losses.argmin())
+            losses[layer - 1] += sum(nll.double() for nll in model.losses(h, tokens))
+    return candidates[int(losses.argmin())]
 
 
 @torch.no_grad()
-def laco(model, sweep, budget, merge=2, lowest=1, highest=None, interval=None, samples=5):
+def laco(model, sweep, n, merge=2, lowest=1, highest=None, interval=None):
     """Merge blocks l+1 .. l+K into block l, from the top down, if the last hidden state stays similar [LaCo, Alg. 1].
 
-    merge: C, blocks that become one in a merge (K = C - 1). lowest, highest: L and H, the last l tried is L, the first
-    H - C. interval: I, how far to go down after a merge that was kept. L is 1; H and I are by default 32 and 2 of 32
-    blocks, scaled. samples: sequences to compare on, as many as the authors' code has sentences; all their hidden
-    states in the dense model are kept in memory.
+    Args:
+        merge: C, how many blocks become one in a merge (K = C - 1).
+        lowest, highest: L and H. The last l tried is L, the first H - C. By default 1 and the number of blocks.
+        interval: I, how far to go down after a merge that was kept. By default 2 of 32 blocks, scaled.
 
-    Liberties: the threshold T is the first of 0.95, 0.90 ... at which all the whole blocks of the budget are merged
-    away; there the method stops, and its last merge takes only as many as are left to go. C is 2, not 4, so that
-    nothing is summed: a merge deletes block l and leaves its norms to block l + 1, see `merged`; sums of more blocks
-    left nothing of SmolLM2's last hidden state (cosine 0.1 and less after one merge of 4 on 1,024 tokens). The most
-    redundant block of the merged model, by its cosine, is slimmed to meet the budget.
-    ValueError if no T merges so many blocks, all would have to go, or the block to be slimmed cannot lose the rest.
+    Liberties: the threshold T is the first of 0.95, 0.90 ... at which n blocks are merged away. There the method stops,
+    and its last merge takes only as many blocks as are left to go. C is 2, not 4: then nothing is summed, and a merge
+    deletes block l and leaves its norms to block l + 1 (see `merged`). Sums of more blocks left nothing of SmolLM2's
+    last hidden state: its cosine was 0.1 or less after one merge of 4 blocks. The dense model's states of the whole
+    calibration set are kept in memory.
+
+    Raises ValueError if no T merges n blocks, or if no block would be left.
     """
     size = len(model.layers)
-    n, rest = whole_blocks(model, budget, 0, size - 1)
+    check_blocks(model, n, spared=1)
     H, interval = min(highest or size, size + merge - 2), interval or max(1, round(size / 16))
-    streams = [[*model.residual_stream(tokens.to(model.device))] for tokens in first_sequences(sweep("LaCo"), samples)]
+    streams = [[*model.residual_stream(tokens.to(model.device))] for tokens in sweep("LaCo")]
 
     @cache  # a lower T tries many of the same merges again
     def similarity(merges):
@@ -99,12 +95,10 @@ def laco(model, sweep, budget, merge=2, lowest=1, highest=None, interval=None, s
         if gone == n:
             break
     else:
-        raise ValueError(f"cannot remove {budget:,} parameters: of their {n} blocks, merges of {merge} from block "
-                         f"{H - merge} down to {lowest} take out {gone}")
+        raise ValueError(f"cannot merge away {n} blocks: merges of {merge} from block {H - merge} down to {lowest} "
+                         f"take out {gone}")
     model.layers = nn.ModuleList(collapse(model, merges))
     model.args = replace(model.args, n_layers=len(model.layers))
-    if rest:
-        slim(model, *top_k(layer_cosines(model, sweep("LaCo, the rest"))[0], 1).tolist(), rest)
     return model
 
 
@@ -167,12 +161,3 @@ def through(model, blocks, h):
     for block in blocks:
         h = block(h, cos, sin)
     return h
-
-
-def first_sequences(batches, samples):
-    """The first `samples` sequences of these batches."""
-    for tokens in batches:
-        yield tokens[:samples]
-        samples -= len(tokens)
-        if samples <= 0:
-            return

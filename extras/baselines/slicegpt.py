@@ -1,12 +1,17 @@
-"""SliceGPT: a narrower residual stream, by PCA of the signals between the halves of the blocks [arXiv 2401.15024].
+"""A baseline with a narrower residual stream, by PCA of the signals between the halves of the blocks.
 
-    here     paper   shape        what
+    name        slicegpt
+    paper       SliceGPT, arXiv 2401.15024, §3.3 and §3.4
+    equation    Q from the eigenvectors of X^T X; D keeps the first d' of them; both are folded into the weights
+    liberties   the widths, and the two ends where embeddings are tied, see `slicegpt`
+
+    here     paper   shape        meaning
     signal   X_l     (N, dim)     the residual stream of all N calibration tokens, before a block's attention or its
                                   feed-forward (or the head): 2 n_layers + 1 of them
     width    d'                   channels kept of a signal
     cut      Q_l D   (dim, d')    its principal directions, orthonormal columns: x becomes cut^T x
 
-A sliced model computes what the dense one would, were each signal x replaced by its projection cut cut^T x.
+A sliced model computes what the dense one would if each signal x were replaced by its projection cut cut^T x.
 """
 import math
 from bisect import bisect_right
@@ -15,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from extras import is_tied
 from model import RMSNorm, rotary_frequencies, upcast
 
 
@@ -65,10 +71,6 @@ def sliced_params(model, widths):
     return ends + sum(before * (q + 2 * kv + 1) + between * (q + 2 * hidden + 1) + after * hidden
                       + between * (before + after)  # the two shortcuts
                       for before, between, after in zip(widths[0::2], widths[1::2], widths[2::2]))
-
-
-def is_tied(model):
-    return model.output.weight is model.tok_embeddings.weight
 
 
 @torch.no_grad()

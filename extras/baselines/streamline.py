@@ -1,8 +1,13 @@
-"""LLM-Streamline: a run of blocks replaced by a small network that learns what they did [arXiv 2403.19135].
+"""A baseline with training: a small network learns what a run of blocks did, and takes its place.
+
+    name        streamline
+    paper       LLM-Streamline, arXiv 2403.19135
+    equation    the run whose ends have the highest cosine goes; |network(h_i) - h_j|^2 is minimised
+    liberties   the network's form and its training, see `streamline`
 
     h <- h + w2(silu(w1 norm(h)) * w3 norm(h))     the network: a block without its attention, `width` channels
 
-It sees one token at a time, so that the residual stream before the run (x) and after it (y) is all that training needs.
+The network sees one token at a time, so training needs only the residual stream before the run (x) and after it (y).
 """
 from dataclasses import replace
 

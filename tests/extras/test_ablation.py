@@ -11,15 +11,14 @@ import torch
 
 import evaluate
 import grasp
-from tests.conftest import ROOT, error_of, random_model, random_tokens
+from tests.conftest import ROOT, error_of, job_of, random_model, random_tokens
 from data.corpus import random_windows
 from extras import ablation
 from extras.ablation import ablate, held, in_common, ratio_of_size, spread, studies
-from runtime import cli
+from runtime import cli, job
 
 BASE = {"calibration": "a", "samples": 4, "seed": 42, "score": "taylor", "iterative": False, "ratio": 0.4,
         "threshold": None}
-SIZES = 2, 2  # sequences in a micro-batch
 
 
 def setup():
@@ -37,7 +36,7 @@ def test_each_variant_is_grasp_alone_on_a_fresh_model():
     model, windows, texts = setup()
     changes = [{}, {"score": "gradient"}, {"score": "magnitude"}, {"iterative": True}, {"calibration": "b"},
                {"ratio": None, "threshold": 0.3}, {}]
-    rows = list(ablate(model, variants(changes), windows, texts, SIZES, layers=2))
+    rows = list(ablate(job_of(model, texts), variants(changes), windows, layers=2))
     for row, change in zip(rows, changes):
         s = {**BASE, **change}
         alone, _, _ = setup()
@@ -60,11 +59,11 @@ def test_the_dense_model_is_whole_after_every_variant_and_after_an_error(monkeyp
             torch.equal(p, before[name]) and not p.requires_grad for name, p in model.named_parameters())
 
     changes = [{}, {"iterative": True}, {"score": "magnitude"}, {"calibration": "b"}]
-    for row in ablate(model, variants(changes), windows, texts, SIZES, layers=2):
+    for row in ablate(job_of(model, texts), variants(changes), windows, layers=2):
         assert row["parameters"] < model.n_params and untouched()
-    monkeypatch.setattr(ablation, "result_row", lambda *words: 1 / 0)
+    monkeypatch.setattr(job, "result_row", lambda *words: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        next(ablate(model, variants([{}]), windows, texts, SIZES, layers=2))
+        next(ablate(job_of(model, texts), variants([{}]), windows, layers=2))
     assert untouched()
 
 
@@ -79,10 +78,10 @@ def test_the_same_windows_are_swept_once(monkeypatch):
     for function in (ablation.find_redundant, ablation.weight_gradients):
         monkeypatch.setattr(ablation, function.__name__, partial(counted, function))
     one = variants([{}, {"score": "gradient"}, {"iterative": True}, {"calibration": "b"}])
-    list(ablate(model, one, windows, texts, SIZES, layers=2))
+    list(ablate(job_of(model, texts), one, windows, layers=2))
     assert calls == ["find_redundant", "weight_gradients"] * 2
     calls.clear()
-    rows = list(ablate(model, one, windows, texts, SIZES, layer_ids=[3, 0]))
+    rows = list(ablate(job_of(model, texts), one, windows, layer_ids=[3, 0]))
     assert calls == ["weight_gradients"] * 2 and all(row["redundant"] == [0, 3] for row in rows)
 
 
@@ -95,7 +94,7 @@ def test_what_is_swept_once_counts_in_the_seconds_of_each_that_uses_it(monkeypat
 
     monkeypatch.setattr(cli, "timed", slow)
     changes = [{}, {"score": "gradient"}, {"score": "magnitude"}, {"iterative": True}]
-    rows = ablate(model, variants(changes), windows, texts, SIZES, layers=2)
+    rows = ablate(job_of(model, texts), variants(changes), windows, layers=2)
     assert [row["seconds"] for row in rows] == [111, 111, 101, 101]
 
 
@@ -119,7 +118,7 @@ def test_threshold_and_ratio_are_compared_at_equal_size():
     """No other ratio comes nearer to what the threshold kept."""
     model, windows, texts = setup()
     pairs = [(name, {**BASE, **change}) for name, change in studies([], [], [], [0.3, 0.5])["budget"]]
-    rows = list(ablate(model, pairs, windows, texts, SIZES, layers=2))
+    rows = list(ablate(job_of(model, texts), pairs, windows, layers=2))
     assert [row["model"].split()[0] for row in rows] == ["threshold", "ratio"] * 2
     shapes = 2 * [p.shape for name, p in model.layers[0].named_parameters() if "norm" not in name]
     removed = [sum(max(0, m * n - max(1, i * m * n // (1000 * (m + n))) * (m + n)) for m, n in shapes)
@@ -153,8 +152,8 @@ def test_layers_that_are_low_rank_already_cannot_be_varied():
     model, windows, texts = setup()
     list(grasp.compress(model, [1], lambda label: [windows["a", 4, 42]], ratio=0.4))
     with pytest.raises(ValueError, match=r"layers \[1\] are low-rank already"):
-        next(ablate(model, variants([{}]), windows, texts, SIZES, layer_ids=[1]))
-    row = next(ablate(model, variants([{}]), windows, texts, SIZES, layer_ids=[1, 2]))
+        next(ablate(job_of(model, texts), variants([{}]), windows, layer_ids=[1]))
+    row = next(ablate(job_of(model, texts), variants([{}]), windows, layer_ids=[1, 2]))
     assert len(row["matrices"]) == 7 and row["matrices"][0]["name"] == "layers.2.attention.wq"
 
 
@@ -225,7 +224,7 @@ def test_a_row_is_the_row_of_the_command_grasp(nowhere, monkeypatch, capsys):
 ])
 def test_mistakes_are_one_line_before_any_sweep(words, message, nowhere, monkeypatch, capsys):
     (nowhere / "short").write_text("if x")
-    monkeypatch.setattr(ablation, "result_row", None)
+    monkeypatch.setattr(job, "result_row", None)
     assert message in error_of(ablation.main, words, monkeypatch, capsys)
 
 

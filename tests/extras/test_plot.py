@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.conftest import ROOT, error_of, random_model, random_tokens, run
-from extras import open_dense, plot, read_report
+from extras import open_original, plot, read_report
 from runtime import cli
 from runtime.cli import TINY
 
@@ -232,15 +232,15 @@ def test_mistakes_are_one_line_and_draw_nothing(words, message, compressed, tmp_
 def test_another_models_weights_are_refused():
     good = {"settings": {"ckpt": str(TINY), "dtype": "torch.bfloat16"}, "cosines": [0.5] * 8,
             "matrices": [{"name": MATRIX, "shape": [96, 256]}]}
-    folder, model, _ = open_dense(good, None, "cpu", "auto")
+    folder, model, _ = open_original(good, None, "cpu", "auto")
     assert folder == TINY and model.dtype == torch.bfloat16  # that the compressed folder was made in
-    assert open_dense(good, None, "cpu", "float32")[1].dtype == torch.float32
+    assert open_original(good, None, "cpu", "float32")[1].dtype == torch.float32
     with pytest.raises(ValueError, match="tiny: a model of 8 layers, but the report is of 5"):
-        open_dense({**good, "cosines": [0.5] * 5}, TINY, "cpu", "auto")
+        open_original({**good, "cosines": [0.5] * 5}, TINY, "cpu", "auto")
     with pytest.raises(ValueError, match=r"tiny: a model of 8 layers, but the report is of layers \[3, 8\]"):
-        open_dense({**good, "cosines": None, "redundant": [3, 8]}, TINY, "cpu", "auto")
+        open_original({**good, "cosines": None, "redundant": [3, 8]}, TINY, "cpu", "auto")
     with pytest.raises(ValueError, match=r"w2 is \[96, 256\], expected a dense matrix of shape \[16, 32\]"):
-        open_dense({**good, "matrices": [{"name": MATRIX, "shape": [16, 32]}]}, None, "cpu", "auto")
+        open_original({**good, "matrices": [{"name": MATRIX, "shape": [16, 32]}]}, None, "cpu", "auto")
 
 
 @pytest.mark.parametrize("field, value", [

@@ -26,11 +26,6 @@ def own_text(model, T):
     return tokens
 
 
-def slimmed(model):
-    """The blocks that hold low-rank factors."""
-    return [block for block in model.layers if any(isinstance(m, LowRankLinear) for m in block.modules())]
-
-
 def perplexity_without(model, blocks, tokens):
     """Of the model without these blocks, computed from the tokens on."""
     layers = model.layers
@@ -41,16 +36,16 @@ def perplexity_without(model, blocks, tokens):
 
 
 @pytest.mark.parametrize("method", [removal.shortgpt, removal.sleb])
-@pytest.mark.parametrize("layer", [0, 2, 3])
+@pytest.mark.parametrize("layer", [1, 2])
 def test_a_block_that_does_nothing_goes_first_and_is_not_missed(method, layer):
     model = random_model()
     silence(model.layers[layer])
     model.output.weight.mul_(10)  # so that the model is sure of what it says, and every other block is missed
     tokens, idle = own_text(model, 12), model.layers[layer]
     before, logits = model.n_params, model(tokens)
-    small = method(model, lambda label: [tokens], block_params(model))
+    small = method(model, lambda label: [tokens], 1)
     assert idle not in small.layers and len(small.layers) == small.args.n_layers == 3
-    assert small.n_params == before - sum(p.numel() for p in idle.parameters()) and not slimmed(small)
+    assert small.n_params == before - sum(p.numel() for p in idle.parameters())
     torch.testing.assert_close(small(tokens), logits)
 
 
@@ -63,45 +58,45 @@ def test_shortgpt_takes_the_blocks_by_their_cosine_in_the_dense_model():
     h = [*model.residual_stream(tokens)]
     influence = [1 - ((x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))).mean() for x, y in zip(h, h[1:])]
     order = sorted(range(6), key=influence.__getitem__)
-    small = removal.shortgpt(model, lambda label: [tokens[:1], tokens[1:]], block_params(model) * 5 // 2)
+    small = removal.shortgpt(model, lambda label: [tokens[:1], tokens[1:]], 2)
     assert [*small.layers] == [block for layer, block in enumerate(blocks) if layer not in order[:2]]
-    assert slimmed(small) == [blocks[order[2]]]
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_sleb_is_brute_force_over_all_candidates(seed):
+def test_sleb_is_brute_force_over_all_blocks_between_the_ends(seed):
     model = random_model(n_layers=6, seed=seed)
     tokens = random_tokens(model, 4, 12, seed)
     gone = []
     for _ in range(3):
-        gone.append(min((block for block in model.layers if block not in gone),
+        gone.append(min((block for block in [*model.layers][1:-1] if block not in gone),
                         key=lambda block: perplexity_without(model, [*gone, block], tokens)))
-    left = [block for block in model.layers if block not in gone[:2]]
-    small = removal.sleb(model, lambda label: tokens.split(3), block_params(model) * 5 // 2)
-    assert [*small.layers] == left and slimmed(small) == [gone[2]]
+    two, three = ([block for block in model.layers if block not in gone[:n]] for n in (2, 3))
+    small = removal.sleb(model, lambda label: tokens.split(3), 2)
+    assert [*small.layers] == two
+    assert [*removal.sleb(small, lambda label: tokens.split(3), 1).layers] == three  # 2 and then 1 are 3
 
 
 def test_sleb_walks_every_prefix_once():
-    """n candidates cost n (n - 1) blocks from scratch; with shared prefixes n - 1 and the n (n - 1) / 2 behind them."""
+    """Of 6 blocks 4 are candidates: 4 * 5 block passes from scratch. Shared prefixes leave 4 and the 4 + 3 + 2 + 1 behind."""
     model, calls = random_model(n_layers=6), []
     for block in model.layers:
         block.register_forward_hook(lambda *_: calls.append(1))
     removal.least_missed(model, [random_tokens(model, 1, 5)])
-    assert len(calls) == 5 + 6 * 5 / 2
+    assert len(calls) == 4 + 4 + 3 + 2 + 1
 
 
-def test_only_so_many_sequences_are_used():
-    assert [len(t) for t in removal.first_sequences(torch.arange(30).view(10, 3).split(4), 6)] == [4, 2]
-    assert [len(t) for t in removal.first_sequences(torch.arange(30).view(10, 3).split(4), 8)] == [4, 4]
-    assert [len(t) for t in removal.first_sequences(torch.arange(30).view(10, 3).split(4), 99)] == [4, 4, 2]
+@pytest.mark.parametrize("method", [removal.shortgpt, removal.sleb, removal.laco])
+def test_all_sequences_are_used(method):
+    """Every method reads as much of the calibration set as the others: all of it."""
+    model, read = random_model(), []
 
     def sweep(label):
-        yield random_tokens(model, 3, 8)
-        pytest.fail("a batch too many")
+        for tokens in random_tokens(model, 6, 8).split(2):
+            read.append(len(tokens))
+            yield tokens
 
-    for method in (removal.sleb, removal.laco):
-        model = random_model()
-        method(model, sweep, block_params(model), samples=2)
+    method(model, sweep, 1)
+    assert read == [2, 2, 2]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -156,51 +151,45 @@ def test_laco_takes_the_highest_threshold_of_its_steps_that_will_do():
               for l in (2, 1)}  # two down from 4, then one by one
     T = next(step / 20 for step in range(19, -21, -1) if max(scores.values()) > step / 20)
     wanted = removal.collapse(model, ((4, 1), (next(l for l in scores if scores[l] > T), 1)))
-    one = removal.laco(copy.deepcopy(model), lambda label: [tokens], block_params(model), interval=2)
+    one = removal.laco(copy.deepcopy(model), lambda label: [tokens], 1, interval=2)
     assert len(one.layers) == 5
     torch.testing.assert_close(one(tokens), logits)
-    two = removal.laco(model, lambda label: [tokens], 2 * block_params(model), interval=2)
+    two = removal.laco(model, lambda label: [tokens], 2, interval=2)
     for block, other in zip(two.layers, wanted, strict=True):
         assert all(torch.equal(p, q) for p, q in zip(block.parameters(), other.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("method", [removal.shortgpt, removal.sleb, removal.laco])
-@pytest.mark.parametrize("blocks, more", [(0.6, 0), (2.4, 0), (4, 0), (2, -1), (2, 1)])
+@pytest.mark.parametrize("n", [1, 2, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_budget_is_met(method, blocks, more, dtype):
+def test_n_whole_blocks_go_and_nothing_else(method, n, dtype):
     model = random_model(dtype, tied=True, dim=96, n_heads=6, n_kv_heads=2, head_dim=16, hidden_dim=160, n_layers=8)
-    tokens, before, budget = random_tokens(model, 2, 16), model.n_params, int(blocks * block_params(model)) + more
-    small = method(model, lambda label: [tokens], budget)
-    assert abs(before - small.n_params - budget) <= 0.005 * budget
-    assert len(small.layers) == small.args.n_layers == 8 - int(blocks) and len(slimmed(small)) == (blocks % 1 > 0)
+    tokens, before, size = random_tokens(model, 2, 16), model.n_params, block_params(model)
+    small = method(model, lambda label: [tokens], n)
+    assert before - small.n_params == n * size and len(small.layers) == small.args.n_layers == 8 - n
+    assert not any(isinstance(m, LowRankLinear) for m in small.modules())
     assert not any(p.requires_grad or p.dtype != dtype for p in small.parameters())
     assert small(tokens).isfinite().all()
-
-
-def test_laco_slims_the_most_redundant_block_that_is_left():
-    model = random_model(n_layers=6)
-    silence(model.layers[0])  # l = 1 is the last that LaCo tries
-    idle, tokens = model.layers[0], random_tokens(model, 2, 9)
-    assert slimmed(removal.laco(model, lambda label: [tokens], block_params(model) * 3 // 2)) == [idle]
 
 
 def test_laco_begins_within_the_model():
     model = random_model()
     tokens, other = random_tokens(model, 2, 9), copy.deepcopy(model)
-    small = removal.laco(model, lambda label: [tokens], 2 * block_params(model), highest=99)
-    other = removal.laco(other, lambda label: [tokens], 2 * block_params(other))
+    small = removal.laco(model, lambda label: [tokens], 2, highest=99)
+    other = removal.laco(other, lambda label: [tokens], 2)
     assert torch.equal(small(tokens), other(tokens))
 
 
-@pytest.mark.parametrize("method", [removal.shortgpt, removal.sleb, removal.laco])
-def test_one_block_has_to_stay(method):
-    model = random_model()
-    with pytest.raises(ValueError, match="cannot remove .*: expected 0 to 3 blocks of .* to go, got 4"):
-        method(model, None, 4 * block_params(model))
+@pytest.mark.parametrize("method, most", [(removal.shortgpt, 3), (removal.sleb, 2), (removal.laco, 3)])
+def test_some_blocks_have_to_stay(method, most):
+    """One at least; SLEB leaves the first and the last one alone."""
+    for n in (0, most + 1):
+        with pytest.raises(ValueError, match=f"cannot take out {n} blocks: expected 1 to {most} of 4"):
+            method(random_model(), None, n)
 
 
 def test_laco_says_what_its_options_can_merge():
     model = random_model()
     tokens = random_tokens(model, 1, 5)
-    with pytest.raises(ValueError, match="of their 3 blocks, merges of 2 from block 2 down to 1 take out 2"):
-        removal.laco(model, lambda label: [tokens], 3 * block_params(model))
+    with pytest.raises(ValueError, match="cannot merge away 3 blocks: merges of 2 from block 2 down to 1 take out 2"):
+        removal.laco(model, lambda label: [tokens], 3)
