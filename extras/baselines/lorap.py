@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from attribution import rank_for_ratio, svd
 from extras import keep, open_dense, recover
 from extras.baselines import input_of, linear, watch_inputs
+from extras.controls import truncate
 from model import MATRICES, LowRankLinear, rotary_frequencies, upcast
 from runtime import cli
 from runtime.job import Job
@@ -191,10 +192,9 @@ def redecompose(model, ranks, more=0):
     nothing is lost, but the budget is exceeded; 0, ours, meets it again. (Its code truncates wv and wo at wq's rank, a
     slip.) A matrix whose factors would not be smaller stays dense.
     """
-    for name, k in ranks.items():
-        W = model.get_submodule(name).weight
-        if (k + more) * sum(W.shape) < W.numel():
-            keep(model, name, svd(W), torch.arange(k + more, device=model.device))
+    shapes = {name: model.get_submodule(name).weight.shape for name in ranks}
+    truncate(model, {name: ranks[name] + more for name, (m, n) in shapes.items()
+                     if (ranks[name] + more) * (m + n) < m * n})
 
 
 def train_adapters(model, rank, examples, held_out, settings):

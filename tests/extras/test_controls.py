@@ -8,6 +8,7 @@ import grasp
 from tests.conftest import error_of
 from extras import controls
 from model import LowRankLinear, load_checkpoint
+from runtime import cli
 from runtime.cli import TINY
 
 
@@ -37,6 +38,12 @@ def test_dropped_layers_are_the_dense_model_without_them(run, tmp_path):
         dense.layers[layer].attention.wo.weight.zero_()
         dense.layers[layer].feed_forward.w2.weight.zero_()
     torch.testing.assert_close(dropped(tokens), dense(tokens))
+
+
+@pytest.mark.parametrize("kind", ["dropped", "svd", "random"])
+def test_a_control_of_the_embedded_model_is_evaluated_on_its_text(kind, run, tmp_path):
+    run(kind, "--out", kind)
+    assert cli.made_on_embedded(tmp_path / "small") and cli.made_on_embedded(tmp_path / kind)
 
 
 def test_plain_svd_has_the_same_ranks_and_the_best_approximation(run, tmp_path):

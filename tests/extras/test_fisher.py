@@ -1,6 +1,7 @@
 """The lesson: two moments of a matrix price all its components in one unit, and the cheapest of the whole model go."""
 import itertools
 import json
+import re
 
 import pytest
 import torch
@@ -350,7 +351,9 @@ def test_the_command(nowhere, monkeypatch, capsys):
     dense, small = (row["perplexity"]["embedded"] for row in report["results"])
     assert small < 1.1 * dense and report["parameters_after"] < 0.74 * report["parameters_before"]
     assert f"{small:.2f}" in out and "channels" in out
-    words = "--ckpt tiny-fisher --data embedded --windows 20 --json a.json".split()
+    assert "parameters to remove, 30.0 % of the blocks' and 26.7 % of the model's" in out
+    assert re.search(r"achieved: [\d,]+ parameters left of 886,368, 26.7 % removed, 30.0 % of the blocks'", out)
+    words = "--ckpt tiny-fisher --windows 20 --json a.json".split()  # made on the embedded text, so evaluated on it
     monkeypatch.setattr("sys.argv", ["evaluate", *words])
     cli.command(evaluate.main)
     assert json.loads((nowhere / "a.json").read_text())["perplexity"]["embedded"] == small
