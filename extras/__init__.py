@@ -1,4 +1,4 @@
-"""What goes further, one file each, run as `python -m extras.NAME`; it stands on the core, which knows none of it."""
+"""Commands that go beyond the paper's method, one file each: `python -m extras.NAME`. The core imports none of them."""
 import ctypes
 import math
 import os
@@ -16,7 +16,7 @@ from runtime.files import optional_json
 
 
 def keep(model, name, usv, kept):
-    """Put the factors of the kept components, in the model's dtype, in the place of `name`."""
+    """Replace the matrix `name` by the factors of its kept components, in the model's dtype."""
     A, B = low_rank_factors(*usv, kept)
     model.set_submodule(name, LowRankLinear(A, B).to(model.dtype))
 
@@ -47,16 +47,16 @@ def reset_peak(device: torch.device) -> bool:
 
 
 def short_names(paths):
-    """The last part of each path, or the paths as they are where that would make two alike."""
+    """The last part of each path; the paths as they are if two of these would be equal."""
     names = [Path(path).name for path in paths]
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
 def read_report(folder):
-    """report.json of a folder that grasp.py wrote: settings, cosines, redundant and matrices are there and sound.
+    """Read and check report.json of a folder that grasp.py wrote.
 
-    cosines is None if the folder was made with --layer-ids: then no layer was measured, and their number is not known.
-    FileNotFoundError without one, ValueError with the field that is not what grasp.py writes.
+    cosines is None if the folder was made with --layer-ids: then the number of layers is not known.
+    Raises FileNotFoundError if there is no report, ValueError with the first field that grasp.py would not write.
     """
     file = Path(folder) / "report.json"
     if not file.is_file():
@@ -101,10 +101,10 @@ def open_dense(ckpt, device, dtype):
 
 
 def open_original(report, dense, device, dtype, names=()):
-    """(folder, model, tokenizer) of the dense weights that the folder of a report was made from.
+    """Load the dense weights that the folder of a report was made from: (folder, model, tokenizer).
 
-    dense: where they are, None for where the report says. dtype: as --dtype gives it, "auto" for the report's.
-    ValueError if the report is not of those weights, or if one of `names` is not a dense matrix of theirs.
+    dense: their folder; None takes the one that the report names. dtype: as --dtype, "auto" takes the report's.
+    Raises ValueError if the report is of other weights, or if one of `names` is not a dense matrix of theirs.
     """
     folder = Path(os.path.realpath(dense or report["settings"]["ckpt"]))
     if dense is None and not folder.is_dir():

@@ -1,4 +1,4 @@
-"""The paper's ablations: GRASP with one of its settings varied and all others left as they are, a table for each study.
+"""The paper's ablations: GRASP with one setting varied and all others unchanged, a table for each study.
 
     python -m extras.ablation STUDY --ckpt FOLDER --layers 7 --ratio 0.1
 
@@ -11,8 +11,7 @@
     seeds        where the windows lie; their mean and standard deviation                --seeds 42 43 44 45 46
 
 Every variant starts from the same model: its matrices are put back after each. Variants on the same windows share the
-sweep that finds the layers and the sweep that takes the gradients; both count in the seconds of each that uses them.
-Peak GiB is of all since the row before: the shared sweeps are in the first of those variants alone.
+sweep that finds the layers and the sweep that takes the gradients. Both count in the seconds of each that uses them.
 """
 from bisect import bisect_left
 from functools import partial
@@ -87,9 +86,9 @@ def ablate(job, variants, windows, layers=None, layer_ids=None):
 
 
 def look(model, sweep, layers, layer_ids):
-    """What windows say of the model: (redundant layers, {name: dense matrix}, {name: G (m, n)}, seconds of the sweeps).
+    """Run both sweeps: (redundant layers, {name: dense matrix}, {name: G (m, n)}, seconds of the sweeps).
 
-    ValueError if none of those layers' matrices is dense.
+    Raises ValueError if none of those layers' matrices is dense.
     """
     seconds = {}
     with cli.timed(seconds, "redundancy", model.device):
@@ -104,7 +103,7 @@ def look(model, sweep, layers, layer_ids):
 
 
 def compress_as(model, redundant, G, sweep, s):
-    """grasp.compress with the settings s; but one-shot takes the gradients G (m, n) of the dense model as given."""
+    """Run grasp.compress with the settings s. One-shot uses the given gradients G (m, n) of the dense model."""
     records = []
     for record in compress(model, redundant, sweep, s["ratio"], s["threshold"], s["score"], s["iterative"],
                            gradients=None if s["iterative"] else G):
@@ -114,10 +113,9 @@ def compress_as(model, redundant, G, sweep, s):
 
 
 def ratio_of_size(shapes, size):
-    """The ratio, of five decimals, by which matrices of these shapes hold as near to `size` parameters as they can.
+    """The ratio, of five decimals, at which matrices of these shapes hold as nearly `size` parameters as possible.
 
-    A larger ratio never holds less, so it is found by bisection; ranks are whole, so the size is met but for a step.
-    (Where all stays dense, no ratio reaches it: at ratio 1 the factors of a matrix that is not square are smaller.)
+    Found by bisection, as a larger ratio never holds less. Ranks are whole numbers, so a small difference remains.
     """
     ratios = [i / 10 ** 5 for i in range(1, 10 ** 5 + 1)]
     i = bisect_left(ratios, size, key=partial(held, shapes))  # the first that holds `size` or more, if one does
@@ -125,7 +123,7 @@ def ratio_of_size(shapes, size):
 
 
 def in_common(records, first):
-    """The fraction of the components kept that `first` keeps too, in matrices compressed by both; None without any."""
+    """The fraction of the kept components that `first` keeps too, in matrices that both compressed; None if none."""
     theirs = {r["name"]: r["kept"] for r in first}
     both = [(set(r["kept"]), set(theirs[r["name"]])) for r in records if r["kept"] and theirs.get(r["name"])]
     return sum(len(a & b) for a, b in both) / sum(len(a) for a, _ in both) if both else None
@@ -217,7 +215,7 @@ def parse():
 
 
 def values(flag, given, study, ckpt):
-    """The values of one flag of VALUES in a study: those given or the defaults. ValueError if they are not as many."""
+    """The values of one flag of VALUES in a study: as given, or the defaults. Raises ValueError for a wrong number."""
     varies, several, one = VALUES[flag]
     if flag == "calibration" and cli.made_on_embedded(ckpt):
         several, one = [], ["embedded"]  # the embedded model has but one text

@@ -1,4 +1,4 @@
-"""Controls of a compressed folder, as folders like any other: what its numbers are to be held against.
+"""Controls: folders to compare a compressed folder with. Every command takes them.
 
     python -m extras.controls KIND --ckpt COMPRESSED --out FOLDER
 
@@ -21,7 +21,7 @@ from runtime.files import check_output
 
 
 def drop_layers(model, layer_ids):
-    """Take these layers out of the model, in place. ValueError where that leaves none."""
+    """Take these layers out of the model, in place. Raises ValueError if that leaves none."""
     left = [block for layer, block in enumerate(model.layers) if layer not in layer_ids]
     if not left:
         raise ValueError(f"all {len(model.layers)} layers are compressed: dropped, they would leave no model")
@@ -36,7 +36,7 @@ def truncate(model, ranks):
 
 
 def randomize(model, seed):
-    """Gaussian noise of the same norm in the place of every factor A, B."""
+    """Replace every factor A, B by Gaussian noise of the same norm."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         if name.endswith((".A", ".B")):

@@ -1,13 +1,12 @@
-"""A folder for other tools, its matrices dense again: `python -m extras.export --ckpt COMPRESSED --out FOLDER`.
+"""Export a folder for other tools, with dense matrices: `python -m extras.export --ckpt COMPRESSED --out FOLDER`.
 
-Every product A B is put back where W (m, n) stood, and every lost channel as zeros, in any folder that the commands
-read; a dense one is only converted.
+Every product A B becomes W (m, n) again, and every lost channel becomes zeros. A dense folder is only converted.
 
     --format hf     config.json, model*.safetensors, tokenizer.json: what transformers and the tools around it read
     --format meta   params.json, consolidated.00.pth, tokenizer.model: what Meta's own code reads of its Llama 2 and 3
 
-Needs the packages safetensors, huggingface_hub and tokenizers (for hf). A sliding window is not exported: the model's
-positions then end where the window does, and up to there full attention gives the same logits.
+hf needs the packages safetensors, huggingface_hub and tokenizers. A sliding window is not exported: the exported model's
+positions end where the window does, and up to there full attention gives the same logits.
 """
 import base64
 import json

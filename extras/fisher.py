@@ -1,18 +1,18 @@
-"""Beyond the paper: what every component of a model costs, by the second-order term that GRASP's Eq. 5 leaves out.
+"""Beyond the paper: the price of every component, by the second-order term that GRASP's Eq. 5 leaves out.
 
     python -m extras.fisher --ckpt FOLDER --budget 0.2
 
-GRASP ranks a component by the first-order change of the loss. At a trained model that is small and of either sign; what
-grows is the second-order term. Two moments per matrix y = W x estimate it [K-FAC: arXiv 1503.05671, §3]:
+GRASP ranks a component by the first-order change of the loss. At a trained model that term is small and of either sign.
+The second-order term is the one that grows. Two moments per matrix y = W x estimate it [K-FAC: arXiv 1503.05671, §3]:
 
     C            E[x x^T]      (n, n)    x: the matrix's inputs, over all calibration tokens
     H            E[d d^T]      (m, m)    d: dL/dy of the summed negative log-likelihood (nats), over all tokens
     cost of dW   tr(H dW C dW^T)         estimates twice the second-order change of the loss (nats per token)
 
-x and d are taken as independent, tokens as uncorrelated, and the text's own next tokens stand for draws from the model,
-which K-FAC would make (the empirical Fisher information). It is one unit for all matrices, so ONE ranking of cost per
-parameter shares out the budget over the whole model. A component is a singular one of a matrix or, in an MLP, a
-channel: row c of w1 and w3, column c of w2.
+Assumptions: x and d are independent, tokens are uncorrelated, and the text's own next tokens replace draws from the
+model (the empirical Fisher information). All costs have one unit, so one ranking of cost per parameter distributes the
+budget over the whole model. A component is a singular component of a matrix or, in an MLP, a channel: row c of w1 and w3,
+column c of w2.
 """
 import math
 from functools import partial

@@ -1,6 +1,6 @@
 """The lesson: what is exported gives others the compressed model's logits, from dense weights.
 
-The witness is the `transformers` library: AutoModelForCausalLM and AutoTokenizer read what this project wrote.
+The independent implementation is the `transformers` library: AutoModelForCausalLM and AutoTokenizer read what this project wrote.
 """
 import base64
 import collections
@@ -20,7 +20,7 @@ from data.checkpoint import pair_rows
 from model import LowRankLinear, ModelArgs, load_checkpoint, save_checkpoint
 from tests.test_model import LLAMA31, transformers_model, write_meta
 
-transformers = pytest.importorskip("transformers", reason="the witness: pip install -r requirements-test.txt")
+transformers = pytest.importorskip("transformers", reason="the independent implementation: pip install -r requirements-test.txt")
 TINY = ROOT / "data/tiny"
 
 

@@ -19,11 +19,13 @@ def test_the_core_imports_none_of_them_and_no_optional_package():
     assert done.returncode == 0 and not set(optional) & set(json.loads(done.stdout)), done.stderr
 
 
-def test_each_says_how_it_is_run_and_has_its_lines_in_the_readme():
-    readme = (ROOT / "README.md").read_text()
+def test_each_says_how_it_is_run_and_has_its_place_in_the_readmes():
+    first, all_of_them = (ROOT / "README.md").read_text(), (ROOT / "extras/README.md").read_text()
     assert len(MODULES) == 12
     for name in MODULES:
-        assert f"python -m extras.{name}" in (ROOT / f"extras/{name}.py").read_text() and f"extras.{name}" in readme
+        command = f"python -m extras.{name}"
+        assert command in (ROOT / f"extras/{name}.py").read_text() and command in all_of_them
+        assert f"[{name}](extras/README.md#" in first
 
 
 @pytest.mark.parametrize("main, words, package", [

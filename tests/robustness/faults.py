@@ -1,6 +1,7 @@
 """Thousands of broken checkpoint folders, each of which must be read rightly or refused in one line.
 
-    python -m tests.robustness.faults --count 5000 --seed 0      or, to see one again and keep its folder: --only 17 --keep FOLDER
+    python -m tests.robustness.faults --count 5000 --seed 0
+    python -m tests.robustness.faults --only 17 --keep FOLDER      sees one again and keeps its folder
 
 A case is a function of (seed, number). It copies a small good folder of one kind, damages it once to three times
 (tests/robustness/damage.py), and runs evaluate.py, or in one case of five grasp.py, on it in a forked child. The judge:
@@ -11,7 +12,7 @@ A case is a function of (seed, number). It copies a small good folder of one kin
     other      exit code 0, and it is another; in both it is to 1e-6 that of what the folder now holds
 
 A .safetensors file has no checksum: with a flipped bit of a mantissa it is another valid checkpoint, and the right
-answer is the perplexity of exactly those weights. `witness` finds it without the readers under test: json, struct,
+answer is the perplexity of exactly those weights. `reference` finds it without the readers under test: json, struct,
 zipfile, torch.load. It shares with them only torch.load, the tokenizers' libraries and model.Transformer's arithmetic.
 What grasp.py wrote must give the perplexity that its report says.
 
@@ -62,7 +63,7 @@ NAMES = {"model.": "", "_proj": "", "embed_tokens": "tok_embeddings", "lm_head":
 LLAMA31 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192.0}
 
 
-# ------------------------------------------------------------------------------------------------ the witness
+# ------------------------------------------------------------------------------------------------ the reference reader
 
 def pth_tensors(file):
     """{name: tensor} of a .pth: Python's zipfile finds and checks its records, torch.load says what they mean."""
@@ -110,7 +111,7 @@ def hf_folder(folder):
             "rope_scaling": rope if rope.get("rope_type") == "llama3" else None}, [shard]
 
 
-def witness_args(table, vocab_size):
+def reference_args(table, vocab_size):
     """ModelArgs from the table of either; its hidden_dim is not looked at."""
     dim, n_layers, n_heads = (int(table[name]) for name in ("dim", "n_layers", "n_heads"))
     scaling = table.get("rope_scaling") or ({} if table.get("use_scaled_rope") else None)
@@ -134,12 +135,12 @@ def joined(shards, name, dim):
     return torch.cat(parts, int(name.endswith(("wo", "w2")) or "embeddings" in name and parts[0].shape[1] < dim))
 
 
-def witness_model(folder):
+def reference_model(folder):
     """A Transformer filled by hand from what the folder's files say."""
     meta = not any((folder / "config.json").is_file() and f.is_file() for f in folder.glob("model*.safetensors"))
     table, shards = meta_folder(folder) if meta else hf_folder(folder)
     embeddings = joined(shards, "tok_embeddings", int(table["dim"]))
-    args, dtype = witness_args(table, len(embeddings)), embeddings.dtype
+    args, dtype = reference_args(table, len(embeddings)), embeddings.dtype
 
     def weight(name):
         W = joined(shards, name, args.dim)
@@ -161,7 +162,7 @@ def witness_model(folder):
     return model
 
 
-def witness_tokens(folder, text):
+def reference_tokens(folder, text):
     """The tokens of a text by the libraries themselves, which alone know what a damaged vocabulary means."""
     file = next(f for name in ("tokenizer.json", "tokenizer.model", "tokenizer.model.v*")
                 for f in sorted(folder.glob(name)) if f.is_file())
@@ -178,9 +179,9 @@ def witness_tokens(folder, text):
     return [made.bos_id()] * (made.bos_id() >= 0) + made.encode(text)
 
 
-def witness(folder, text):
+def reference(folder, text):
     """The perplexity that the folder must give."""
-    model, tokens = witness_model(folder), witness_tokens(folder, text)
+    model, tokens = reference_model(folder), reference_tokens(folder, text)
     seq_len = min(2048, model.args.max_seq_len or 2048)
     return perplexity(model, [consecutive_windows(torch.tensor(tokens), seq_len, 1)])
 
@@ -250,10 +251,10 @@ def printed(work, method):
 
 
 def compute(work, folder, text):
-    """The witness's answer for a folder, found in a child, since what is damaged may take its reader down; or None."""
-    (work / "witness").unlink(missing_ok=True)
-    code, _, _ = forked(work, lambda: (work / "witness").write_text(repr(witness(folder, text))))
-    return float((work / "witness").read_text()) if code == 0 else None
+    """The reference answer for a folder, found in a child, since what is damaged may take its reader down; or None."""
+    (work / "reference").unlink(missing_ok=True)
+    code, _, _ = forked(work, lambda: (work / "reference").write_text(repr(reference(folder, text))))
+    return float((work / "reference").read_text()) if code == 0 else None
 
 
 def tree(folder):
@@ -298,7 +299,7 @@ def judge_numbers(work, found, good):
     right = compute(work, work / "in/model", text)
     close = right is not None and abs(right - found[0]) <= 1e-6 * right
     return "same" if found[0] == good else "other", None if close else (
-        f"perplexity {found[0]!r}, the witness has {right!r} {(work / 'stderr').read_text()[-300:]!r}")
+        f"perplexity {found[0]!r}, the reference reader has {right!r} {(work / 'stderr').read_text()[-300:]!r}")
 
 
 # ------------------------------------------------------------------------------------------------ all cases
@@ -350,7 +351,7 @@ def run_cases(numbers, seed, root):
     goods = {kind: root / kind for kind in KINDS}
     for kind, folder in goods.items():
         write_good(kind, folder)
-        witness(folder, text)  # what torch and the tokenizers import or set up at first use, no child has to
+        reference(folder, text)  # what torch and the tokenizers import or set up at first use, no child has to
     measured = measure(goods, root, text)
     for n in numbers:
         yield n, *case(seed, n, goods, measured, text, root / f"case-{n}")

@@ -42,7 +42,7 @@ def tried(tmp_path, monkeypatch):
     """(outcome, failure) of evaluate.py on a folder of Meta's that `spoil` has changed, judged in the same way."""
     folder = tmp_path / "good"
     damage.write_good("meta", folder)
-    faults.witness(folder, TEXT)  # what torch imports at first use, no child has to
+    faults.reference(folder, TEXT)  # what torch imports at first use, no child has to
     good = faults.measure({"meta": folder}, tmp_path, TEXT)["meta", False]
 
     def attempt(spoil, method=False):
@@ -90,14 +90,14 @@ def test_the_three_right_outcomes(tried, tmp_path):
 def test_a_reader_that_misses_a_damaged_byte_is_caught(tried, monkeypatch):
     monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda self: None)
     outcome, failure = tried(flip_weight)
-    assert outcome in ("same", "other") and "the witness has None" in failure
+    assert outcome in ("same", "other") and "the reference reader has None" in failure
 
 
 def test_a_reader_that_passes_over_a_field_is_caught(tried, monkeypatch):
     read = checkpoint.read_json
     monkeypatch.setattr(checkpoint, "read_json", lambda file: {**read(file), "norm_eps": 1e-5})
     outcome, failure = tried(partial(edit, norm_eps=1e-3))
-    assert outcome == "same" and "the witness has" in failure
+    assert outcome == "same" and "the reference reader has" in failure
 
 
 def test_code_that_is_run_is_caught(tried, monkeypatch):
