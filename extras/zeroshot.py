@@ -1,26 +1,32 @@
-"""Accuracy of folders of weights on the paper's seven tasks and GSM8K: `python -m extras.zeroshot --ckpt DENSE SMALL`.
+"""Accuracy of folders of weights on the harness's tasks: `python -m extras.zeroshot --ckpt DENSE SMALL`.
 
-What is asked and how answers are judged is EleutherAI's harness (lm-eval): its prompts, choices, metrics and standard
-errors. This file gives it the answers, computed by the core's model as the harness's own `hf` backend would; but the
-log-probabilities of half-precision logits are taken in fp32, as that one does with softmax_dtype="float32".
+EleutherAI's harness (lm-eval) makes the prompts, judges the answers and computes the metrics. This file
+answers its requests with the core's model, as the harness's own `hf` backend does. In half precision the
+log-probabilities are computed in fp32, as that backend does with softmax_dtype="float32".
 
-    context, continuation  token ids: what the model sees, and what it is asked the log-probability of
-    acc, acc_norm          share of questions whose right choice has the largest log-probability (nats), as it is or
-                           divided by the choice's characters
-    exact_match            share of generated solutions that give the right "#### number" (GSM8K)
+    in the paper    --tasks
+    seven tasks     openbookqa arc_easy winogrande hellaswag arc_challenge piqa mathqa (the default)
+    GSM8K           gsm8k (five-shot)
+    Table 2         boolq wsc commonsense_qa race (RACE-high) mmlu cmmlu; it has no C3, CHID and CMNLI
+    LongBench       longbench, its groups (longbench_single ...) or its tasks (longbench_qasper ...)
 
-With --local DIR the questions come from DIR/TASK.jsonl, without a network: all zero-shot, because examples to show
-would come from a training split (of the eight, only GSM8K shows any: five, from the hub).
+`lm-eval ls tasks` lists all names. LongBench's metrics need `pip install "lm_eval[longbench]"`.
 """
 import argparse
 import json
 import logging
 import os
+import random
+from collections import Counter
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from data import need
@@ -30,51 +36,43 @@ from extras import short_names
 from extras.generate import generate
 from model import upcast
 from runtime import cli
-from runtime.files import write_json
+from runtime.files import error_prefix, write_json
 
-# What the harness reads of a record, in the hub's layout. `str` means: a string that is not blank; a string: one that
-# contains it; a tuple: one of these values; a list: a list of such things.
-ARC = {"question": "", "choices": {"text": [str], "label": [str]}, "answerKey": ""}
-TASKS = {
-    "openbookqa": {"question_stem": str, "choices": {"text": [str], "label": [str]}, "answerKey": ""},
-    "arc_easy": ARC,
-    "winogrande": {"sentence": "_", "option1": str, "option2": str, "answer": ("1", "2")},
-    "hellaswag": {"activity_label": "", "ctx_a": "", "ctx_b": "", "endings": [str], "label": ("0", "1", "2", "3")},
-    "arc_challenge": ARC,
-    "piqa": {"goal": "", "sol1": str, "sol2": str, "label": (0, 1)},
-    "mathqa": {"Problem": "", "options": " ) ", "correct": ("a", "b", "c", "d", "e")},
-    "gsm8k": {"question": "", "answer": "####"},
-}
-SEVEN = [name for name in TASKS if name != "gsm8k"]
-AI2 = {"question": {"stem": "", "choices": [{"text": str, "label": str}]}, "answerKey": ""}  # ARC, OpenBookQA by AI2
+SEVEN = ["openbookqa", "arc_easy", "winogrande", "hellaswag", "arc_challenge", "piqa", "mathqa"]
+SHARES = "acc", "acc_norm", "exact_match", "score"  # the metrics shown in %; `score` is LongBench's
 
 
-# ----------------------------------------------------------------------------------------------------------- answers
+# -------------------------------------------------------------------------------------------------- answers
 @torch.no_grad()
-def log_likelihoods(model, pairs, max_len, sequences=None, label="requests"):
-    """[(log-probability of the continuation in nats, whether greedy decoding writes it)], in the order of `pairs`.
+def log_likelihoods(model, pairs, max_len: int, sequences: int | None = None, label: str = "requests"):
+    """Compute the log-probability of each continuation after its context.
 
-    pairs: [(context, continuation)], lists of ids; of what is longer than max_len + 1, the left end is cut off (the
-    last token is only predicted). Batches of `sequences` (default: of 1,024 tokens), the longest first, are padded on
-    the right, which changes nothing: no token sees what comes after it. ValueError if a context or a continuation is
-    empty, or a continuation longer than max_len.
+    Args:
+        pairs: [(context, continuation)], lists of ids. The left end is cut off a pair longer than
+            max_len + 1: the last token is only predicted.
+        sequences: in a batch (default: as many as make 1,024 tokens), the longest first. Padding on the
+            right changes nothing, because no token sees what comes after it.
+
+    Returns [(log-probability in nats, whether greedy decoding writes the continuation)], in the order of
+    pairs. Raises ValueError if a context or continuation is empty, or a continuation longer than max_len.
     """
     for context, continuation in pairs:
         if not context or not 0 < len(continuation) <= max_len:
-            raise ValueError(f"{len(continuation)} tokens to predict after {len(context)}, expected 1 to {max_len} "
-                             "after 1 or more")
-    tell_cut(label, [len(context) + len(continuation) > max_len + 1 for context, continuation in pairs])
+            raise ValueError(f"{len(continuation)} tokens to predict after {len(context)}, expected 1 to "
+                             f"{max_len} after 1 or more")
+    tell_cut(label, ["left" * (len(context) + len(new) > max_len + 1) for context, new in pairs])
     ids = [torch.tensor((context + continuation)[-max_len - 1:]) for context, continuation in pairs]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     sizes, results = batch_sizes([len(ids[i]) - 1 for i in order], sequences), [None] * len(ids)
     for batch in cli.batches(torch.tensor(order), sizes, label):
         batch = batch.tolist()
         counts = [len(pairs[i][1]) for i in batch]
-        ends = torch.tensor([len(ids[i]) - 1 for i in batch])[:, None]                       # (B, 1)
-        tokens = pad_sequence([ids[i] for i in batch], batch_first=True).to(model.device)    # (B, T + 1)
+        ends = torch.tensor([len(ids[i]) - 1 for i in batch])[:, None]                     # (B, 1)
+        tokens = pad_sequence([ids[i] for i in batch], batch_first=True).to(model.device)  # (B, T + 1)
         t = torch.arange(tokens.shape[1] - 1)
-        asked = ((t < ends) & (t >= ends - torch.tensor(counts)[:, None])).to(model.device)  # (B, T): N are true
-        h, targets = model.final_state(tokens[:, :-1])[asked], tokens[:, 1:][asked]          # (N, dim), (N,)
+        asked = (t < ends) & (t >= ends - torch.tensor(counts)[:, None])                   # (B, T), N true
+        h = model.final_state(tokens[:, :-1])[asked.to(model.device)]                      # (N, dim)
+        targets = tokens[:, 1:][asked.to(model.device)]                                    # (N,)
         parts = [score(model, *part) for part in zip(h.split(1024), targets.split(1024))]
         log_p, greedy = (torch.cat(part).cpu().split(counts) for part in zip(*parts))
         for i, p, g in zip(batch, log_p, greedy):
@@ -82,14 +80,14 @@ def log_likelihoods(model, pairs, max_len, sequences=None, label="requests"):
     return results
 
 
-def tell_cut(label, cut):
-    """Say, if it is so, how many texts lose their left end; cut: whether each does."""
-    if any(cut):
-        print(f"{label}: the left end of {sum(cut)} of {len(cut)} texts is cut off, to fit into the model's positions")
+def tell_cut(label: str, places: list[str]) -> None:
+    """Print how many texts are cut. places: where each is cut, "left" or "middle"; "" if it is not cut."""
+    for place, count in Counter(filter(None, places)).items():
+        print(f"{label}: {count} of {len(places)} texts are cut ({place}) to fit into the model's positions")
 
 
-def batch_sizes(lengths, sequences):
-    """How many sequences each batch takes: `sequences`, or 1,024 tokens of them; lengths descend."""
+def batch_sizes(lengths: list[int], sequences: int | None) -> list[int]:
+    """Return the size of each batch: `sequences`, or 1,024 tokens of them. lengths: descending."""
     sizes, start = [], 0
     while start < len(lengths):
         sizes.append(min(cli.batch_size(sequences, lengths[start]), len(lengths) - start))
@@ -97,35 +95,52 @@ def batch_sizes(lengths, sequences):
     return sizes
 
 
-def score(model, h, targets):
-    """(log-probability (N,) of each target, whether it is the most probable (N,)) after final states h (N, dim)."""
+def score(model, h: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """From states h (N, dim): log-probability (N,) of each target, and whether it is the largest (N,)."""
     logits = upcast(model.output(model.norm(h)))
     return -F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
 
 
-def greedy_text(model, tokenizer, prompt, max_new_tokens, until):
-    """What greedy decoding writes after prompt (a list of ids), up to an end token or any of the strings `until`."""
-    text, ids = "", []
-    for i in generate(model, torch.tensor([prompt]), max_new_tokens):
-        if i.item() in tokenizer.ends:
-            break
-        ids.append(i.item())
-        text = tokenizer.decode(ids)
-        if any(end in text for end in until):
-            break
-    for end in until:
-        text = text.split(end)[0]
-    return text
+def generate_texts(lm, requests, label: str) -> list[str]:
+    """Decode greedily what each request of the harness asks for, up to one of its `until` strings.
+
+    A prompt that does not fit into the model's positions is cut: LongBench's in the middle, as its own code
+    does; others on the left, as the `hf` backend does. Raises ValueError if a task asks for sampled text.
+    """
+    from lm_eval.models.utils import maybe_truncate, normalize_gen_kwargs, postprocess_generated_text
+    asked, places, texts = [], [], []
+    for request in requests:
+        task, ids = request.task_name, lm.tok_encode(request.args[0])
+        settings = normalize_gen_kwargs(request.args[1])
+        new, until = settings["max_gen_toks"], [end for end in settings["until"] if end]
+        if settings["do_sample"] or new >= lm.max_len:
+            raise ValueError(f"task {task}: {new} tokens to generate, do_sample {settings['do_sample']}; "
+                             f"expected less than {lm.max_len} (the model's positions) and False")
+        side = "middle" if (task or "").startswith("longbench") else "left"
+        prompt, _ = maybe_truncate(ids, new, lm.max_len, side=side, verbose=False)
+        places.append(side * (len(prompt) < len(ids)))
+        asked.append((prompt, new, until))
+    tell_cut(label, places)
+    for prompt, new, until in asked:
+        ids, text, drawn = [], "", map(int, generate(lm.model, torch.tensor([prompt]), new))
+        for i in takewhile(lambda i: i not in lm.tokenizer.ends, drawn):
+            ids.append(i)
+            text = lm.tokenizer.decode(ids)
+            if any(end in text for end in until):
+                break
+        texts.append(postprocess_generated_text(text, until, think_end_token=None))
+        cli.show(f"{label}  {len(texts)}/{len(asked)} texts", last=len(texts) == len(asked))
+    return texts
 
 
-def adapter(model, tokenizer, sequences=None, label="requests"):
-    """The model as the harness wants to see it: a TemplateLM, whose base class turns texts into pairs for us."""
+def adapter(model, tokenizer, sequences: int | None = None, label: str = "requests"):
+    """Make a TemplateLM of the harness that answers with this model. Its base class encodes the texts."""
     from lm_eval.api.model import TemplateLM
-    from lm_eval.models.utils import DEFAULT_MAX_LENGTH, normalize_gen_kwargs
+    from lm_eval.models.utils import DEFAULT_MAX_LENGTH
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     class Adapter(TemplateLM):
-        def __init__(self, model, tokenizer):  # not closed over: a class outlives its objects, a model should not
+        def __init__(self, model, tokenizer):  # no closure: the class outlives the model
             super().__init__()
             self.model, self.tokenizer = model, tokenizer
             self.max_len = model.args.max_seq_len or DEFAULT_MAX_LENGTH
@@ -136,14 +151,15 @@ def adapter(model, tokenizer, sequences=None, label="requests"):
 
         @property
         def prefix_token_id(self):
-            """What stands before a continuation without a context."""
+            """The token before a continuation that has no context."""
             prefix = self.eot_token_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
             if prefix is None:
-                raise ValueError(f"{self.tokenizer.file}: neither BOS nor end, and an empty context needs one")
+                raise ValueError(f"{self.tokenizer.file}: has no BOS and no end token, one of which an empty "
+                                 "context needs")
             return prefix
 
         def tok_encode(self, string, add_special_tokens=None, **_):
-            """Ids, the BOS before them where the tokenizer has one and the text does not start with it."""
+            """Encode, with BOS before a text that does not start with it, if the tokenizer has BOS."""
             ids, bos = self.tokenizer.encode(string), self.tokenizer.bos_id
             return ids if add_special_tokens is False or bos in (None, *ids[:1]) else [bos, *ids]
 
@@ -152,213 +168,227 @@ def adapter(model, tokenizer, sequences=None, label="requests"):
             return log_likelihoods(self.model, pairs, self.max_len, sequences, label)
 
         def loglikelihood_rolling(self, requests, **_):
-            """Of whole texts: windows of max_len tokens, each token predicted once, with all the context that fits."""
-            texts = [[(None, *make_disjoint_window(pair)) for pair in get_rolling_token_windows(
-                self.tok_encode(request.args[0]), self.prefix_token_id, self.max_len, 1)] for request in requests]
+            """Score whole texts in windows of max_len tokens. Each token is predicted once."""
+            windows = partial(get_rolling_token_windows, prefix_token=self.prefix_token_id,
+                              max_seq_len=self.max_len, context_len=1)
+            texts = [[(None, *make_disjoint_window(pair)) for pair in windows(self.tok_encode(*request.args))]
+                     for request in requests]
             found = iter(self._loglikelihood_tokens([window for text in texts for window in text]))
             return [sum(next(found)[0] for _ in text) for text in texts]
 
         def generate_until(self, requests, **_):
-            asked, texts = [], []
-            for text, settings in (request.args for request in requests):
-                settings = normalize_gen_kwargs(settings)
-                new, room = settings["max_gen_toks"], self.max_len - settings["max_gen_toks"]
-                if settings["do_sample"]:
-                    raise ValueError("asked to generate by chance, expected do_sample False")
-                if room < 1:
-                    raise ValueError(f"up to {new} tokens to generate, but this model has {self.max_len} positions")
-                asked.append((self.tok_encode(text), room, new, [end for end in settings["until"] if end]))
-            tell_cut(label, [len(prompt) > room for prompt, room, *_ in asked])
-            for prompt, room, new, until in asked:
-                texts.append(greedy_text(self.model, self.tokenizer, prompt[-room:], new, until))
-                cli.show(f"{label}  {len(texts)}/{len(asked)} texts", last=len(texts) == len(asked))
-            return texts
+            return generate_texts(self, requests, label)
 
     return Adapter(model, tokenizer)
 
 
-# --------------------------------------------------------------------------------------------------------- questions
-def load_tasks(names, local, scratch):
-    """The harness's tasks by their names, as its `evaluate` takes them; with `local`, their records from files there.
+# ------------------------------------------------------------------------------------------------ questions
+def load_tasks(names: list[str], local=None, scratch=None, include=None, num_fewshot=None) -> dict:
+    """Load tasks, groups and tags by their names in the harness, as its `evaluate` takes them.
 
-    scratch: a folder for what the harness writes on the way. FileNotFoundError, ValueError: the file, its line.
+    Args:
+        local: a folder. The records then come from local/NAME.jsonl, through copies in the folder scratch.
+        include: a folder of YAML files in the harness's form. Python code that they name is run.
+        num_fewshot: examples in a prompt (default: the task's own number). A task that sets 0 keeps it.
+
+    Raises FileNotFoundError and ValueError: the file or task, and the record, at fault.
     """
     from lm_eval import tasks
-    folders = {Path(tasks.__file__).parent / name.partition("_")[0]: None for name in names}  # arc_easy is in arc
-    manager = tasks.TaskManager(include_defaults=False, include_path=list(folders))  # to index them all takes seconds
-    loaded = manager.load({"group": "local", "task": [local_task(name, local, scratch) for name in names]}
-                          if local else names)
-    for task in loaded["tasks"].values():  # as the harness's own command does
-        task.set_config("num_fewshot", task.config.num_fewshot or 0)
-        task.set_fewshot_seed(1234)
+    include = [include] if include else []
+    near = {Path(tasks.__file__).parent / name.partition("_")[0] for name in names}  # arc_easy is in arc
+    manager = tasks.TaskManager(include_defaults=False, include_path=[*near, *include])
+    if not {*names} <= {*manager.all_subtasks}:  # a group, or elsewhere: index all, in about 10 seconds
+        manager = tasks.TaskManager(include_path=include)
+    known = manager.all_subtasks if local else manager.all_tasks
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"--tasks: no {'task' if local else 'task or group'} {unknown[0]!r} in the harness; "
+                         "`lm-eval ls tasks` lists all (a file of --include that is not YAML is skipped)")
+    parts = []
+    for name in names:
+        spec = {"group": "local", "task": [local_task(name, local, scratch)]} if local else name
+        with error_prefix(f"task {name}"):
+            part = manager.load(spec)
+        parts += [part["groups"][name]] if name in part["groups"] else part["tasks"].values()
+    loaded = manager.load(parts)
+    for name, task in loaded["tasks"].items():  # the first two lines: as the harness's own command does
+        own = task.get_config("num_fewshot")
+        task.set_config("num_fewshot", (own if own == 0 or num_fewshot is None else num_fewshot) or 0)
+        for number, record in enumerate(task.eval_docs, 1):
+            with error_prefix(f"task {name}, record {number}"):
+                check_record(task, record)
     return loaded
 
 
-def local_task(name, local, scratch):
-    """What a task's definition has of its own when its records come from local/NAME.jsonl."""
+def check_record(task, record: dict) -> None:
+    """Raise an error if the harness cannot make a question and an answer of this record."""
+    task.doc_to_text(record)
+    target = task.doc_to_target(record)
+    choices = task.doc_to_choice(record) if task.OUTPUT_TYPE == "multiple_choice" else []
+    if None in choices or choices and type(target) is int and target >= len(choices):
+        raise ValueError(f"the answer is choice {target}, counted from 0, of {choices}")
+
+
+def local_task(name: str, local: str, scratch: Path) -> dict:
+    """Define a task whose records come from local/NAME.jsonl. It is zero-shot: examples need another split."""
     file = scratch / f"{name}.jsonl"
-    file.write_text("".join(json.dumps(record) + "\n" for record in read_records(name, Path(local) / file.name)))
+    records = read_records(Path(local) / file.name)
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
     return {"task": name, "dataset_path": "json", "dataset_name": None, "num_fewshot": 0,
             "dataset_kwargs": {"data_files": {"test": str(file)}, "cache_dir": str(scratch)},
             "training_split": None, "validation_split": None, "fewshot_split": None, "test_split": "test"}
 
 
-def read_records(name, file):
-    """The records of a JSONL file, in the hub's layout. FileNotFoundError; ValueError: the line and what is wrong."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; --local DIR takes the task {name} from DIR/{name}.jsonl")
+def read_records(file: Path) -> list[dict]:
+    """Read a JSONL file. Records of ARC and OpenBookQA as AI2 publishes them get the hub's layout.
+
+    Raises OSError; ValueError with the record that is not JSON or has other fields than the first.
+    """
     records = []
-    for number, line in enumerate(file.read_bytes().splitlines(), 1):
-        try:
-            records += [hub_record(name, json.loads(line))] if line.strip() else []
-        except (ValueError, RecursionError) as e:
-            raise ValueError(f"{file}, line {number}: {e}") from None
-    if not records:
-        raise ValueError(f"{file}: no records")
+    for number, line in enumerate(filter(bytes.strip, file.read_bytes().splitlines()), 1):
+        with error_prefix(f"{file}, record {number}"):
+            record = json.loads(line)
+            if isinstance(question := record.get("question"), dict):
+                choices = {part: [c[part] for c in question["choices"]] for part in ("text", "label")}
+                record = {"question": question["stem"], "question_stem": question["stem"], "choices": choices,
+                          "answerKey": record["answerKey"]}
+            records.append(record)
+            if record.keys() != records[0].keys():
+                raise ValueError(f"fields {[*record]}, expected {[*records[0]]} as in record 1")
     return records
 
 
-def hub_record(name, record):
-    """A record in the hub's layout, with the fields that the harness reads; ValueError where it does not have them.
+# -------------------------------------------------------------------------------------------------- results
+def measure(lm, tasks: dict, metric: str | None = None, limit: int | None = None) -> tuple[dict, dict]:
+    """Evaluate a harness model on what load_tasks gave. A group with a metric stands for its tasks.
 
-    ARC and OpenBookQA may also come as AI2 publishes them.
-    """
-    fields = TASKS[name]
-    if "choices" in fields and fits(record, AI2):
-        choices = record["question"]["choices"]
-        record = {"question": record["question"]["stem"], "question_stem": record["question"]["stem"],
-                  "choices": {part: [choice[part] for choice in choices] for part in ("text", "label")},
-                  "answerKey": record["answerKey"]}
-    if not isinstance(record, dict):
-        raise ValueError(f"a JSON {type(record).__name__}, expected an object")
-    if name == "hellaswag" and type(record.get("label")) is int:  # as its authors publish it
-        record = {**record, "label": str(record["label"])}
-    for field, wanted in fields.items():
-        if not fits(record.get(field), wanted):
-            raise ValueError(f"{field} is {record.get(field)!r}, which is no {field} of the task {name}")
-    right, choices = answer(name, record)
-    if right not in choices:
-        raise ValueError(f"the answer is {right!r}, which is not one of the choices {choices}")
-    return {field: record[field] for field in fields}
-
-
-def answer(name, record):
-    """(what a record says the right answer is, what it could say); nothing where choices and labels are not as many."""
-    if "choices" in TASKS[name]:
-        labels, texts = record["choices"]["label"], record["choices"]["text"]
-        return record["answerKey"], labels if len(labels) == len(texts) else []
-    if name == "hellaswag":
-        return record["label"], [str(i) for i in range(len(record["endings"]))]
-    if name == "mathqa":  # one string, "a ) 3 , b ) 4 , ... e ) none": the harness takes it apart by the five letters
-        whole = all(f"{letter} ) " in record["options"] for letter in "abcde")
-        return record["correct"], list("abcde") if whole else []
-    return None, [None]
-
-
-def fits(value, wanted):
-    """Whether a JSON value is what TASKS wants there."""
-    if wanted is str:
-        return isinstance(value, str) and bool(value.strip())
-    if isinstance(wanted, dict):
-        return isinstance(value, dict) and all(fits(value.get(name), w) for name, w in wanted.items())
-    if isinstance(wanted, list):
-        return isinstance(value, list) and bool(value) and all(fits(v, wanted[0]) for v in value)
-    if isinstance(wanted, tuple):
-        return type(value) is type(wanted[0]) and value in wanted
-    return isinstance(value, str) and wanted in value
-
-
-# ----------------------------------------------------------------------------------------------------------- results
-def measure(lm, tasks, metric, limit=None):
-    """{task: {metric: its name, value, stderr, shots, records, of}} of a harness model on what load_tasks gave.
-
-    metric: acc or acc_norm; a task that lacks it has acc, or exact_match, instead. value and stderr are shares.
+    metric: the one to show. A task that lacks it has acc, exact_match or its own first metric instead. If a
+    metric has several filters, the first counts: GSM8K's is the strict one.
+    Returns ({name: {metric, value, stderr, shots, records, of}}, the harness's results of tasks and groups).
     """
     from lm_eval.evaluator import evaluate
+    seed(tasks)
     found, answers = evaluate(lm, tasks, limit=limit, log_samples=False), {}
-    for name in tasks["tasks"]:
-        result = found["results"][name]
-        keys = [key for want in (metric, "acc", "exact_match") for key in result if key.startswith(f"{want},")]
-        kind, filtered = keys[0].split(",")  # of several filters the first: GSM8K's is the strict one
-        stderr, count = result[f"{kind}_stderr,{filtered}"], found["n-samples"][name]
-        answers[name] = {"metric": kind, "value": result[keys[0]], "stderr": None if stderr == "N/A" else stderr,
-                         "shots": found["n-shot"][name], "records": count["effective"], "of": count["original"]}
-    return answers
+    ranks = {"exact_match": 2, "acc": 1, metric: 0}
+    groups = {name: group for name, group in tasks["groups"].items() if group.has_aggregation}
+    inside = {child for group in groups.values() for part in (group, *group.get_all_groups())
+              for child in part.child_names}
+    for name, result in found["results"].items():
+        keys = [key for key in result if "," in key and "_stderr," not in key]  # "metric,filter"
+        if keys and name not in inside:
+            of = [task.task_name for task in groups[name].get_all_tasks()] if name in groups else [name]
+            key = min(keys, key=lambda key: ranks.get(key.split(",")[0], 3))
+            stderr = result.get(key.replace(",", "_stderr,"))
+            answers[name] = {"metric": key.split(",")[0], "value": result[key],
+                             "stderr": None if stderr == "N/A" else stderr, "records": result["sample_len"],
+                             "of": sum(found["n-samples"][task]["original"] for task in of),
+                             "shots": sorted({found["n-shot"][task] for task in of})}
+    return answers, found["results"]
 
 
-def table(rows, names):
-    """A Markdown table in % of rows {model, tasks: what `measure` gave}, the protocol of each task under it."""
-    averages = [sum(row["tasks"][name]["value"] for name in names) / len(names) for row in rows]
-    head = ["model", *names, "average", f"% of {rows[0]['model']}"]
-    cells = [[row["model"], *(cell(row["tasks"][name]) for name in names), f"{100 * average:.1f}",
-              f"{100 * average / averages[0]:.1f}" if averages[0] else "-"] for row, average in zip(rows, averages)]
-    protocols = [f"{name}: {t['metric']}, {t['shots']}-shot, {'first ' * (t['records'] < t['of'])}{t['records']:,} "
-                 f"of {t['of']:,} records" for name, t in rows[0]["tasks"].items()]
-    return "\n".join([markdown(head, cells), "", *protocols])
+def seed(tasks: dict) -> None:
+    """Seed as the harness's own command does, so that every folder sees the same examples and choices."""
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    for task in tasks["tasks"].values():
+        task.set_fewshot_seed(DEFAULT_OTHER_SEED)
 
 
-def cell(answer):
-    stderr = "" if answer["stderr"] is None else f" ± {100 * answer['stderr']:.1f}"
-    return f"{100 * answer['value']:.1f}{stderr}"
+def table(rows: list[dict]) -> str:
+    """Make a Markdown table of main's rows. Each task's protocol and the dtype are under it.
+
+    The metrics in SHARES are in %, and their average is a column. Others are as the harness gives them.
+    """
+    tasks = rows[0]["tasks"]
+    shares = [name for name in tasks if tasks[name]["metric"] in SHARES]
+    head, cells = ["model", *tasks], [[row["model"], *map(cell, row["tasks"].values())] for row in rows]
+    if shares:
+        head += ["average", f"% of {rows[0]['model']}"]
+        averages = [sum(row["tasks"][name]["value"] for name in shares) / len(shares) for row in rows]
+        for line, average in zip(cells, averages):
+            line += [f"{100 * average:.1f}", f"{100 * average / averages[0]:.1f}" if averages[0] else "-"]
+    protocols = [f"{name}: {t['metric']}{' in %' * (name in shares)}, {'/'.join(map(str, t['shots']))}-shot, "
+                 f"{'first ' * (t['records'] < t['of'])}{t['records']:,} of {t['of']:,} records"
+                 for name, t in tasks.items()]
+    return "\n".join([markdown(head, cells), "", *protocols, f"dtype of all rows: {rows[0]['dtype']}"])
 
 
-def start_harness(scratch=None):
-    """Import the harness, which from then on writes nothing on the terminal; its version.
+def cell(answer: dict) -> str:
+    factor, digits = (100, 1) if answer["metric"] in SHARES else (1, 4)
+    stderr = "" if answer["stderr"] is None else f" ± {factor * answer['stderr']:.{digits}f}"
+    return f"{factor * answer['value']:.{digits}f}{stderr}"
 
-    scratch: a folder; its data library then keeps all its files there and tries no network.
+
+def start_harness(scratch: Path | None = None) -> str:
+    """Import the harness without its progress bars and its log. Returns its version.
+
+    scratch: a folder; the harness's data library then keeps all its files there and tries no network.
     """
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     if scratch:
         os.environ.update(HF_HOME=str(scratch), HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
     version = need("lm_eval", "extras.zeroshot").__version__
     from lm_eval.api import model, task
-    model.tqdm = task.tqdm = lambda items, **_: items  # its bars: the answers have a line of ours
+    model.tqdm = task.tqdm = lambda items, **_: items  # our own progress line replaces its bars
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return version
 
 
-def main():
-    a = parse()
-    for ckpt in a.ckpt:
-        read_folder(ckpt)  # a folder that is not one is seen now, not after hours spent on those before it
-    rows = []
+def check_dtypes(folders: list[Path], dtype: str) -> None:
+    """Raise ValueError if the folders differ in dtype and --dtype is auto, or if one is not a checkpoint."""
+    own = [read_folder(folder)[2][0]["tok_embeddings.weight"].dtype for folder in folders]
+    if dtype == "auto" and len({*own}) > 1:
+        named = ", ".join(f"{name} {found}" for name, found in zip(short_names(folders), own))
+        raise ValueError(f"--ckpt: folders of different dtypes: {named}; pass --dtype for one")
+
+
+def main() -> None:
+    a, rows = parse(), []
+    check_dtypes(a.ckpt, a.dtype)  # now, not after hours spent on the first folder
     with TemporaryDirectory(prefix="grasp-zeroshot-") as folder:
-        scratch = Path(folder)
-        version = start_harness(scratch if a.local else None)
-        print(f"harness      lm-eval {version}, records from {a.local or 'the hub'}")
-        tasks = load_tasks(a.tasks, a.local, scratch)
+        version = start_harness(Path(folder) if a.local else None)
+        print(f"harness      lm-eval {version}, records from {a.local or 'where each task says'}")
+        tasks = load_tasks(a.tasks, a.local, Path(folder), a.include, a.num_fewshot)
+        known = {metric for task in tasks["tasks"].values() for metric in task.aggregation()}
+        if a.metric and a.metric not in known:
+            raise ValueError(f"--metric {a.metric}: no task has it; they have {', '.join(sorted(known))}")
         for name, ckpt in zip(short_names(a.ckpt), a.ckpt):
             model, tokenizer = cli.open_checkpoint(ckpt, a.device, a.dtype)
-            rows.append({"model": name, "parameters": model.n_params, "tasks": measure(
-                adapter(model, tokenizer, a.batch_size, name), tasks, a.metric, a.limit)})
-            del model
-    print("\n" + table(rows, a.tasks))
-    if a.json:
-        write_json(a.json, rows)
+            lm = adapter(model, tokenizer, a.batch_size, name)
+            answers, results = measure(lm, tasks, a.metric, a.limit)
+            rows.append({"model": name, "parameters": model.n_params, "dtype": str(model.dtype),
+                         "tasks": answers, "results": results})
+            del model, lm  # two models are never in memory at once
+            print(f"done         {name}  " + ", ".join(f"{task} {cell(t)}" for task, t in answers.items()))
+            if a.json:
+                write_json(a.json, rows)
+    print("\n" + table(rows))
 
 
-def parse():
+def parse() -> argparse.Namespace:
     p = cli.Parser(__doc__)
-    cli.model_flags(p, "what to evaluate", nargs="+", default=[cli.TINY], help="folders of weights of any kind; the "
-                    "first is what the others are compared with (default: the embedded model)")
+    cli.model_flags(p, "what to evaluate", nargs="+", default=[cli.TINY], help="folders of weights of any "
+                    "kind; the others are compared with the first (default: the embedded model)")
     add = p.add_argument_group("evaluation").add_argument
-    add("--tasks", type=task_names, default=SEVEN, metavar="A,B",
-        help=f"of {', '.join(TASKS)} (default: all but gsm8k)")
-    add("--local", metavar="DIR", help="take TASK.jsonl there, no network (default: Hugging Face's hub)")
-    add("--metric", choices=["acc", "acc_norm"], default="acc", help="where a task has it (default: acc)")
-    add("--limit", type=cli.positive, metavar="N", help="only the first N records of each task (default: all)")
-    add("--json", type=cli.json_file, metavar="FILE", help="write the results there too")
+    add("--tasks", type=lambda text: text.split(","), default=SEVEN, metavar="A,B", help="of the "
+        "harness, tasks and groups; the paper's others are gsm8k, boolq, wsc, commonsense_qa, race, mmlu, "
+        "cmmlu and longbench (there is no C3, CHID, CMNLI); `lm-eval ls tasks` lists all (default: "
+        f"{','.join(SEVEN)})")
+    add("--include", metavar="DIR", help="also your own YAML files in the harness's form; their code is run")
+    add("--local", metavar="DIR", help="records from DIR/TASK.jsonl, without a network and zero-shot")
+    add("--num-fewshot", metavar="N", help="examples in a prompt (default: the task's own number)",
+        type=partial(cli.between, kind=int, low=-1, high=1000, expected="a whole number from 0 to 1,000"))
+    add("--metric", metavar="NAME", help="where a task has it (default: acc, exact_match or its first)")
+    add("--limit", type=cli.positive, metavar="N", help="only each task's first N records (default: all)")
+    add("--json", type=cli.json_file, metavar="FILE", help="also write the results there, after each folder")
     cli.machine_flags(p).add_argument("--batch-size", type=cli.positive, metavar="N",
                                       help="sequences in a batch (default: of 1,024 tokens)")
-    return p.parse_args()
-
-
-def task_names(text):
-    names = text.split(",")
-    for name in names:
-        if name not in TASKS or names.count(name) > 1:
-            raise argparse.ArgumentTypeError(f"{name!r}, expected each at most once of {', '.join(TASKS)}")
-    return names
+    a = p.parse_args()
+    if a.include and not Path(a.include).is_dir():
+        raise FileNotFoundError(f"--include {a.include}: no such folder")
+    if a.local and a.num_fewshot:
+        raise ValueError("--num-fewshot: --local has no examples to show")
+    return a
 
 
 if __name__ == "__main__":
