@@ -151,12 +151,13 @@ def adapter(model, tokenizer, sequences: int | None = None, label: str = "reques
 
         @property
         def prefix_token_id(self):
-            """The token before a continuation that has no context."""
-            prefix = self.eot_token_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
-            if prefix is None:
-                raise ValueError(f"{self.tokenizer.file}: has no BOS and no end token, one of which an empty "
-                                 "context needs")
-            return prefix
+            """The token before a continuation without a context: BOS, even if texts do not begin with it."""
+            t, found = self.tokenizer, json.loads(self.tokenizer.files.get("tokenizer_config.json", "{}"))
+            bos = found.get("bos_token")
+            named = t.special.get(bos["content"] if isinstance(bos, dict) else bos)
+            for token in filter(lambda token: token is not None, (t.bos_id, named, self.eot_token_id)):
+                return token
+            raise ValueError(f"{t.file}: no BOS and no end token, one of which an empty context needs")
 
         def tok_encode(self, string, add_special_tokens=None, **_):
             """Encode, with BOS before a text that does not start with it, if the tokenizer has BOS."""
@@ -229,7 +230,7 @@ def check_record(task, record: dict) -> None:
 
 
 def local_task(name: str, local: str, scratch: Path) -> dict:
-    """Define a task whose records come from local/NAME.jsonl. It is zero-shot: examples need another split."""
+    """Define a task whose records come from local/NAME.jsonl. Zero-shot: examples need another split."""
     file = scratch / f"{name}.jsonl"
     records = read_records(Path(local) / file.name)
     file.write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -53,9 +53,9 @@ RECORDS = {  # made up, in each layout that a file may have
 }
 
 
-@pytest.fixture(scope="module", params=["BOS", "no BOS"])
+@pytest.fixture(scope="module", params=["BOS", "unused BOS", "no BOS"])
 def folder(request, tmp_path_factory):
-    """A Hugging Face folder: random weights, and a tokenizer that does or does not start a text with <s>."""
+    """A Hugging Face folder: random weights, and a tokenizer that starts a text with <s>, only knows <s>, or has none."""
     path = tmp_path_factory.mktemp("llama")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -63,7 +63,7 @@ def folder(request, tmp_path_factory):
         vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     if request.param == "BOS":
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    special = {"bos_token": "<s>"} if request.param == "BOS" else {}
+    special = {"bos_token": "<s>"} if request.param != "no BOS" else {}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", **special).save_pretrained(path)
     set_seed(0)
     LlamaForCausalLM(LlamaConfig(
@@ -159,7 +159,7 @@ def test_half_precision_is_scored_in_fp32(folder):
 
 
 def test_a_tokenizer_without_bos_and_end_cannot_begin(folder):
-    lm = zeroshot.adapter(load_checkpoint(folder), replace(load_tokenizer(folder), before=[], ends=[]))
+    lm = zeroshot.adapter(load_checkpoint(folder), replace(load_tokenizer(folder), before=[], ends=[], files={}))
     with pytest.raises(ValueError, match="no BOS and no end"):
         ask(lm, "loglikelihood", ("", " the fox"))
 
