@@ -62,6 +62,9 @@ def read_report(folder):
     if not file.is_file():
         raise FileNotFoundError(f"{folder}: no report.json; expected a folder written by grasp.py")
     report = optional_json(file)
+    for field, writer in (("kept", "fisher"), ("control", "controls")):
+        if field in report and "matrices" not in report:
+            raise ValueError(f"{file}: written by extras.{writer}; expected a folder that grasp.py wrote")
     settings, cosines, redundant, records = (report.get(n) for n in ("settings", "cosines", "redundant", "matrices"))
 
     def check(good, field):

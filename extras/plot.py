@@ -1,16 +1,19 @@
 """Pictures of what a compression did and why: `python -m extras.plot FOLDER`, a folder that grasp.py wrote.
 
-    cosines.png          the cosine of every layer, the redundant ones marked; not with --layer-ids        [GRASP §2.1]
+    overview.png         the cosines, and beside them the spectrum of one matrix
+    cosines.png          the cosine of every layer, the redundant ones marked                              [GRASP §2.1]
     spectra-LAYER.png    the singular values of a layer's seven matrices, the kept ones marked             [§2.2]
     groups-MATRIX.png    with --matrix: ten singular values at a time set to zero, against the perplexity  [Fig. 2]
     groups-MATRIX.json   the numbers of that experiment, as `zero_groups` gives them
 
-The cosines and the kept components are report.json's; the spectra and the experiment are of the dense weights that
-FOLDER was made from. Every plot_ function takes numbers and returns a matplotlib Figure.
+A folder made with --layer-ids has no cosines, and so not the first two. The cosines and the kept components are
+report.json's; the spectra and the experiment are of the dense weights that FOLDER was made from. Every plot_ function
+takes numbers and returns a matplotlib Figure; a draw_ function draws one panel.
 """
 import io
 import math
 import os
+import time
 from pathlib import Path
 
 import torch
@@ -38,14 +41,11 @@ def new_figure(width, height, title):
     return figure
 
 
-def plot_cosines(cosines, redundant, model_name):
-    """Figure of the cosine of every layer's input and output, a list (n_layers,), with the redundant ids marked.
+def draw_cosines(axes, cosines, redundant):
+    """Draw the cosine of every layer's input and output, a list (n_layers,), with the redundant ids marked.
 
     The axis is logarithmic in 1 - cosine: near 1, where layers are told apart, a linear one would show a flat line.
     """
-    title = f"{model_name}: how parallel each layer's output is to its input"
-    figure = new_figure(max(8, 0.2 * len(cosines)), 4, title)
-    axes = figure.subplots()
     axes.set_yscale("function", functions=(lambda c: -torch.as_tensor(1 - c).clamp(min=1e-6).log10().numpy(),
                                            lambda y: 1 - 10.0 ** -y))
     axes.plot(range(len(cosines)), cosines, "o-", color=GREY, linewidth=0.8, markerfacecolor="white",
@@ -62,35 +62,60 @@ def plot_cosines(cosines, redundant, model_name):
     axes.set_yticks(ticks if len(ticks) > 1 else sorted({round(min(cosines), 4), round(max(cosines), 4)}))
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.legend(loc="lower right")
+
+
+def draw_spectrum(axes, S, record):
+    """Draw singular values S (r,), those kept by grasp.compress's {name, shape, rank, kept}, and plain SVD's cut."""
+    (m, n), k, kept = record["shape"], record["rank"], record["kept"]
+    words = "stays dense"
+    axes.plot(range(len(S)), S, "-", color=GREY, linewidth=1, label="all singular values")
+    if k:
+        words = f"{sum(i < k for i in kept)} of {k} kept are among the {k} largest"
+        axes.plot(kept, S[kept], "o", color=DARK, markersize=3.5, label="kept: as many as the rank")
+        axes.axvline(k - 0.5, color=LIGHT, linestyle="--", zorder=1, label="plain SVD of that rank ends here")
+    axes.set_title(f"{record['name'].split('.', 2)[2]}  {m} x {n}, rank {k or min(m, n)}\n{words}", fontsize=9)
+    axes.set_yscale("log", subs=())
+    axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5) if S[0] < 100 * S[-1] else (1,))
+    axes.yaxis.set_major_formatter("{x:g}")
+
+
+def plot_cosines(cosines, redundant, model_name):
+    width, title = max(8, 0.2 * len(cosines)), f"{model_name}: how parallel each layer's output is to its input"
+    figure = new_figure(width, 4, title)
+    draw_cosines(figure.subplots(), cosines, redundant)
     return figure
 
 
 def plot_spectra(layer, records, spectra, model_name, score):
-    """Figure of a layer's matrices, a panel each: all singular values, those kept, and where plain SVD would cut.
-
-    records: grasp.compress's {name, shape, rank, kept}, at most seven; spectra: {name: singular values (r,)}.
-    """
+    """Figure of a layer's matrices, at most seven, a panel each; spectra: {name: singular values (r,)}."""
     figure = new_figure(12, 6, f"{model_name}, layer {layer}: which singular components are kept (score: {score})")
     panels = figure.subplots(2, 4).flat
     for record, axes in zip(records, panels):
-        S, kept, k = spectra[record["name"]], record["kept"], record["rank"]
-        m, n = record["shape"]
-        words = "stays dense"
-        axes.plot(range(len(S)), S, "-", color=GREY, linewidth=1, label="all singular values")
-        if k:
-            words = f"{sum(i < k for i in kept)} of {k} kept are among the {k} largest"
-            axes.plot(kept, S[kept], "o", color=DARK, markersize=3.5, label="kept: as many as the rank")
-            axes.axvline(k - 0.5, color=LIGHT, linestyle="--", zorder=1, label="plain SVD of that rank ends here")
-        axes.set_title(f"{record['name'].split('.', 2)[2]}  {m} x {n}, rank {k or min(m, n)}\n{words}", fontsize=9)
-        axes.set_yscale("log", subs=())
-        axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5) if S[0] < 100 * S[-1] else (1,))
-        axes.yaxis.set_major_formatter("{x:g}")
+        draw_spectrum(axes, spectra[record["name"]], record)
     for axes in panels:  # at least one is left, for the legend
         axes.axis("off")
     handles = {label: handle for panel in figure.axes for handle, label in zip(*panel.get_legend_handles_labels())}
     axes.legend(handles.values(), handles.keys(), loc="center", fontsize=9)
     figure.supxlabel("index of the singular value (0 = largest)", fontsize=10)
     figure.supylabel("singular value (logarithmic)", fontsize=10)
+    return figure
+
+
+def plot_overview(cosines, redundant, S, record, model_name):
+    """Figure of two panels: which layers are redundant, and what is kept of one matrix, with singular values S."""
+    from matplotlib import rc_context
+    with rc_context({"font.size": 8.5}):
+        figure = new_figure(7.5, 3.4, None)
+        left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
+        draw_cosines(left, cosines, redundant)
+        draw_spectrum(right, S, record)
+        left.lines[1].set_markersize(5.5)
+        for text in left.texts:
+            text.set(rotation=90, fontsize=7.5)  # neighbours need the room
+        left.set_title(f"{model_name}: the layers that change\ntheir input least are redundant", fontsize=9.5)
+        right.set_title(f"{record['name']}:\n{right.get_title().splitlines()[1]}", fontsize=9.5)
+        right.set(xlabel="index of the singular value (0 = largest)", ylabel="singular value (logarithmic)")
+        right.legend(loc="lower left", fontsize=8)
     return figure
 
 
@@ -107,12 +132,16 @@ def zero_groups(model, name, windows, size):
     The model is left as it was: W itself is put back. Half precision rounds most of the smallest groups' removal away.
     """
     linear = model.get_submodule(name)
-    W, seconds = linear.weight, {}
+    W, first, seconds = linear.weight, windows[:size], []
+    groups = torch.arange(min(W.shape), device=W.device).split(GROUP)
+    for _ in range(3):  # the first one warms up
+        start = time.monotonic()
+        perplexity(model, [first])
+        seconds.append(time.monotonic() - start)
+    minutes = (len(groups) + 4) * min(seconds) * len(windows) / len(first) / 60  # the gradient counts as three
+    print(f"{name}  {len(groups)} groups of {GROUP}, each a pass over the text; about {minutes:.1f} min")
     U, S, Vh = svd(W)
-    groups = torch.arange(len(S), device=W.device).split(GROUP)
-    with cli.timed(seconds, "sweep"):
-        dense = perplexity(model, cli.batches(windows, size, f"{name}  as it is"))
-    print(f"{name}  perplexity {dense:.4f}; {len(groups)} groups, about {len(groups) * seconds['sweep'] / 60:.1f} min")
+    dense = perplexity(model, cli.batches(windows, size, f"{name}  as it is"))
     G = weight_gradients(model, [name], cli.batches(windows, size, f"{name}  gradient"))[name]
     sigma_grad, change = sigma_gradients(U, G, Vh), []
     try:
@@ -187,6 +216,8 @@ def main():
     compressed = [layer for layer in layers if layers[layer]]  # others came to grasp.py as low-rank ones
     if not set(a.layer_ids or []) <= set(compressed):
         raise ValueError(f"--layer-ids {a.layer_ids}: {a.ckpt} has compressed layers {compressed}")
+    if a.overview and a.overview not in records:
+        raise ValueError(f"--overview {a.overview}: expected a matrix of the compressed layers {compressed}")
     need("matplotlib", "extras.plot")
     dense, model, tokenizer = open_original(report, a.dense, a.device, a.dtype, a.matrix)
     if a.matrix:
@@ -194,19 +225,25 @@ def main():
         name = a.data or ("embedded" if dense == cli.TINY else "wikitext2")
         (label, (windows, protocol)), = evaluation_windows([name], tokenizer, seq_len, a.windows, a.data_dir).items()
     a.out.mkdir(exist_ok=True)
-    if report["cosines"]:
-        write(a.out / "cosines.png", plot_cosines(report["cosines"], report["redundant"], dense.name))
-    else:
-        print(f"no cosines.png: {a.ckpt} was made with --layer-ids and has no cosines")
-    for layer in a.layer_ids or compressed:
+    drawn, cosines = a.layer_ids or compressed, report["cosines"]
+    if not cosines:
+        print(f"no overview.png, no cosines.png: {a.ckpt} was made with --layer-ids and has no cosines")
+    elif drawn:
+        record = records[a.overview] if a.overview else layers[drawn[-1]][-2:][0]  # w2, where all seven are there
+        S = singular_values(model, record["name"])
+        write(a.out / "overview.png", plot_overview(cosines, report["redundant"], S, record, dense.name))
+        write(a.out / "cosines.png", plot_cosines(cosines, report["redundant"], dense.name))
+    for layer in drawn:
         spectra = {r["name"]: singular_values(model, r["name"]) for r in layers[layer]}
         write(a.out / f"spectra-{layer}.png",
               plot_spectra(layer, layers[layer], spectra, dense.name, report["settings"]["score"]))
     for name in a.matrix:
+        model.to(torch.promote_types(model.dtype, torch.float32))
+        print(f"{name}  in {str(model.dtype)[6:]}: half precision would round small changes away")
         result = zero_groups(model, name, windows, cli.batch_size(a.batch_size, seq_len, model))
         result["rank_correlation"] = {by: rank_correlation(result[by], result["change"])
                                       for by in ("predicted", "score", "sigma")}
-        print(f"{name}  rank correlation with the change of perplexity: "
+        print(f"{name}  perplexity {result['perplexity']:.4f}; rank correlation with its change: "
               + ", ".join(f"{by} {shown(value)}" for by, value in result["rank_correlation"].items()))
         text = f"{label}, {protocol['windows']} windows of {seq_len:,} tokens"
         write(a.out / f"groups-{name}.png", plot_groups(result, dense.name, text))
@@ -225,9 +262,11 @@ def parse():
                           help="another way to give FOLDER, as other commands do").add_argument
     add("--dense", type=Path, metavar="DENSE", help="it was made from (default: as its report says)")
     add("--layer-ids", type=int, nargs="+", metavar="ID", help="draw spectra of these only (default: all)")
+    add("--overview", metavar="NAME", help="the matrix on overview.png, such as layers.5.feed_forward.w2 (default: "
+        "the last layer's w2)")
     add = p.add_argument_group("experiment").add_argument
     add("--matrix", nargs="+", metavar="NAME", default=[], help="experiment on these, minutes for each, such as "
-        "layers.5.feed_forward.w2; half precision takes --dtype float32 (default: none)")
+        "layers.5.feed_forward.w2, in float32 or --dtype float64 (default: none)")
     add("--data", metavar="TEXT", help=f"one of {text_names('test')} or a file (default: wikitext2; with the embedded "
         "model, embedded)")
     add("--seq-len", type=cli.positive, metavar="T", help="tokens in a window (default: 2048, or all positions)")

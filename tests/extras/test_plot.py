@@ -64,6 +64,19 @@ def test_the_kept_components_are_on_the_spectrum_and_plain_svd_ends_at_the_rank(
     assert [text.get_text() for text in empty[-1].get_legend().get_texts()][1].startswith("kept")
 
 
+def test_the_overview_is_the_cosines_beside_one_spectrum():
+    record = {"name": "layers.1.feed_forward.w2", "shape": [4, 9], "rank": 2, "kept": [0, 3]}
+    cosines, S = [0.2, 0.97, 0.9], torch.tensor([9.0, 5.0, 2.0, 1.0])
+    figure = plot.plot_overview(cosines, [1], S, record, "a model")
+    left, right = figure.axes
+    assert marks(left, "o") == list(enumerate(cosines)) and marks(left, "s") == [(1, 0.97)] and labels(left) == ["1"]
+    assert marks(right, "o") == [(0, 9.0), (3, 1.0)] and set(right.lines[2].get_xdata()) == {1.5}
+    assert left.get_title().startswith("a model: ")
+    assert right.get_title() == "layers.1.feed_forward.w2:\n1 of 2 kept are among the 2 largest"
+    assert all(axes.get_xlabel() and axes.get_ylabel() and axes.get_legend() for axes in figure.axes)
+    assert [*figure.get_size_inches() * figure.dpi] == [900, 408]  # the width of a README
+
+
 def perplexity(model, tokens):
     """By its definition: no chunks, no sweeps."""
     return F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).exp().item()
@@ -100,7 +113,7 @@ def test_zeroed_groups_against_rebuilt_matrices_and_small_steps():
 def test_an_interrupted_experiment_puts_the_matrix_back(monkeypatch):
     model = random_model()
     W = model.get_submodule(MATRIX).weight
-    answers = iter([7.0])  # for the dense model; then somebody presses Ctrl-C
+    answers = iter([7.0] * 4)  # three to time, and the dense model's; then somebody presses Ctrl-C
 
     def measured(model, batches):
         for answer in answers:
@@ -112,6 +125,24 @@ def test_an_interrupted_experiment_puts_the_matrix_back(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         plot.zero_groups(model, MATRIX, random_tokens(model, 2, 8), 2)
     assert model.get_submodule(MATRIX).weight is W
+
+
+def test_the_experiment_says_before_its_first_pass_how_long_it_will_take(monkeypatch, capsys):
+    clock, passes, said = iter([0, 9, 10, 16, 20, 30]), [], []
+
+    def measured(model, batches):
+        passes.append(sum(map(len, batches)))
+        said.append(capsys.readouterr().out)
+        return 7.0
+
+    model = random_model()
+    monkeypatch.setattr(plot, "perplexity", measured)
+    monkeypatch.setattr(plot, "time", type("Clock", (), {"monotonic": lambda: next(clock)}))
+    plot.zero_groups(model, MATRIX, random_tokens(model, 5, 8), 2)
+    assert passes == [2, 2, 2, 5, 5, 5]  # a micro-batch three times; all windows dense and without each of two groups
+    minutes = (2 + 1 + 3) * 6 * 5 / 2 / 60  # the fastest took 6 s for 2 of 5 windows; the gradient is like three passes
+    assert said[3] == f"{MATRIX}  2 groups of 10, each a pass over the text; about {minutes:.1f} min\n"
+    assert not any(said[:3])
 
 
 def test_half_precision_weights_are_taken_apart_in_fp32():
@@ -166,9 +197,10 @@ def test_the_command_draws_what_the_report_says(compressed, tmp_path, monkeypatc
     cli.command(plot.main)
     out = capsys.readouterr().out
     report = json.loads((compressed / "report.json").read_text())
-    pictures = ["cosines.png", f"groups-{name}.png", *(f"spectra-{layer}.png" for layer in report["redundant"])]
+    pictures = ["cosines.png", f"groups-{name}.png", "overview.png",
+                *(f"spectra-{layer}.png" for layer in report["redundant"])]
     assert sorted(f.name for f in (tmp_path / "small-plots").iterdir()) == sorted([*pictures, f"groups-{name}.json"])
-    for file, size in zip(pictures, [(960, 480), (960, 504), (1440, 720), (1440, 720)]):
+    for file, size in zip(pictures, [(960, 480), (960, 504), (900, 408), (1440, 720), (1440, 720)]):
         png = (tmp_path / "small-plots" / file).read_bytes()
         assert png[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", png[16:24]) == size and len(png) < 80_000
         assert f"written: small-plots/{file}" in out
@@ -192,7 +224,41 @@ def test_layers_and_dense_weights_by_hand(compressed, tmp_path, monkeypatch, cap
     monkeypatch.setattr(sys, "argv", ["plot", "small", "--layer-ids", str(layer), "--dense", str(ROOT / "data/tiny"),
                                       "--out", str(out)])
     cli.command(plot.main)
-    assert sorted(f.name for f in out.iterdir()) == ["cosines.png", f"spectra-{layer}.png"]
+    assert sorted(f.name for f in out.iterdir()) == ["cosines.png", "overview.png", f"spectra-{layer}.png"]
+
+
+@pytest.mark.parametrize("words, matrix", [
+    ([], "layers.{}.feed_forward.w2"), (["--overview", "layers.{}.attention.wk"], "layers.{}.attention.wk")])
+def test_the_matrix_on_the_overview(words, matrix, compressed, tmp_path, monkeypatch):
+    report, drawn = read_report(compressed), []
+    monkeypatch.setattr(plot, "write", lambda file, figure: drawn.append((file.name, figure)))
+    words = [word.format(report["redundant"][-1]) for word in words]
+    monkeypatch.setattr(sys, "argv", ["plot", str(compressed), "--out", str(tmp_path), *words])
+    cli.command(plot.main)
+    (file, figure), *_ = drawn
+    assert file == "overview.png" and len(drawn) == 4
+    assert figure.axes[1].get_title().startswith(matrix.format(report["redundant"][-1]))
+
+
+@pytest.mark.parametrize("dtype, expected", [
+    ("auto", torch.float32), ("bfloat16", torch.float32), ("float64", torch.float64)])
+def test_the_experiment_is_in_float32_at_least(dtype, expected, compressed, tmp_path, monkeypatch, capsys):
+    """Whatever the folder was made in: half precision rounds small changes away."""
+    report, seen = json.loads((compressed / "report.json").read_text()), []
+    report["settings"]["dtype"] = "torch.bfloat16"
+    (tmp_path / "report.json").write_text(json.dumps(report))
+
+    def stop(model, *words):
+        seen.append(model.dtype)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plot, "zero_groups", stop)
+    monkeypatch.setattr(sys, "argv", ["plot", str(tmp_path), "--matrix", MATRIX, "--dtype", dtype, "--windows", "1",
+                                      "--out", str(tmp_path)])
+    with pytest.raises(KeyboardInterrupt):
+        cli.command(plot.main)
+    assert seen == [expected]
+    assert f"{MATRIX}  in {str(expected)[6:]}: half precision would round small changes away\n" in capsys.readouterr().out
 
 
 def test_a_folder_made_with_layer_ids_has_no_picture_of_cosines(compressed, tmp_path, monkeypatch, capsys):
@@ -202,7 +268,7 @@ def test_a_folder_made_with_layer_ids_has_no_picture_of_cosines(compressed, tmp_
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["plot", "small"])
     cli.command(plot.main)
-    assert "no cosines.png: small was made with --layer-ids and has no cosines\n" in capsys.readouterr().out
+    assert "no overview.png, no cosines.png: small was made with --layer-ids and has no cosines\n" in capsys.readouterr().out
     pictures = sorted(f"spectra-{layer}.png" for layer in report["redundant"])
     assert sorted(f.name for f in (tmp_path / "small-plots").iterdir()) == pictures
 
@@ -212,6 +278,7 @@ def test_a_folder_made_with_layer_ids_has_no_picture_of_cosines(compressed, tmp_
     ("small --ckpt small", "give one FOLDER, that grasp.py wrote"),
     ("nowhere", "nowhere: no report.json; expected a folder written by grasp.py"),
     ("small --layer-ids 0", "--layer-ids [0]: small has compressed layers ["),
+    ("small --overview layers.0.attention.wq", "--overview layers.0.attention.wq: expected a matrix of the compressed layers ["),
     ("small --matrix layers.8.attention.wq", "layers.8.attention.wq: expected a name like layers.7.attention.wq"),
     ("small --matrix wq", "this model has 8 layers, 0 to 7"),
     ("small --windows 2", "--windows, --batch-size: these need --matrix NAME"),
@@ -227,6 +294,14 @@ def test_mistakes_are_one_line_and_draw_nothing(words, message, compressed, tmp_
     (tmp_path / "file").touch()
     assert message in error_of(plot.main, words, monkeypatch, capsys)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["file", "small"]
+
+
+@pytest.mark.parametrize("report, writer", [
+    ({"settings": {}, "layers": [3], "kept": {}}, "fisher"), ({"control": "svd", "of": "there"}, "controls")])
+def test_a_report_of_another_command_is_told_by_its_content(report, writer, tmp_path):
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    with pytest.raises(ValueError, match=f"report.json: written by extras.{writer}; expected a folder that grasp.py wrote"):
+        read_report(tmp_path)
 
 
 def test_another_models_weights_are_refused():
