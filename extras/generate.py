@@ -4,11 +4,11 @@ The keys (turned) and values of all tokens so far are kept, so that a new token 
 
     cache    for each block (keys, values), each (B, n_kv_heads, max_len, head_dim), in the model's dtype
     start    how many tokens the cache holds before a step
-    prefill  the first step, over the whole prompt, start 0;  decoding: the later steps, over one new token each
+    step     the first is over the whole prompt, start 0, and each later one over one new token
 
 --throughput sets dense, dropped and GRASP folders side by side [GRASP Fig. 5]: a row for each batch size, length of
-prompt (random tokens) and folder. Folders take turns, so that a machine that slows down slows them all alike; times
-are medians of --repeats turns, after one that does not count. For that, all folders are in memory at once.
+prompt (random tokens) and folder, all in one dtype. Folders take turns, so that a machine that slows down slows them
+all alike; times are medians of --repeats turns, after one that does not count. So all are in memory at once.
 """
 import argparse
 import itertools
@@ -147,6 +147,9 @@ def write(model, tokenizer, text, max_new_tokens, *sampling):
 
 def throughput(models, batch_sizes, lengths, max_new_tokens, repeats, seed):
     """A Markdown table of models (pairs of name and model), a row for each batch size, prompt length and model."""
+    if len({model.dtype for _, model in models}) > 1:
+        raise ValueError("--ckpt: folders of different dtypes: "
+                         f"{', '.join(f'{name} {model.dtype}' for name, model in models)}; pass --dtype for one")
     for (_, model), T in itertools.product(models, lengths):
         check_length(model, T, max_new_tokens)
     rows = []
@@ -158,10 +161,11 @@ def throughput(models, batch_sizes, lengths, max_new_tokens, repeats, seed):
                 mine.append(measure(model, random_prompt(model, B, T, seed), max_new_tokens))
         for (name, model), (_, *mine) in zip(models, turns):  # the first, to warm up, does not count
             first, rate, peak = map(statistics.median, zip(*mine))
-            rows.append([name, f"{B}", f"{T}", f"{first:.4f}", f"{rate:,.1f}", f"{weight_bytes(model) / 2 ** 30:.3f}",
-                         f"{peak / 2 ** 30:.3f}", f"{multiply_adds(model, T) / 1e6:,.2f}"])
+            rows.append([name, str(model.dtype)[6:], f"{B}", f"{T}", f"{first:.4f}", f"{rate:,.1f}",
+                         *(f"{size / 2 ** 30:.3f}" for size in (weight_bytes(model), peak)),
+                         f"{multiply_adds(model, T) / 1e6:,.2f}"])
     cli.show("", last=True)
-    return markdown(["model", "batch", "prompt", "first token s", "tokens/s", "weights GiB", "peak GiB",
+    return markdown(["model", "dtype", "batch", "prompt", "first token s", "tokens/s", "weights GiB", "peak GiB",
                      "M multiply-adds"], rows)
 
 
@@ -229,7 +233,7 @@ def parse():
     add("--top-p", type=cli.fraction, metavar="P", help="draw among the fewest that reach P (default: all)")
     add("--seed", type=cli.seed, default=0, help="of the draws, or of random prompts (default: 0)")
     add = p.add_argument_group("throughput").add_argument
-    add("--throughput", action="store_true", help="measure instead, one or more folders")
+    add("--throughput", action="store_true", help="measure instead, one or more folders in one dtype")
     add("--batch-sizes", type=cli.positive, nargs="+", metavar="B", default=[1, 8],
         help="sequences at a time (default: 1 8)")
     add("--lengths", type=cli.positive, nargs="+", metavar="T", default=[32, 128],
