@@ -1,6 +1,7 @@
 """The lesson: recovery trains the factors and nothing else, on the mean loss of real tokens, and can be interrupted."""
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -38,6 +39,22 @@ def run(tmp_path, monkeypatch, compressed):
                                          "8", "--batch-size", "8", "--save-every", "2", *map(str, words)])
         recover.main()
     return run
+
+
+def test_help_names_the_defaults_that_hold(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "records.json").touch()
+    words = "recover --ckpt there --data records.json".split()
+    monkeypatch.setattr("sys.argv", [*words, "--help"])
+    with pytest.raises(SystemExit):
+        recover.parse()
+    text = " ".join(capsys.readouterr().out.split())
+    monkeypatch.setattr("sys.argv", words)
+    a, named = recover.parse(), re.findall(r"--([a-z-]+) [A-Z]+ [^()]*\(default: ([\d.]+|\./\S+)\)", text)
+    named = {flag.replace("-", "_"): default.replace("./NAME", "there") for flag, default in named}
+    assert named == {flag: str(getattr(a, flag)) for flag in named}
+    assert {*named} == {"held_out", "epochs", "batch_size", "micro_batch", "lr", "seed", "save_every", "out"}
+    assert "--seq-len T of a record at most (default: 256, or the model's maximum)" in text and a.seq_len is None
 
 
 def weights(folder):
