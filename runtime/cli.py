@@ -222,17 +222,19 @@ def batches(windows: Tensor, size: int, label: str) -> Iterator[Tensor]:
         yield batch
         now = time.monotonic()
         line = f"{label}  {i}/{len(parts)} batches  {(now - start) * (len(parts) - i) / i:.0f} s left"
-        if sys.stderr.isatty():
-            show(line, last=i == len(parts))
-        elif now - told > 60 and not distributed.index():  # in a log, a line a minute
+        shown = show(line, last=i == len(parts))
+        if not shown and now - told > 60 and not distributed.index():  # in a log, a line a minute
             told = now
             print(line, file=sys.stderr)
 
 
-def show(line: str, last: bool) -> None:
-    """Rewrite one progress line on a terminal. The last one erases it."""
-    if sys.stderr.isatty() and not distributed.index():
-        print("\r\x1b[K" + line * (not last), end="", file=sys.stderr)
+def show(line: str, last: bool) -> bool:
+    """Rewrite one progress line on a terminal or in a notebook; else return False. The last one erases it."""
+    terminal, notebook = sys.stderr.isatty(), "ipykernel" in sys.modules
+    if (terminal or notebook) and not distributed.index():
+        text = line * (not last)  # a notebook erases nothing, so spaces cover the line before
+        print(f"\r\x1b[K{text}" if terminal else f"\r{text:<110}" + "\r" * last, end="", file=sys.stderr)
+    return terminal or notebook
 
 
 @contextmanager

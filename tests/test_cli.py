@@ -148,6 +148,18 @@ def test_a_signal_while_python_shuts_down_prints_nothing(number):
     assert (process.returncode, err) == (0, "")
 
 
+@pytest.mark.parametrize("terminal, modules, expected", [
+    (False, [], ""),  # a log gets a line a minute
+    (True, [], "\r\x1b[Ksweep  1/2 batches  0 s left\r\x1b[K"),
+    (False, ["ipykernel"], f"\r{'sweep  1/2 batches  0 s left':<110}\r{'':<110}\r")])
+def test_progress_is_one_line_on_a_terminal_and_in_a_notebook(terminal, modules, expected, monkeypatch, capsys):
+    for name in modules:
+        monkeypatch.setitem(sys.modules, name, object())
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    assert len(list(cli.batches(torch.zeros(3, 4, dtype=torch.int64), 2, "sweep"))) == 2
+    assert capsys.readouterr().err == expected
+
+
 def test_an_ignored_signal_stays_ignored(tmp_path):
     """nohup starts a command with SIGHUP ignored."""
     process = slow_command(tmp_path, 1, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
