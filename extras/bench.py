@@ -14,9 +14,9 @@ The weights are a folder's, and the tokens those of grasp.py; or both are random
     computed    what the attribution sweep's peak should be, by sweep_bytes
 
 --autograd adds the algorithm as published, an independent check: each half of a block has a sweep of its own, in
-which autograd differentiates the singular values. --svd compares ways to the same decompositions. --growth shows, on
-random models, whether seconds over floor stay while tokens, layers and width grow. --memory only computes what the
-known shapes need.
+which autograd differentiates the singular values. --svd compares ways to the same decompositions; alone, only
+those. --growth shows, on random models, whether seconds over floor stay while tokens, layers and width grow.
+--memory only computes what the known shapes need.
 """
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -49,7 +49,6 @@ PHASES = {"redundancy sweep": ["redundancy"], "attribution sweep": ["attribution
 PRODUCT = {"cpu": 2048, "cuda": 8192}  # size of the two matrices whose product gives the rate
 SEED = 0  # of random weights and tokens
 GIB = 2 ** 30
-
 bare_svd = partial(torch.linalg.svd, full_matrices=False)
 
 
@@ -83,8 +82,7 @@ def show(rows):
 def measure(model, windows, size, n, ratio, repeats, before):
     """The method on windows (samples, T) in micro-batches of `size`, repeats times; the model stays as it was.
 
-    {rows: for each of PHASES, redundant: layer ids, operations: of each sweep, rate, computed}. before: bytes that are
-    no part of the peak.
+    {rows: of PHASES, redundant: ids, operations: of each sweep, rate, computed}. before: bytes besides.
     """
     peaks, turns, rates = {}, [], [matrix_rate(model.device, model.dtype)]
     _, redundant = turn(model, windows, size, n, ratio, peaks)  # to reset a peak costs time: a turn of its own
@@ -93,8 +91,7 @@ def measure(model, windows, size, n, ratio, repeats, before):
         rates.append(matrix_rate(model.device, model.dtype))
     work = operations(model, redundant, *windows.shape)
     computed = sweep_bytes(model, redundant, min(size, len(windows)), windows.shape[1])
-    floors = {sweep: work[sweep] / max(rates) for sweep in work}
-    floors["SVD"] = min(seconds["bare SVD"] for seconds in turns)
+    floors = {"SVD": min(t["bare SVD"] for t in turns), **{name: work[name] / max(rates) for name in work}}
     rows = []
     for phase, parts in PHASES.items():
         seconds = min(sum(seconds[part] for part in parts) for seconds in turns)
@@ -107,14 +104,12 @@ def measure(model, windows, size, n, ratio, repeats, before):
 
 def matrix_rate(device, dtype):
     """Floating-point operations a second of a large matrix product, the best of five."""
-    seconds, size = [], PRODUCT[device.type]
+    seconds, size = [{} for _ in range(5)], PRODUCT[device.type]
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-    for _ in range(5):
-        one = {}
+    for one in seconds:
         with cli.timed(one, "product", device):
             a @ b
-        seconds.append(one["product"])
-    return 2 * size ** 3 / min(seconds)
+    return 2 * size ** 3 / min(one["product"] for one in seconds)
 
 
 def turn(model, windows, size, n, ratio, peaks=None):
@@ -163,8 +158,7 @@ def by_shape(model, layer_ids):
 def time_by_shape(f, model, groups, every=True, together=False):
     """(seconds of f on the named matrices, widened to fp32; what it gave for the first of each group).
 
-    every False: only the first of each group is timed, times the size of the group. together: f takes a list of
-    matrices of one shape and gives a list.
+    every False: only the first of each group, times the group's size. together: f takes and gives lists.
     """
     total, firsts = 0.0, []
     for names in groups:
@@ -237,8 +231,7 @@ def autograd_compress(model, layer_ids, sweep, ratio, seconds):
 
 def beside(model, windows, size, ratio, measured, before):
     """Two rows: what `measure` gave of the method with one sweep, and the published way with many, once."""
-    _, sweep, _, svds, _ = measured["rows"]
-    seconds, redundant = {}, measured["redundant"]
+    (_, sweep, _, svds, _), redundant, seconds = measured["rows"], measured["redundant"], {}
     reset_peak(model.device)
     with borrowed(model, redundant):
         autograd_compress(model, redundant, partial(cli.batches, windows, size), ratio, seconds)
@@ -381,18 +374,22 @@ def memory(shapes, dtype, layers, T, gpus):
 # ------------------------------------------------------------------------------------------------ the command
 
 def bench(model, windows, size, n, ratio, repeats, before, autograd, svds):
-    """The phases, and what else is asked for, each printed as it is there: the report."""
-    report = measure(model, windows, size, n, ratio, repeats, before)
-    print(f"{show(report['rows'])}\n\nredundant {report['redundant']}; floors of the sweeps: "
-          f"{' and '.join(f'{work / 1e12:.3f}' for work in report['operations'].values())} Tflop at "
-          f"{report['rate'] / 1e12:.3f} Tflop/s\n")
+    """The phases (not for svds alone) and what else is asked for, each printed as it is there: the report."""
+    sweep = partial(cli.batches, windows, size)
+    if svds and not autograd:
+        report = {"redundant": find_redundant(model, sweep, n)[-1]}
+    else:
+        report = measure(model, windows, size, n, ratio, repeats, before)
+        print(f"{show(report['rows'])}\n\nredundant {report['redundant']}; floors of the sweeps: "
+              f"{' and '.join(f'{work / 1e12:.3f}' for work in report['operations'].values())} Tflop at "
+              f"{report['rate'] / 1e12:.3f} Tflop/s\n")
     if autograd:
         report["autograd"] = beside(model, windows, size, ratio, report, before)
         ours, theirs = (row["gradients s"] + row["SVD s"] for row in report["autograd"])
         print(f"{show(report['autograd'])}\n\nas published it takes {theirs / ours:.1f} times as long; "
               f"{theirs / (ours + report['rows'][0]['seconds']):.1f} times, the redundancy sweep added to ours alone\n")
     if svds:
-        report["svd"] = svd_study(model, report["redundant"], partial(cli.batches, windows, size), ratio)
+        report["svd"] = svd_study(model, report["redundant"], sweep, ratio)
         print(show(report["svd"]))
     return report
 
@@ -400,20 +397,25 @@ def bench(model, windows, size, n, ratio, repeats, before, autograd, svds):
 def growth(smallest, samples, T, size, ratio, repeats, before):
     """A table for each axis, of models of which a quarter of the layers is redundant: the report."""
     report, before = {}, before + weight_bytes(smallest)  # which only says where and in which dtype
-    for axis, (factors, grows) in GROWTH.items():
-        rows = []
-        for factor in factors:
-            shape = [int(factor * x) if i in grows else x for i, x in enumerate(SMALLEST)]
+    plan = {axis: [([int(factor * x) if i in grows else x for i, x in enumerate(SMALLEST)],
+                    samples * (1 if grows else factor)) for factor in factors]
+            for axis, (factors, grows) in GROWTH.items()}
+    work = sum(sum(operations(meta_model(shape, smallest.dtype), [3 * shape[1] // 4], count, T).values())
+               for models in plan.values() for shape, count in models)
+    floor = (repeats + 1) * work / matrix_rate(smallest.device, smallest.dtype)
+    print(f"about {1.5 * floor / 60:.1f} min: one and a half times the floor of all sweeps\n")
+    for axis, models in plan.items():
+        rows = report[axis] = []
+        for shape, count in models:
             model = random_weights(shape, smallest.dtype, smallest.device)
-            windows = random_prompt(model, samples * (1 if grows else factor), T, SEED)
+            windows = random_prompt(model, count, T, SEED)
             measured = measure(model, windows, size, model.args.n_layers // 4, ratio, repeats, before)["rows"]
             phases = {PHASES[row["phase"]][0]: row for row in measured if len(PHASES[row["phase"]]) == 1}
-            row = {axis: shape[grows[0]] if grows else windows.numel()}
+            row = {axis: {"tokens": windows.numel(), "layers": shape[1], "width": shape[0]}[axis]}
             for name, phase in phases.items():
                 row |= {f"{name} s": phase["seconds"], f"{name} ratio": phase["ratio"]}
             rows.append(row | {head: phases["attribution"][head] for head in ("peak GiB", "computed GiB")})
         print(show(rows) + "\n")
-        report[axis] = rows
     return {"growth": report}
 
 
@@ -422,7 +424,8 @@ def main():
     if a.memory:
         shapes = {a.shape: SHAPES[a.shape]} if a.shape else SHAPES
         dtype = cli.DTYPES.get(a.dtype, torch.bfloat16)
-        return print(show(memory(shapes, dtype, a.layers, a.seq_len or 512, a.memory)))
+        print(show(memory(shapes, dtype, a.layers, a.seq_len or 512, a.memory)))
+        return print(f"\nin GiB; {str(dtype)[6:]} weights; {a.layers or 'a fifth of the'} layers redundant")
     example = random_weights((64, 1, 2, 1, 96, 128, False), torch.float32, cpu)
     turn(example, random_prompt(example, 2, 64, SEED), 2, 1, 0.5)  # what libraries do and take only once, before all
     resets, resident = reset_peak(cpu), peak_bytes(cpu)
@@ -432,8 +435,9 @@ def main():
     check_layers(model.args.n_layers, n)
     size = min(cli.batch_size(a.batch_size, T, model, n), a.samples)
     text = "as grasp.py takes them" if tokenizer else "random"
-    print(f"tokens       {a.samples} x {T}, {text}, batches of {size}; ratio {a.ratio}; best of {a.repeats} turn{'s' * (a.repeats > 1)}\n"
-          f"peak GiB     {'of each phase' if resets or not before else 'of the process so far'}\n")
+    peak = "of each phase" if resets or not before else "of the process so far"
+    turns = f"\nturns        {a.repeats}, the best one counts; peak GiB {peak}" * (a.autograd or not a.svd)
+    print(f"tokens       {a.samples} x {T}, {text}, batches of {size}; ratio {a.ratio}{turns}\n")
     if a.growth:
         report = growth(model, a.samples, T, size, a.ratio, a.repeats, before)
     else:
@@ -467,10 +471,9 @@ def parse():
     add("--ratio", type=cli.fraction, default=0.1, help="fraction of each matrix's parameters to keep (default: 0.1)")
     add("--repeats", type=cli.positive, metavar="N", default=3, help="turns, of which the best counts (default: 3)")
     add("--autograd", action="store_true", help="the algorithm as published beside it, once")
-    add("--svd", action="store_true", help="ways to the same SVDs beside each other, once")
+    add("--svd", action="store_true", help="ways to the same SVDs, once; alone: no phases")
     add("--growth", action="store_true", help="instead: small random models, as tokens, layers and width grow")
-    add("--memory", type=cli.positive, metavar="GPUS",
-        help="instead: compute what known shapes need, alone and on GPUS")
+    add("--memory", type=cli.positive, metavar="GPUS", help="instead: compute the GiB that known shapes need")
     cli.calibration_flags(p, samples=16)
     p.add_argument_group("output").add_argument("--json", type=cli.json_file, metavar="FILE",
                                                 help="write all figures there too")

@@ -224,6 +224,14 @@ def test_one_command_prints_and_writes_all(device, run):
     assert f"device       {device}" in out and "dtype bfloat16 (by default, or as asked)" in out
 
 
+def test_the_ways_to_an_svd_alone_are_one_table(run, monkeypatch):
+    monkeypatch.setattr(bench, "measure", None)  # no phase is
+    out, report = run("--shape tinyllama-1.1b --samples 3 --seq-len 8 --layers 2 --ratio 0.5 --svd")
+    assert columns(out) == [["way", "seconds", "kept as in fp64 %"]]
+    assert "peak" not in out and "turns" not in out
+    assert len(report["redundant"]) == 2 and report["svd"] and "rows" not in report
+
+
 def test_a_folder_is_measured_as_it_is(run):
     out, report = run("--samples 2 --seq-len 16 --repeats 1")
     assert "data/tiny  8 layers" in out and len(report["redundant"]) == 2 and columns(out)[1:] == []
@@ -237,6 +245,30 @@ def test_growth_is_a_table_for_each_axis(device, run):
     assert columns(out) == [[axis, *heads] for axis in ("tokens", "layers", "width")]
     assert {axis: [row[axis] for row in rows] for axis, rows in report["growth"].items()} == {
         "tokens": [16, 32, 64], "layers": [4, 8, 16], "width": [16, 24, 32]}
+
+
+def test_growth_says_before_its_first_pass_how_long_it_will_take(run, monkeypatch, capsys):
+    """All sweeps of nine models, twice, at 1e6 operations a second."""
+    def measured(model, windows, *words):
+        work.append(sum(operations(model, [3 * model.args.n_layers // 4], *windows.shape).values()))
+        said.append(capsys.readouterr().out)
+        figures = dict.fromkeys(["seconds", "ratio", "peak GiB", "computed GiB"], 1.0)
+        return {"rows": [{"phase": phase, **figures} for phase in bench.PHASES]}
+
+    work, said = [], []
+    monkeypatch.setattr(bench, "measure", measured)
+    monkeypatch.setattr(bench, "matrix_rate", lambda *words: 1e6)
+    run("--growth --samples 2 --seq-len 8 --repeats 1")
+    line = f"about {1.5 * 2 * sum(work) / 1e6 / 60:.1f} min: one and a half times the floor of all sweeps\n"
+    assert len(work) == 9 and line in said[0]
+
+
+def test_the_memory_table_names_its_unit_dtype_and_share(monkeypatch, capsys):
+    for words, line in (("", "in GiB; bfloat16 weights; a fifth of the layers redundant"),
+                        ("--layers 7 --dtype float32", "in GiB; float32 weights; 7 layers redundant")):
+        monkeypatch.setattr(sys, "argv", ["bench", "--memory", "8", "--shape", "llama2-7b", *words.split()])
+        cli.command(bench.main)
+        assert capsys.readouterr().out.endswith(f"|\n\n{line}\n")
 
 
 @pytest.mark.parametrize("words, message", [
