@@ -17,6 +17,7 @@ import random
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -176,7 +177,10 @@ def measured(work, names):
 
 
 def tried(function, plan):
-    """(head, rows, faults) of function(name, kind, ...) -> (what, fault, ...): a row for each name and kind."""
+    """(head, rows, faults, results) of function(name, kind, ...) -> (what, fault, ...) for each job.
+
+    There is a row for each name and kind.
+    """
     done, whats, rows = [], ["absent", "as before", "whole"], []
     with ThreadPoolExecutor(2) as pool:
         for result in pool.map(lambda job: function(*job), plan):
@@ -187,7 +191,7 @@ def tried(function, plan):
         others = [f"{sorted(c)[len(c) // 2]:.2f}, {max(c):.2f}" if type(c[0]) is float else sum(c) for c in others]
         rows.append([", ".join(job), len(what), *map(what.count, whats), sum(map(bool, fault)), *others])
     heads = ["", "runs", *whats, "faults", "in a write", "left", "again", "seconds, median and most"]
-    return heads[:len(rows[0])], rows, [f"{job}: {r[1]}" for job, r in zip(plan, done) if r[1]]
+    return heads[:len(rows[0])], rows, [f"{job}: {r[1]}" for job, r in zip(plan, done) if r[1]], done
 
 
 def signals(work, count):
@@ -200,7 +204,12 @@ def signals(work, count):
             write = 0 if i // 3 % 3 else draw.randint(1, this.writes)
             delay = 0.03 * draw.random() ** 3 if write else 1.2 * this.seconds * draw.random()  # half within 4 ms
             plan.append((name, [*SIGNALS][i % 3], write, delay, draw.random() < 0.25))
-    return tried(lambda name, *job: hit(work, name, made[name], *job), plan)
+    head, rows, faults, done = tried(lambda name, *job: hit(work, name, made[name], *job), plan)
+    seconds = [result[-1] for job, result in zip(plan, done) if job[1] != "SIGKILL"]
+    median, most = statistics.median(seconds), max(seconds)
+    return head, rows, faults, (
+        f"{len(done)} moments, {sum(result[2] for result in done)} in a write, {len(faults)} faults; "
+        f"seconds to end after SIGINT or SIGTERM: median {median:.1f}, most {most:.1f}")
 
 
 def hit(work, name, made, kind, write, delay, again):
@@ -241,7 +250,8 @@ def disk(work, count):
         frees = {most * i // count for i in range(count)} | {max(0, pages - i) for i in range(1, count // 3)}
         plan += [(name, "read-only", 0), *((name, "full", free) for free in sorted(frees))]
         plan += [(name, "vanishes", draw.uniform(0, seconds)) for _ in range(count)]
-    return tried(lambda name, kind, at: faulty_disk(work, name, made[name], kind, at), plan)
+    head, rows, faults, done = tried(lambda name, *job: faulty_disk(work, name, made[name], *job), plan)
+    return head, rows, faults, f"{len(done)} runs, {len(faults)} faults"
 
 
 def mount(*words):
@@ -277,7 +287,9 @@ def load(work, count):
     found = {json.loads(file.read_text())["perplexity"]["embedded"] for file in files if file.is_file()}
     faults += [f"one folder, several perplexities: {sorted(found)}"] * (len(found) > 1)
     row, more = large(work)
-    return ["", "limit, bytes", "peak, bytes"], [[f"{count} evaluations at once", "-", "-"], row], faults + more
+    faults += more
+    return (["", "limit, bytes", "peak, bytes"], [[f"{count} evaluations at once", "-", "-"], row], faults,
+            f"{count} evaluations at once and 1 large folder, {len(faults)} faults")
 
 
 def large(work):
@@ -318,8 +330,9 @@ def main():
     a = p.parse_args()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # started by a shell's &, all commands would ignore it
     with tempfile.TemporaryDirectory(prefix="grasp-crashes-") as work:
-        head, rows, faults = globals()[a.kind](Path(work).resolve(), a.count or COUNTS[a.kind])
-    print("\n".join([markdown(head, [[*map(str, row)] for row in rows]), "", *(f"fault: {fault}" for fault in faults)]))
+        head, rows, faults, summary = globals()[a.kind](Path(work).resolve(), a.count or COUNTS[a.kind])
+    table = markdown(head, [[*map(str, row)] for row in rows])
+    print("\n".join([table, "", *(f"fault: {fault}" for fault in faults), summary]))
     sys.exit(bool(faults))
 
 

@@ -1,5 +1,6 @@
 """The lesson: faults made on purpose find nothing, and would find it if there were something."""
 import json
+import sys
 
 import pytest
 
@@ -136,6 +137,41 @@ def test_a_disk_that_fails(kind, at, tmp_path):
         assert "run this as root" in str(e)
     else:
         assert not fault and what == ("whole" if at == 9 else "absent")
+
+
+def summed_up(words, monkeypatch, capsys):
+    """(the exit code, the last line) of the command."""
+    monkeypatch.setattr(sys, "argv", ["crashes", *words.split()])
+    with pytest.raises(SystemExit) as stop:
+        crashes.main()
+    return stop.value.code, capsys.readouterr().out.splitlines()[-1]
+
+
+def test_the_last_line_of_signals_sums_up(monkeypatch, capsys):
+    results = {"SIGINT": ("absent", "", True, False, False, 0.5),
+               "SIGTERM": ("cut", "cut or left: out", False, False, False, 3.5),
+               "SIGKILL": ("absent", "", True, True, False, 9.0)}
+    monkeypatch.setattr(crashes, "measured", lambda work, names: {"recover": MADE, "download": MADE})
+    monkeypatch.setattr(crashes, "hit", lambda work, name, made, kind, *words: results[kind])
+    assert summed_up("signals --count 3", monkeypatch, capsys) == (
+        1, "6 moments, 4 in a write, 2 faults; seconds to end after SIGINT or SIGTERM: median 2.0, most 3.5")
+
+
+def test_the_last_line_of_disk_sums_up(monkeypatch, capsys):
+    monkeypatch.setattr(crashes.ctypes, "CDLL", lambda name: type("C", (), {"unshare": lambda flags: 0}))
+    monkeypatch.setattr(crashes, "mount", lambda *words: None)
+    monkeypatch.setattr(crashes, "measured", lambda work, names: {"recover": MADE})
+    monkeypatch.setattr(crashes, "faulty_disk", lambda *words: ("absent", ""))
+    code, line = summed_up("disk --count 2", monkeypatch, capsys)
+    assert code == 0 and line == "5 runs, 0 faults"  # read-only, 0 and 2 free pages, twice a folder that goes
+
+
+def test_the_last_line_of_load_sums_up(monkeypatch, capsys):
+    monkeypatch.setattr(crashes, "start", lambda *words: None)
+    monkeypatch.setattr(crashes, "ended", lambda process: "0")
+    monkeypatch.setattr(crashes, "large", lambda work: (["grasp.py on 3 bytes", "4", "5"], ["too much"]))
+    assert summed_up("load --count 2", monkeypatch, capsys) == (
+        1, "2 evaluations at once and 1 large folder, 1 faults")
 
 
 def test_without_the_right_to_mount_it_says_so(monkeypatch, capsys):
