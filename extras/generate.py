@@ -7,8 +7,8 @@ The keys (turned) and values of all tokens so far are kept, so that a new token 
     step     the first is over the whole prompt, start 0, and each later one over one new token
 
 --throughput sets dense, dropped and GRASP folders side by side [GRASP Fig. 5]: a row for each batch size, length of
-prompt (random tokens) and folder, all in one dtype. Folders take turns, so that a machine that slows down slows them
-all alike; times are medians of --repeats turns, after one that does not count. So all are in memory at once.
+prompt (random tokens) and folder, all in one dtype. Folders take turns, so that a machine that slows down
+slows them all alike; times are medians of --repeats turns, after one that does not count. All are in memory.
 """
 import argparse
 import itertools
@@ -148,8 +148,8 @@ def write(model, tokenizer, text, max_new_tokens, *sampling):
 def throughput(models, batch_sizes, lengths, max_new_tokens, repeats, seed):
     """A Markdown table of models (pairs of name and model), a row for each batch size, prompt length and model."""
     if len({model.dtype for _, model in models}) > 1:
-        raise ValueError("--ckpt: folders of different dtypes: "
-                         f"{', '.join(f'{name} {model.dtype}' for name, model in models)}; pass --dtype for one")
+        each = ", ".join(f"{name} {model.dtype}" for name, model in models)
+        raise ValueError(f"--ckpt: folders of different dtypes: {each}; pass --dtype for one")
     for (_, model), T in itertools.product(models, lengths):
         check_length(model, T, max_new_tokens)
     rows = []
@@ -165,8 +165,8 @@ def throughput(models, batch_sizes, lengths, max_new_tokens, repeats, seed):
                          *(f"{size / 2 ** 30:.3f}" for size in (weight_bytes(model), peak)),
                          f"{multiply_adds(model, T) / 1e6:,.2f}"])
     cli.show("", last=True)
-    return markdown(["model", "dtype", "batch", "prompt", "first token s", "tokens/s", "weights GiB", "peak GiB",
-                     "M multiply-adds"], rows)
+    return markdown(["model", "dtype", "batch", "prompt", "first token s", "tokens/s", "weights GiB",
+                     "peak GiB", "M multiply-adds"], rows)
 
 
 def random_prompt(model, B, T, seed):

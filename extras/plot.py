@@ -1,14 +1,14 @@
 """Pictures of what a compression did and why: `python -m extras.plot FOLDER`, a folder that grasp.py wrote.
 
     overview.png         the cosines, and beside them the spectrum of one matrix
-    cosines.png          the cosine of every layer, the redundant ones marked                              [GRASP §2.1]
+    cosines.png          the cosine of every layer, the redundant ones marked [GRASP §2.1]
     spectra-LAYER.png    the singular values of a layer's seven matrices, the kept ones marked             [§2.2]
     groups-MATRIX.png    with --matrix: ten singular values at a time set to zero, against the perplexity  [Fig. 2]
     groups-MATRIX.json   the numbers of that experiment, as `zero_groups` gives them
 
-A folder made with --layer-ids has no cosines, and so not the first two. The cosines and the kept components are
-report.json's; the spectra and the experiment are of the dense weights that FOLDER was made from. Every plot_ function
-takes numbers and returns a matplotlib Figure; a draw_ function draws one panel.
+A folder made with --layer-ids has no cosines, so not the first two. The cosines and the kept components are
+report.json's; the spectra and the experiment are of the dense weights that FOLDER was made from. Every plot_
+function takes numbers and returns a matplotlib Figure; a draw_ function draws one panel.
 """
 import io
 import math
@@ -65,7 +65,7 @@ def draw_cosines(axes, cosines, redundant):
 
 
 def draw_spectrum(axes, S, record):
-    """Draw singular values S (r,), those kept by grasp.compress's {name, shape, rank, kept}, and plain SVD's cut."""
+    """Draw singular values S (r,), those that grasp.compress's record kept, and where plain SVD would cut."""
     (m, n), k, kept = record["shape"], record["rank"], record["kept"]
     words = "stays dense"
     axes.plot(range(len(S)), S, "-", color=GREY, linewidth=1, label="all singular values")
@@ -73,15 +73,16 @@ def draw_spectrum(axes, S, record):
         words = f"{sum(i < k for i in kept)} of {k} kept are among the {k} largest"
         axes.plot(kept, S[kept], "o", color=DARK, markersize=3.5, label="kept: as many as the rank")
         axes.axvline(k - 0.5, color=LIGHT, linestyle="--", zorder=1, label="plain SVD of that rank ends here")
-    axes.set_title(f"{record['name'].split('.', 2)[2]}  {m} x {n}, rank {k or min(m, n)}\n{words}", fontsize=9)
+    name = record["name"].split(".", 2)[2]
+    axes.set_title(f"{name}  {m} x {n}, rank {k or min(m, n)}\n{words}", fontsize=9)
     axes.set_yscale("log", subs=())
     axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5) if S[0] < 100 * S[-1] else (1,))
     axes.yaxis.set_major_formatter("{x:g}")
 
 
 def plot_cosines(cosines, redundant, model_name):
-    width, title = max(8, 0.2 * len(cosines)), f"{model_name}: how parallel each layer's output is to its input"
-    figure = new_figure(width, 4, title)
+    title = f"{model_name}: how parallel each layer's output is to its input"
+    figure = new_figure(max(8, 0.2 * len(cosines)), 4, title)
     draw_cosines(figure.subplots(), cosines, redundant)
     return figure
 
@@ -102,7 +103,7 @@ def plot_spectra(layer, records, spectra, model_name, score):
 
 
 def plot_overview(cosines, redundant, S, record, model_name):
-    """Figure of two panels: which layers are redundant, and what is kept of one matrix, with singular values S."""
+    """Figure of two panels: which layers are redundant; what is kept of one matrix, of singular values S."""
     from matplotlib import rc_context
     with rc_context({"font.size": 8.5}):
         figure = new_figure(7.5, 3.4, None)
@@ -138,7 +139,8 @@ def zero_groups(model, name, windows, size):
         start = time.monotonic()
         perplexity(model, [first])
         seconds.append(time.monotonic() - start)
-    minutes = (len(groups) + 4) * min(seconds) * len(windows) / len(first) / 60  # the gradient counts as three
+    passes = len(groups) + 1 + 3  # the gradient counts as three
+    minutes = passes * min(seconds) * len(windows) / len(first) / 60
     print(f"{name}  {len(groups)} groups of {GROUP}, each a pass over the text; about {minutes:.1f} min")
     U, S, Vh = svd(W)
     dense = perplexity(model, cli.batches(windows, size, f"{name}  as it is"))
@@ -229,7 +231,7 @@ def main():
     if not cosines:
         print(f"no overview.png, no cosines.png: {a.ckpt} was made with --layer-ids and has no cosines")
     elif drawn:
-        record = records[a.overview] if a.overview else layers[drawn[-1]][-2:][0]  # w2, where all seven are there
+        record = records[a.overview] if a.overview else layers[drawn[-1]][-2:][0]  # w2, if all are there
         S = singular_values(model, record["name"])
         write(a.out / "overview.png", plot_overview(cosines, report["redundant"], S, record, dense.name))
         write(a.out / "cosines.png", plot_cosines(cosines, report["redundant"], dense.name))
@@ -262,8 +264,8 @@ def parse():
                           help="another way to give FOLDER, as other commands do").add_argument
     add("--dense", type=Path, metavar="DENSE", help="it was made from (default: as its report says)")
     add("--layer-ids", type=int, nargs="+", metavar="ID", help="draw spectra of these only (default: all)")
-    add("--overview", metavar="NAME", help="the matrix on overview.png, such as layers.5.feed_forward.w2 (default: "
-        "the last layer's w2)")
+    add("--overview", metavar="NAME", help="the matrix on overview.png, such as layers.5.feed_forward.w2 "
+        "(default: w2 of the last layer drawn)")
     add = p.add_argument_group("experiment").add_argument
     add("--matrix", nargs="+", metavar="NAME", default=[], help="experiment on these, minutes for each, such as "
         "layers.5.feed_forward.w2, in float32 or --dtype float64 (default: none)")

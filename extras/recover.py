@@ -277,7 +277,7 @@ def parse():
     add("--samples", type=cli.positive, metavar="N", help="records to train on, at random (default: all)")
     add("--held-out", type=cli.positive, metavar="N", default=128, help="records to measure on alone (default: 128)")
     add("--epochs", type=cli.positive, metavar="N", default=1, help="passes over the records (default: 1)")
-    add("--seq-len", type=cli.positive, metavar="T", help="of a record at most (default: 256, or the model's maximum)")
+    add("--seq-len", type=cli.positive, metavar="T", help="of each (default: 256, or the model's maximum)")
     add("--batch-size", type=cli.positive, metavar="N", default=32, help="records in a step (default: 32)")
     add("--micro-batch", type=cli.positive, metavar="N", default=4, help="records at a time (default: 4)")
     add("--lr", type=float, default=3e-4, help="peak learning rate (default: 0.0003)")

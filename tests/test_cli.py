@@ -152,7 +152,7 @@ def test_a_signal_while_python_shuts_down_prints_nothing(number):
     (False, [], ""),  # a log gets a line a minute
     (True, [], "\r\x1b[Ksweep  1/2 batches  0 s left\r\x1b[K"),
     (False, ["ipykernel"], f"\r{'sweep  1/2 batches  0 s left':<110}\r{'':<110}\r")])
-def test_progress_is_one_line_on_a_terminal_and_in_a_notebook(terminal, modules, expected, monkeypatch, capsys):
+def test_progress_is_one_line_of_a_terminal_or_notebook(terminal, modules, expected, monkeypatch, capsys):
     for name in modules:
         monkeypatch.setitem(sys.modules, name, object())
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)

@@ -287,7 +287,8 @@ def test_the_folders_take_turns_and_the_first_does_not_count(monkeypatch):
     rows = cells(throughput([("dense", a), ("dropped", b)], [1, 2], [6], max_new_tokens=5, repeats=3, seed=0))
     assert calls == [("a", (1, 6), 5), ("b", (1, 6), 5)] * 4 + [("a", (2, 6), 5), ("b", (2, 6), 5)] * 4
     medians = {"dense": ["2.0000", "50.0"], "dropped": ["5.0000", "20.0"]}
-    assert [row[:6] for row in rows] == [[name, "float64", B, "6", *medians[name]] for B in "12" for name in medians]
+    assert [row[:6] for row in rows] == [
+        [name, "float64", B, "6", *medians[name]] for B in "12" for name in medians]
     assert rows[0][7] == "1.000" and rows[1][8] == f"{multiply_adds(b, 6) / 1e6:.2f}"
 
 
@@ -297,19 +298,20 @@ def test_folders_of_different_dtypes_are_refused_before_anything_is_measured(mon
     models = [("half", random_model(torch.bfloat16)), ("whole", random_model(torch.float32))]
     with pytest.raises(ValueError) as error:
         throughput(models, [1], [6], max_new_tokens=5, repeats=3, seed=0)
-    assert str(error.value) == ("--ckpt: folders of different dtypes: half torch.bfloat16, whole torch.float32; pass "
-                                "--dtype for one")
+    assert str(error.value) == (
+        "--ckpt: folders of different dtypes: half torch.bfloat16, whole torch.float32; pass --dtype for one")
 
 
 def test_one_dtype_for_folders_of_two(tmp_path, monkeypatch, capsys):
     half = load_checkpoint(ROOT / "data/tiny", torch.bfloat16)
     save_checkpoint(half, tmp_path / "half", tokenizer=load_tokenizer(ROOT / "data/tiny").files)
-    words = ["--throughput", "--ckpt", ROOT / "data/tiny", tmp_path / "half", "--batch-sizes", 1, "--lengths", 8,
-             "--max-new-tokens", 2, "--repeats", 1]
+    words = ["--throughput", "--ckpt", ROOT / "data/tiny", tmp_path / "half", "--batch-sizes", 1,
+             "--lengths", 8, "--max-new-tokens", 2, "--repeats", 1]
     message = error_of(command.main, " ".join(map(str, words)), monkeypatch, capsys)
-    assert "--ckpt: folders of different dtypes: tiny torch.float32, half torch.bfloat16; pass --dtype" in message
+    assert "different dtypes: tiny torch.float32, half torch.bfloat16; pass --dtype for one" in message
     rows = cells(run([*words, "--dtype", "bfloat16"], monkeypatch, capsys).out)
-    assert [row[:2] for row in rows] == [["tiny", "bfloat16"], ["half", "bfloat16"]] and rows[0][6] == rows[1][6]
+    assert [row[:2] for row in rows] == [["tiny", "bfloat16"], ["half", "bfloat16"]]
+    assert rows[0][6] == rows[1][6]  # GiB of weights
 
 
 def test_a_table_of_dense_and_dropped(tmp_path, monkeypatch, capsys):
@@ -320,7 +322,8 @@ def test_a_table_of_dense_and_dropped(tmp_path, monkeypatch, capsys):
     out, _ = run(["--throughput", "--ckpt", ROOT / "data/tiny", tmp_path / "dropped", "--batch-sizes", 1, 3,
                   "--lengths", 8, "--max-new-tokens", 4, "--repeats", 2], monkeypatch, capsys)
     rows = cells(out)
-    assert [row[:4] for row in rows] == [[name, "float32", B, "8"] for B in "13" for name in ("tiny", "dropped")]
+    assert [row[:4] for row in rows] == [
+        [name, "float32", B, "8"] for B in "13" for name in ("tiny", "dropped")]
     assert all(float(cell.replace(",", "")) > 0 for row in rows for cell in row[4:])
     assert float(rows[1][8]) < float(rows[0][8]) and "4 new tokens" in out and "medians of 2 turns" in out
 

@@ -69,7 +69,8 @@ def test_the_overview_is_the_cosines_beside_one_spectrum():
     cosines, S = [0.2, 0.97, 0.9], torch.tensor([9.0, 5.0, 2.0, 1.0])
     figure = plot.plot_overview(cosines, [1], S, record, "a model")
     left, right = figure.axes
-    assert marks(left, "o") == list(enumerate(cosines)) and marks(left, "s") == [(1, 0.97)] and labels(left) == ["1"]
+    assert marks(left, "o") == list(enumerate(cosines))
+    assert marks(left, "s") == [(1, 0.97)] and labels(left) == ["1"]
     assert marks(right, "o") == [(0, 9.0), (3, 1.0)] and set(right.lines[2].get_xdata()) == {1.5}
     assert left.get_title().startswith("a model: ")
     assert right.get_title() == "layers.1.feed_forward.w2:\n1 of 2 kept are among the 2 largest"
@@ -139,8 +140,8 @@ def test_the_experiment_says_before_its_first_pass_how_long_it_will_take(monkeyp
     monkeypatch.setattr(plot, "perplexity", measured)
     monkeypatch.setattr(plot, "time", type("Clock", (), {"monotonic": lambda: next(clock)}))
     plot.zero_groups(model, MATRIX, random_tokens(model, 5, 8), 2)
-    assert passes == [2, 2, 2, 5, 5, 5]  # a micro-batch three times; all windows dense and without each of two groups
-    minutes = (2 + 1 + 3) * 6 * 5 / 2 / 60  # the fastest took 6 s for 2 of 5 windows; the gradient is like three passes
+    assert passes == [2, 2, 2, 5, 5, 5]  # a micro-batch three times, then all windows: dense, and two groups
+    minutes = (2 + 1 + 3) * 6 * 5 / 2 / 60  # the fastest took 6 s for 2 of 5 windows; the gradient is three
     assert said[3] == f"{MATRIX}  2 groups of 10, each a pass over the text; about {minutes:.1f} min\n"
     assert not any(said[:3])
 
@@ -253,12 +254,12 @@ def test_the_experiment_is_in_float32_at_least(dtype, expected, compressed, tmp_
         raise KeyboardInterrupt
 
     monkeypatch.setattr(plot, "zero_groups", stop)
-    monkeypatch.setattr(sys, "argv", ["plot", str(tmp_path), "--matrix", MATRIX, "--dtype", dtype, "--windows", "1",
-                                      "--out", str(tmp_path)])
+    words = ["--matrix", MATRIX, "--dtype", dtype, "--windows", "1", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["plot", str(tmp_path), *words])
     with pytest.raises(KeyboardInterrupt):
         cli.command(plot.main)
-    assert seen == [expected]
-    assert f"{MATRIX}  in {str(expected)[6:]}: half precision would round small changes away\n" in capsys.readouterr().out
+    line = f"{MATRIX}  in {str(expected)[6:]}: half precision would round small changes away\n"
+    assert seen == [expected] and line in capsys.readouterr().out
 
 
 def test_a_folder_made_with_layer_ids_has_no_picture_of_cosines(compressed, tmp_path, monkeypatch, capsys):
@@ -268,7 +269,8 @@ def test_a_folder_made_with_layer_ids_has_no_picture_of_cosines(compressed, tmp_
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["plot", "small"])
     cli.command(plot.main)
-    assert "no overview.png, no cosines.png: small was made with --layer-ids and has no cosines\n" in capsys.readouterr().out
+    line = "no overview.png, no cosines.png: small was made with --layer-ids and has no cosines\n"
+    assert line in capsys.readouterr().out
     pictures = sorted(f"spectra-{layer}.png" for layer in report["redundant"])
     assert sorted(f.name for f in (tmp_path / "small-plots").iterdir()) == pictures
 
@@ -278,7 +280,8 @@ def test_a_folder_made_with_layer_ids_has_no_picture_of_cosines(compressed, tmp_
     ("small --ckpt small", "give one FOLDER, that grasp.py wrote"),
     ("nowhere", "nowhere: no report.json; expected a folder written by grasp.py"),
     ("small --layer-ids 0", "--layer-ids [0]: small has compressed layers ["),
-    ("small --overview layers.0.attention.wq", "--overview layers.0.attention.wq: expected a matrix of the compressed layers ["),
+    ("small --overview layers.0.attention.wq",
+     "--overview layers.0.attention.wq: expected a matrix of the compressed layers ["),
     ("small --matrix layers.8.attention.wq", "layers.8.attention.wq: expected a name like layers.7.attention.wq"),
     ("small --matrix wq", "this model has 8 layers, 0 to 7"),
     ("small --windows 2", "--windows, --batch-size: these need --matrix NAME"),
@@ -300,7 +303,7 @@ def test_mistakes_are_one_line_and_draw_nothing(words, message, compressed, tmp_
     ({"settings": {}, "layers": [3], "kept": {}}, "fisher"), ({"control": "svd", "of": "there"}, "controls")])
 def test_a_report_of_another_command_is_told_by_its_content(report, writer, tmp_path):
     (tmp_path / "report.json").write_text(json.dumps(report))
-    with pytest.raises(ValueError, match=f"report.json: written by extras.{writer}; expected a folder that grasp.py wrote"):
+    with pytest.raises(ValueError, match=f"written by extras.{writer}; expected a folder that grasp.py"):
         read_report(tmp_path)
 
 

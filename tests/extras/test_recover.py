@@ -54,7 +54,7 @@ def test_help_names_the_defaults_that_hold(tmp_path, monkeypatch, capsys):
     named = {flag.replace("-", "_"): default.replace("./NAME", "there") for flag, default in named}
     assert named == {flag: str(getattr(a, flag)) for flag in named}
     assert {*named} == {"held_out", "epochs", "batch_size", "micro_batch", "lr", "seed", "save_every", "out"}
-    assert "--seq-len T of a record at most (default: 256, or the model's maximum)" in text and a.seq_len is None
+    assert "--seq-len T of each (default: 256, or the model's maximum)" in text and a.seq_len is None
 
 
 def weights(folder):
