@@ -403,7 +403,7 @@ def growth(smallest, samples, T, size, ratio, repeats, before):
     work = sum(sum(operations(meta_model(shape, smallest.dtype), [3 * shape[1] // 4], count, T).values())
                for models in plan.values() for shape, count in models)
     floor = (repeats + 1) * work / matrix_rate(smallest.device, smallest.dtype)
-    print(f"about {1.5 * floor / 60:.1f} min: one and a half times the floor of all sweeps\n")
+    print(f"the sweeps take about {1.5 * floor / 60:.1f} min (1.5 times their floor); SVDs and rates come on top\n")
     for axis, models in plan.items():
         rows = report[axis] = []
         for shape, count in models:

@@ -259,7 +259,7 @@ def test_growth_says_before_its_first_pass_how_long_it_will_take(run, monkeypatc
     monkeypatch.setattr(bench, "measure", measured)
     monkeypatch.setattr(bench, "matrix_rate", lambda *words: 1e6)
     run("--growth --samples 2 --seq-len 8 --repeats 1")
-    line = f"about {1.5 * 2 * sum(work) / 1e6 / 60:.1f} min: one and a half times the floor of all sweeps\n"
+    line = f"the sweeps take about {1.5 * 2 * sum(work) / 1e6 / 60:.1f} min (1.5 times their floor); "
     assert len(work) == 9 and line in said[0]
 
 
