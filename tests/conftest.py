@@ -1,5 +1,6 @@
-"""What the tests share: small random models, and the real data where it is at hand."""
+"""What the tests share: small random models, ways to run a command, and the real data where it is at hand."""
 import argparse
+import copy
 import os
 import signal
 import subprocess
@@ -41,6 +42,28 @@ def job_of(model, texts, size=2, windows=None):
     return job
 
 
+SIZES = dict(hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4,
+             num_key_value_heads=2, vocab_size=99, max_position_embeddings=512, rms_norm_eps=1e-5,
+             initializer_range=0.3)
+LLAMA31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+           "original_max_position_embeddings": 32}
+MODELS = {
+    "llama": ("Llama", {}),
+    "tied": ("Llama", {"tie_word_embeddings": True}),
+    "llama 3.1": ("Llama", {"rope_theta": 10000.0, "rope_scaling": LLAMA31}),
+    "mistral": ("Mistral", {"head_dim": 12, "sliding_window": None, "rope_theta": 5e5}),
+}
+
+
+def transformers_model(kind):
+    """A small random model of the `transformers` library, of one of the four kinds in MODELS, in fp64."""
+    transformers = pytest.importorskip("transformers", reason="pip install -r requirements-test.txt")
+    family, changes = copy.deepcopy(MODELS[kind])  # transformers changes the tables it is given
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**{**SIZES, **changes})
+    return getattr(transformers, f"{family}ForCausalLM")(config).double().eval()
+
+
 def folder_in(variable, otherwise):
     """The folder that an environment variable names. Without it the test is skipped, with what it needs."""
     if not os.environ.get(variable):
@@ -55,11 +78,15 @@ def data_dir():
                      "needs real text: set GRASP_DATA to a folder with wikitext-2-raw/ and ptb/")
 
 
+def smollm2_folder():
+    return folder_in("GRASP_SMOLLM2",
+                     "needs a real model: python -m extras.smollm2 FOLDER, then GRASP_SMOLLM2=FOLDER")
+
+
 @pytest.fixture
 def smollm2():
     """The folder that `python -m extras.smollm2` wrote."""
-    return folder_in("GRASP_SMOLLM2",
-                     "needs a real model: python -m extras.smollm2 FOLDER, then GRASP_SMOLLM2=FOLDER")
+    return smollm2_folder()
 
 
 @pytest.fixture
@@ -77,23 +104,58 @@ def nowhere(tmp_path, monkeypatch):
     return tmp_path
 
 
+def start(*words, cwd, env=None, **how):
+    """Start `python WORDS` in the folder `cwd` with this project on its path: a Popen with pipes for its output.
+
+    env: {variable: value} that differ from this process's.
+    """
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
+    return subprocess.Popen([sys.executable, *map(str, words)], cwd=cwd, env=env, text=True,
+                            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how})
+
+
+def run(*words, cwd, env=None):
+    """Run `python WORDS` to its end: its returncode, stdout and stderr."""
+    process = start(*words, cwd=cwd, env=env)
+    out, err = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def torchrun(n, *words, cwd):
+    """Run `torchrun --nproc-per-node N WORDS` to its end: its returncode, stdout and stderr."""
+    return run("-m", "torch.distributed.run", "--nproc-per-node", n, *words, cwd=cwd, env={"OMP_NUM_THREADS": "1"})
+
+
 def obey_all_signals():
-    """In a child process: undo what nohup or a shell's & ignore."""
+    """In a child process (preexec_fn): undo what nohup or a shell's & ignore."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
 
-def run(script, *words, cwd):
-    return subprocess.run([sys.executable, str(ROOT / script), *map(str, words)], cwd=cwd,
-                          capture_output=True, text=True)
+def outcome(main, words, capsys):
+    """(exit code, stdout, stderr) of a command in this process. words: a list, or a string to split."""
+    words, before = words.split() if isinstance(words, str) else map(str, words), sys.argv
+    sys.argv = ["command", *words]
+    capsys.readouterr()
+    try:
+        code = cli.command(main) or 0
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        sys.argv = before
+    return code, *capsys.readouterr()
+
+
+def output_of(main, words, capsys):
+    """What a command in this process prints. It must succeed."""
+    code, out, err = outcome(main, words, capsys)
+    assert code == 0, err
+    return out
 
 
 def error_of(main, words, monkeypatch, capsys):
     """The one line that a mistake prints."""
-    monkeypatch.setattr(sys, "argv", ["command", *words.split()])
     monkeypatch.delenv("GRASP_DEBUG", raising=False)
-    with pytest.raises(SystemExit) as stop:
-        cli.command(main)
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+    code, _, err = outcome(main, words, capsys)
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
     return err

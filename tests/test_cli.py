@@ -4,44 +4,52 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import evaluate
 import grasp
-from tests.conftest import ROOT, error_of, obey_all_signals, run
-from runtime import cli, job
+from tests.conftest import ROOT, error_of, output_of, random_model, run, start
+from model import ModelArgs, Transformer
+from runtime import cli
+from runtime.cli import (TINY, batch_size, batches, introduce, open_checkpoint, peak_memory, pick_device,
+                         sequence_length, timed)
 
-QUICK = ["--layers", "2", "--samples", "6", "--seq-len", "64", "--windows", "4"]
+QUICK = ["--layers", "2", "--samples", "6", "--seq-len", "64", "--windows", "4", "--ratio", "0.2"]
 
 
-def test_the_whole_job_and_its_evaluation(tmp_path):
-    done = run("grasp.py", *QUICK, "--ratio", 0.2, "--out", "small", cwd=tmp_path)
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """The whole job as a user starts it: (the folder where it ran, what it printed)."""
+    folder = tmp_path_factory.mktemp("job")
+    done = run(ROOT / "grasp.py", *QUICK, "--out", "small", cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["small"]
-    assert sorted(p.name for p in (tmp_path / "small").iterdir()) == [
+    return folder, done.stdout
+
+
+def test_the_whole_job_and_its_evaluation(job, tmp_path):
+    folder, out = job
+    assert sorted(p.name for p in folder.iterdir()) == ["small"]
+    assert sorted(p.name for p in (folder / "small").iterdir()) == [
         "consolidated.00.pth", "params.json", "report.json", "tokenizer.model"]
-    report = json.loads((tmp_path / "small/report.json").read_text())
+    report = json.loads((folder / "small/report.json").read_text())
     rows = {row["model"]: row for row in report["results"]}
-    assert list(rows) == ["dense", "GRASP"] and all(name in done.stdout for name in rows)
+    assert list(rows) == ["dense", "GRASP"] and all(name in out for name in rows)
     assert len(report["cosines"]) == 8 and len(report["redundant"]) == 2 and len(report["matrices"]) == 14
     assert len(report["calibration"]["offsets"]) == 6 and report["settings"]["ratio"] == 0.2
     assert report["parameters_after"] == rows["GRASP"]["parameters"] < report["parameters_before"]
     assert all(len(r["kept"]) == r["rank"] for r in report["matrices"])
     assert {*report["seconds"]} == {"redundancy", "attribution", "compression"}
     assert rows["GRASP"]["seconds"] == report["seconds"]["redundancy"] + report["seconds"]["compression"]
-    assert re.search(r"removed; peak memory \d\.\d\d GiB\n", done.stdout)
+    assert re.search(r"removed; peak memory \d\.\d\d GiB\n", out)
     for r in report["matrices"]:
         assert r["kept"] == sorted(set(r["kept"])) and r["kept"][-1] < min(r["shape"])
 
     kept = f"{100 * report['parameters_after'] / report['parameters_before']:.1f}"
-    again = run("evaluate.py", "--ckpt", "small", "--data", "embedded", "--windows", 4, "--json", "e.json",
-                cwd=tmp_path)
+    again = run(ROOT / "evaluate.py", "--ckpt", "small", "--data", "embedded", "--windows", 4,
+                "--json", tmp_path / "e.json", cwd=folder)
     assert again.returncode == 0, again.stderr
     result = json.loads((tmp_path / "e.json").read_text())
     assert result["perplexity"]["embedded"] == pytest.approx(rows["GRASP"]["perplexity"]["embedded"],
@@ -50,132 +58,40 @@ def test_the_whole_job_and_its_evaluation(tmp_path):
     assert result["parameters"] == report["parameters_after"]
 
 
-def test_the_embedded_model_by_any_path_and_layers_by_hand(tmp_path):
-    done = run("grasp.py", "--ckpt", ROOT / "data/../data/tiny", "--layer-ids", 6, 2, "--threshold", 0.5,
-               "--samples", 4, "--windows", 2, "--iterative", cwd=tmp_path)
-    assert done.returncode == 0 and "embedded ppl" in done.stdout, done.stderr
-    report = json.loads((tmp_path / "tiny-grasp/report.json").read_text())
+def test_the_embedded_model_by_any_path_and_layers_by_hand(nowhere, capsys):
+    out = output_of(grasp.main, ["--ckpt", ROOT / "data/../data/tiny", "--layer-ids", 6, 2, "--threshold", 0.5,
+                                 "--samples", 4, "--windows", 2, "--iterative"], capsys)
+    assert "embedded ppl" in out
+    report = json.loads((nowhere / "tiny-grasp/report.json").read_text())
     assert report["redundant"] == [2, 6] and report["matrices"][0]["name"] == "layers.6.feed_forward.w1"
 
 
-def test_dtype_is_the_dtype_of_the_written_weights(tmp_path):
-    done = run("grasp.py", *QUICK, "--dtype", "bfloat16", "--eval", "none", cwd=tmp_path)
-    assert done.returncode == 0 and "dtype bfloat16 (as asked)" in done.stdout, done.stderr
-    table = torch.load(tmp_path / "tiny-grasp/consolidated.00.pth", weights_only=True)
+def test_dtype_is_the_dtype_of_the_written_weights(nowhere, capsys):
+    out = output_of(grasp.main, [*QUICK, "--dtype", "bfloat16", "--eval", "none"], capsys)
+    assert "dtype bfloat16 (as asked)" in out and "ppl" not in out
+    table = torch.load(nowhere / "tiny-grasp/consolidated.00.pth", weights_only=True)
     assert {t.dtype for t in table.values()} == {torch.bfloat16}
 
 
-def test_one_seed_gives_identical_folders(tmp_path):
-    for out in ("a", "b"):
-        done = run("grasp.py", *QUICK, "--eval", "none", "--out", out, cwd=tmp_path)
-        assert done.returncode == 0 and "ppl" not in done.stdout, done.stderr
+def test_one_seed_gives_identical_folders(job, nowhere, capsys):
+    """In another process, and into another folder."""
+    output_of(grasp.main, [*QUICK, "--out", "again"], capsys)
+    small, again = job[0] / "small", nowhere / "again"
     for file in ("consolidated.00.pth", "params.json", "tokenizer.model"):
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
-    a, b = (json.loads((tmp_path / out / "report.json").read_text()) for out in "ab")
+        assert (small / file).read_bytes() == (again / file).read_bytes(), file
+    a, b = (json.loads((folder / "report.json").read_text()) for folder in (small, again))
     for measured in ("seconds", "results", "settings"):  # times, memory, and --out
         a.pop(measured), b.pop(measured)
     assert a == b
 
 
-def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path):
-    words = ["--layers", "2", "--samples", "100000"]
-    process = subprocess.Popen([sys.executable, "-u", ROOT / "grasp.py", *words], cwd=tmp_path, text=True,
-                               preexec_fn=obey_all_signals, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    try:
-        while not process.stdout.readline().startswith("method"):
-            pass
-        time.sleep(0.3)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130 and err == "\ninterrupted\n" and list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("main", [grasp.main, evaluate.main])
+def test_help_shows_the_defaults(main, capsys):
+    assert "default: the embedded model" in output_of(main, "--help", capsys)
 
 
-# grasp.py with a sweep that prints "there" and then takes a second
-SLOW = """
-import sys, time
-import grasp
-from runtime import cli
-def sweep(windows, *_):
-    print("there", flush=True)
-    time.sleep(seconds)
-    yield windows
-cli.batches, seconds = sweep, float(sys.argv[1])
-sys.argv[1:] = "--layers 2 --samples 1 --seq-len 8 --eval none --out out".split()
-cli.command(grasp.main, parallel=True)
-"""
-
-
-def slow_command(folder, seconds, preexec_fn=obey_all_signals):
-    process = subprocess.Popen([sys.executable, "-u", "-c", SLOW, str(seconds)], cwd=folder, text=True,
-                               preexec_fn=preexec_fn,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               env={**os.environ, "PYTHONPATH": str(ROOT)})
-    while (line := process.stdout.readline()) != "there\n":
-        assert line, process.communicate()
-    return process
-
-
-@pytest.mark.parametrize("number, exit_code, told", [(signal.SIGINT, 130, "\ninterrupted\n"),
-                                                     (signal.SIGTERM, 143, ""), (signal.SIGHUP, 129, "")])
-def test_a_signal_ends_a_sweep(number, exit_code, told, tmp_path):
-    """Ctrl-C says so, on its own line. The others are silent. test_files.py has signals during a write."""
-    process = slow_command(tmp_path, 600)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (exit_code, told) and list(tmp_path.iterdir()) == []
-
-
-LATE = """
-import atexit, time
-from runtime import cli
-def at_exit():
-    print("there", flush=True)
-    time.sleep(1)
-cli.command(lambda: atexit.register(at_exit))  # as libraries do that the work imports
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_while_python_shuts_down_prints_nothing(number):
-    """The work is done by then."""
-    process = subprocess.Popen([sys.executable, "-c", LATE], cwd=ROOT, text=True, preexec_fn=obey_all_signals,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout.readline() == "there\n"
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (0, "")
-
-
-@pytest.mark.parametrize("terminal, modules, expected", [
-    (False, [], ""),  # a log gets a line a minute
-    (True, [], "\r\x1b[Ksweep  1/2 batches  0 s left\r\x1b[K"),
-    (False, ["ipykernel"], f"\r{'sweep  1/2 batches  0 s left':<110}\r{'':<110}\r")])
-def test_progress_is_one_line_of_a_terminal_or_notebook(terminal, modules, expected, monkeypatch, capsys):
-    for name in modules:
-        monkeypatch.setitem(sys.modules, name, object())
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
-    assert len(list(cli.batches(torch.zeros(3, 4, dtype=torch.int64), 2, "sweep"))) == 2
-    assert capsys.readouterr().err == expected
-
-
-def test_an_ignored_signal_stays_ignored(tmp_path):
-    """nohup starts a command with SIGHUP ignored."""
-    process = slow_command(tmp_path, 1, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
-    process.send_signal(signal.SIGHUP)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and "written to out" in out, err
-
-
-def test_help_shows_the_defaults():
-    for script in ("grasp.py", "evaluate.py"):
-        shown = run(script, "--help", cwd=ROOT)
-        assert shown.returncode == 0 and "default: the embedded model" in shown.stdout
-
-
-def test_help_shows_the_flags_in_groups():
-    shown = run("grasp.py", "--help", cwd=ROOT).stdout
+def test_help_shows_the_flags_in_groups(capsys):
+    shown = output_of(grasp.main, "--help", capsys)
     titles = ["what to compress:", "calibration:", "evaluation:", "output:", "machine:"]
     assert [line for line in shown.splitlines() if line in titles] == titles
     compress, calibration, evaluation, output, machine, example = shown.split("what to compress:")[1].split("\n\n")
@@ -186,11 +102,25 @@ def test_help_shows_the_flags_in_groups():
         assert all(f"  {flag}" in group for flag in flags.split()), flags
 
 
+def test_flags_reach_the_method(nowhere, monkeypatch, capsys):
+    """Each flag changes what its help says. All runs overwrite one folder."""
+    def report(words):
+        output_of(grasp.main, [*QUICK, "--eval", "none", "--overwrite", *words.split()], capsys)
+        return json.loads((nowhere / "tiny-grasp/report.json").read_text())
+
+    plain, seed, magnitude = map(report, ("", "--seed 7", "--score magnitude"))
+    assert plain["versions"]["torch"] == torch.__version__ and plain["input"] is None
+    assert plain["calibration"]["offsets"] != seed["calibration"]["offsets"]
+    assert plain["cosines"] != sorted(plain["cosines"]) and plain["redundant"] != [0, 1]
+    assert all(m["kept"] == list(range(m["rank"])) for m in magnitude["matrices"])
+    assert any(m["kept"] != list(range(m["rank"])) for m in plain["matrices"])
+    monkeypatch.setattr(grasp, "angular_distances", lambda model, batches, n: torch.arange(7))
+    assert report("--contiguous")["redundant"] == [0, 1]
+
+
 def test_layers_by_hand_need_no_redundancy_sweep(nowhere, monkeypatch, capsys):
     monkeypatch.setattr(grasp, "layer_cosines", lambda *_: pytest.fail("a redundancy sweep"))
-    monkeypatch.setattr(sys, "argv", "grasp.py --layer-ids 3 --samples 2 --seq-len 16 --eval none".split())
-    cli.command(grasp.main)
-    assert "cosine" not in capsys.readouterr().out
+    assert "cosine" not in output_of(grasp.main, "--layer-ids 3 --samples 2 --seq-len 16 --eval none", capsys)
     report = json.loads((nowhere / "tiny-grasp/report.json").read_text())
     assert report["cosines"] is None and report["redundant"] == [3] and "redundancy" not in report["seconds"]
 
@@ -214,26 +144,59 @@ def test_nothing_changes_the_settings_after_parsing(main, words, nowhere, monkey
         monkeypatch.setattr(place, name, watched)
 
     watch(*((grasp, "parse") if main is grasp.main else (cli.Parser, "parse_args")))
-    monkeypatch.setattr(sys, "argv", ["command", *words.split(), "--windows", "1"])
-    cli.command(main)
+    output_of(main, f"{words} --windows 1", capsys)
     (a, before), = parsed
     assert vars(a) == before
 
+
+def test_files_of_one_name_are_two_texts(nowhere, capsys):
+    for folder in ("a", "b"):
+        (nowhere / folder).mkdir()
+        (nowhere / folder / "text").write_text("some words here " * 200)
+    out = output_of(evaluate.main, "--data a/text b/text --windows 1", capsys)
+    assert "| text ppl | b/text ppl |" in out
+
+
+def test_the_embedded_text_can_be_asked_for(nowhere, capsys):
+    shutil.copytree(TINY, nowhere / "model")
+    out = output_of(grasp.main, [*QUICK, *"--ckpt model --calibration embedded --eval embedded".split()], capsys)
+    assert "embedded ppl" in out and (nowhere / "model-grasp/report.json").is_file()
+
+
+def test_a_link_gives_its_own_name_to_the_output(nowhere, capsys):
+    (nowhere / "mine").symlink_to(TINY)
+    out = output_of(grasp.main, "--ckpt mine --layer-ids 3 --eval none --samples 4 --seq-len 32", capsys)
+    assert out.startswith(f"reading      consolidated.00.pth of {nowhere / 'mine'}\n")
+    assert (nowhere / "mine-grasp/report.json").is_file()  # and it was calibrated on the embedded text
+
+
+@pytest.mark.parametrize("files, commit", [
+    ({}, None), ({"HEAD": "abc123"}, "abc123"), ({"HEAD": "ref: refs/heads/main"}, None),
+    ({"HEAD": "ref: refs/heads/main", "refs/heads/main": "abc123\n"}, "abc123"),
+    ({"HEAD": "ref: refs/heads/main", "packed-refs": "# pack-refs\n9 refs/heads/x\nabc123 refs/heads/main\n"}, "abc123")])
+def test_a_report_has_the_commit_where_there_is_one(files, commit, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "TINY", tmp_path / "data/tiny")
+    for name, content in files.items():
+        (tmp_path / ".git" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / ".git" / name).write_text(content)
+    assert cli.versions()["commit"] == commit
+
+
+# --------------------------------------------------------------------------------------------------- mistakes
 
 def test_a_stack_trace_on_request(tmp_path):
     """A mistake is one line.
 
     With GRASP_DEBUG=1 it is a stack trace, for whoever looks for a fault in the code.
     """
-    for debug in ("", "1"):
-        done = subprocess.run([sys.executable, ROOT / "grasp.py", "--layers", "9"], cwd=tmp_path,
-                              capture_output=True, text=True, env={**os.environ, "GRASP_DEBUG": debug})
-        assert done.returncode == (1 if debug else 2) and "asked for 9" in done.stderr.splitlines()[-1]
-        assert ("Traceback (most recent call last)" in done.stderr) == bool(debug)
-        assert debug or done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    both = [start(ROOT / "grasp.py", "--layers", 9, cwd=tmp_path, env={"GRASP_DEBUG": debug})
+            for debug in ("", "1")]
+    (_, plain), (_, trace) = (process.communicate() for process in both)
+    assert [process.returncode for process in both] == [2, 1]
+    assert plain.startswith("error: ") and plain.count("\n") == 1
+    assert "Traceback (most recent call last)" in trace
+    assert all("asked for 9" in err.splitlines()[-1] for err in (plain, trace))
 
-
-# --------------------------------------------------------------------------------------------------- mistakes
 
 @pytest.mark.parametrize("words, message", [
     ("", "one of --layers N, --layer-ids ID ... and --remove FRACTION is needed"),
@@ -289,7 +252,7 @@ def test_mistakes_are_one_line_and_write_nothing(words, message, nowhere, monkey
     (nowhere / "empty").mkdir()
     (nowhere / "cache/snapshots").mkdir(parents=True)
     (nowhere / "short").write_text("if x")
-    shutil.copytree(ROOT / "data/tiny", nowhere / "bare", ignore=shutil.ignore_patterns("tokenizer.model"))
+    shutil.copytree(TINY, nowhere / "bare", ignore=shutil.ignore_patterns("tokenizer.model"))
     before = sorted(nowhere.rglob("*"))
     assert message in error_of(grasp.main, words, monkeypatch, capsys)
     assert sorted(nowhere.rglob("*")) == before
@@ -310,42 +273,6 @@ def test_json_that_cannot_be_written_is_refused_before_the_work(nowhere, monkeyp
     assert "e.json: cannot be written" in error_of(evaluate.main, "--json e.json", monkeypatch, capsys)
 
 
-def test_out_of_memory_is_one_line(nowhere, monkeypatch, capsys):
-    def fail(*words):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 PB")
-
-    monkeypatch.setattr(job, "calibration_windows", fail)
-    assert "out of memory; use a smaller --batch-size" in error_of(grasp.main, "--layers 2", monkeypatch, capsys)
-
-
-def test_flags_reach_the_method(nowhere, monkeypatch, capsys):
-    """Each flag changes what its help says. All runs overwrite one folder."""
-    def report(words):
-        monkeypatch.setattr(sys, "argv",
-                            ["grasp.py", *QUICK, "--eval", "none", "--overwrite", *words.split()])
-        cli.command(grasp.main)
-        capsys.readouterr()
-        return json.loads((nowhere / "tiny-grasp/report.json").read_text())
-
-    plain, seed, magnitude = map(report, ("", "--seed 7", "--score magnitude"))
-    assert plain["versions"]["torch"] == torch.__version__ and plain["input"] is None
-    assert plain["calibration"]["offsets"] != seed["calibration"]["offsets"]
-    assert plain["cosines"] != sorted(plain["cosines"]) and plain["redundant"] != [0, 1]
-    assert all(m["kept"] == list(range(m["rank"])) for m in magnitude["matrices"])
-    assert any(m["kept"] != list(range(m["rank"])) for m in plain["matrices"])
-    monkeypatch.setattr(grasp, "angular_distances", lambda model, batches, n: torch.arange(7))
-    assert report("--contiguous")["redundant"] == [0, 1]
-
-
-def test_files_of_one_name_are_two_texts(nowhere, monkeypatch, capsys):
-    for folder in ("a", "b"):
-        (nowhere / folder).mkdir()
-        (nowhere / folder / "text").write_text("some words here " * 200)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--data", "a/text", "b/text", "--windows", "1"])
-    cli.command(evaluate.main)
-    assert "| text ppl | b/text ppl |" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("main, words, file", [
     (grasp.main, "--layers 2", "wikitext-2-raw/wiki.train.raw"),
     (grasp.main, "--layers 2 --calibration embedded", "wikitext-2-raw/wiki.test.raw"),
@@ -356,7 +283,7 @@ def test_without_data_or_network_a_real_model_is_refused(main, words, file, nowh
 
     The error says how to get the text.
     """
-    shutil.copytree(ROOT / "data/tiny", nowhere / "model")
+    shutil.copytree(TINY, nowhere / "model")
     before = sorted(nowhere.rglob("*"))
     line = error_of(main, f"--ckpt model {words}", monkeypatch, capsys)
     assert line.startswith(f"error: {file}: ") and f"DIR/{file}" in line
@@ -364,26 +291,113 @@ def test_without_data_or_network_a_real_model_is_refused(main, words, file, nowh
     assert sorted(nowhere.rglob("*")) == before
 
 
-def test_the_embedded_text_can_be_asked_for(nowhere, monkeypatch, capsys):
-    shutil.copytree(ROOT / "data/tiny", nowhere / "model")
-    words = "--ckpt model --calibration embedded --eval embedded"
-    monkeypatch.setattr(sys, "argv", ["grasp.py", *QUICK, *words.split()])
-    cli.command(grasp.main)
-    assert "embedded ppl" in capsys.readouterr().out and (nowhere / "model-grasp/report.json").is_file()
-
-
 def test_a_read_only_parent_is_refused(nowhere, monkeypatch, capsys):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     assert "tiny-grasp: cannot be written" in error_of(grasp.main, "--layers 2", monkeypatch, capsys)
 
 
-@pytest.mark.parametrize("files, commit", [
-    ({}, None), ({"HEAD": "abc123"}, "abc123"), ({"HEAD": "ref: refs/heads/main"}, None),
-    ({"HEAD": "ref: refs/heads/main", "refs/heads/main": "abc123\n"}, "abc123"),
-    ({"HEAD": "ref: refs/heads/main", "packed-refs": "# pack-refs\n9 refs/heads/x\nabc123 refs/heads/main\n"}, "abc123")])
-def test_a_report_has_the_commit_where_there_is_one(files, commit, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "TINY", tmp_path / "data/tiny")
-    for name, content in files.items():
-        (tmp_path / ".git" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / ".git" / name).write_text(content)
-    assert cli.versions()["commit"] == commit
+def test_out_of_memory_is_one_line(nowhere, monkeypatch, capsys):
+    def fail(*words):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 PB")
+
+    monkeypatch.setattr("runtime.job.calibration_windows", fail)
+    assert "out of memory; use a smaller --batch-size" in error_of(grasp.main, "--layers 2", monkeypatch, capsys)
+
+
+# -------------------------------------------------------------------------------- device, lengths and batches
+
+def test_devices_and_clocks():
+    with pytest.raises(ValueError, match="--device nonsense"):
+        open_checkpoint(TINY, "nonsense", "auto")
+    with pytest.raises(ValueError, match="--device meta: expected auto, cpu, cuda or cuda:N"):
+        open_checkpoint(TINY, "meta", "auto")
+    seconds = {"work": 1.0}
+    with timed(seconds, "work"):
+        pass
+    assert seconds["work"] > 1.0 and 0.1 < float(peak_memory().partition(" GiB")[0]) < 100
+    assert [batch_size(None, 256), batch_size(None, 2048), batch_size(3, 256)] == [4, 1, 3]
+
+
+def test_a_cuda_device_has_a_number(monkeypatch):
+    """Without a number torch does not make it the current device. Under torchrun the number is LOCAL_RANK."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(torch.device(device).index))
+    monkeypatch.setattr(torch, "empty", lambda *_, device: SimpleNamespace(device=torch.device(device)))
+    assert pick_device("auto") == ("cuda:0", "auto: CUDA is here")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert pick_device("cuda") == ("cuda:2", "as asked") and chosen == [0, 2]
+
+
+def test_sequence_length_fits_the_model():
+    model = random_model(max_seq_len=64)
+    assert sequence_length(None, 2048, model) == 64 and sequence_length(32, 2048, model) == 32
+    assert sequence_length(None, 2048, random_model()) == 2048
+    for wrong in (1, 65):
+        with pytest.raises(ValueError, match="expected 2 to 64"):
+            sequence_length(wrong, 2048, model)
+
+
+def test_batches_cover_the_windows_in_order():
+    windows = torch.arange(14).view(7, 2)
+    assert torch.equal(torch.cat(list(batches(windows, 3, "test"))), windows)
+
+
+GIB = 2 ** 30
+SHAPES = {
+    "LLaMA-2-7B": dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, hidden_dim=11008, vocab_size=32000),
+    "Llama-3-8B": dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, hidden_dim=14336, vocab_size=128256),
+    "LLaMA-2-13B": dict(dim=5120, n_layers=40, n_heads=40, n_kv_heads=40, hidden_dim=13824, vocab_size=32000),
+}
+
+
+def on_a_gpu(model, free, monkeypatch, capability=(8, 0)):
+    """Let the model seem to be on a GPU that has so many bytes free, one GiB of them in torch's cache."""
+    monkeypatch.setattr(Transformer, "device", property(lambda self: torch.device("cuda:0")))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free - GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * GIB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (7, 5)])  # with the second, grouped heads are repeated
+@pytest.mark.parametrize("card", [24, 40, 80])
+@pytest.mark.parametrize("name", SHAPES)
+def test_on_a_gpu_no_more_tokens_than_fit(name, card, capability, monkeypatch):
+    """A sweep with the chosen micro-batch fits into the free memory, whichever layers are redundant.
+
+    Where nothing fits, one sequence is chosen.
+    """
+    from extras.bench import sweep_bytes
+    with torch.device("meta"):
+        model = Transformer(ModelArgs(**SHAPES[name], head_dim=128, norm_eps=1e-5)).bfloat16()
+    free, n, T = card * GIB - 2 * model.n_params, model.args.n_layers, 512
+    if free < 0:
+        return  # the weights alone need more
+    on_a_gpu(model, free, monkeypatch, capability)
+    size = batch_size(None, T, model, 7)
+    assert T <= size * T <= 8192
+    for layers in (range(7), range(n - 7, n), range(9, 16), range(0, n, n // 6), [0, 1, 2, 3, 4, 5, n - 1]):
+        need = sweep_bytes(model, layers, size, T)
+        assert size == 1 or need["gradients"] + need["activations"] <= free, layers
+
+
+def test_on_a_large_gpu_micro_batches_are_larger(monkeypatch, capsys):
+    """The free memory is printed with the device."""
+    model = random_model()
+    on_a_gpu(model, 60 * GIB, monkeypatch)
+    assert batch_size(None, 512, model, 2) == 16 and batch_size(3, 512, model, 2) == 3
+    introduce("model", model, "as asked", "as asked")
+    assert "memory       60.0 GiB are free beside the weights" in capsys.readouterr().out
+    assert batch_size(None, 512, random_model(), 2) == 16
+    on_a_gpu(model, GIB // 1000, monkeypatch)
+    assert batch_size(None, 512, model, 2) == 1 and batch_size(None, 2048, model, 2) == 1
+
+
+def test_a_low_rank_layer_does_not_hide_the_gradients_of_the_dense_ones(monkeypatch):
+    with torch.device("meta"):
+        model = Transformer(ModelArgs(**SHAPES["LLaMA-2-7B"], head_dim=128, norm_eps=1e-5)).bfloat16()
+    on_a_gpu(model, 12 * GIB, monkeypatch)
+    dense = batch_size(None, 512, model, 7)
+    model.layers[0] = torch.nn.Identity()  # without parameters
+    assert batch_size(None, 512, model, 7) == dense < batch_size(None, 512, model, 1)

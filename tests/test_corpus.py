@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from data import corpus
-from data.corpus import (calibration_windows, embedded_text, find_file, join_lines, join_rows, load_text,
-                         random_windows)
+from data.corpus import (calibration_windows, consecutive_windows, embedded_text, find_file, join_lines,
+                         join_rows, load_text, random_windows)
 from data.tokenizer import load_tokenizer
-from runtime.cli import TINY, batches
+from runtime.cli import TINY
 
 
 # ------------------------------------------------------------------------------------------------------- text
@@ -41,23 +41,6 @@ def test_the_training_text_or_its_head_is_named(data_dir):
     assert ("only its head" in protocol) == (len(text) < 10_000_000) and "training split" in protocol
 
 
-def test_gguf_rows_go_back_to_halves():
-    """GGUF has wq and wk in Meta's order. The folder that extras.smollm2 writes has Hugging Face's."""
-    quants = pytest.importorskip("gguf.quants", reason="pip install gguf")
-    from extras.smollm2 import tensors
-    from data.checkpoint import pair_rows
-    W = torch.randn(12, 5)  # two heads of 6; with heads of 4 the reordering is its own inverse
-
-    class Tensor:
-        name, tensor_type, data = "blk.7.attn_k.weight", quants.GGMLQuantizationType.F32, W.numpy()
-
-    class Reader:
-        tensors = [Tensor]
-
-    result = tensors(Reader, head_dim=6)["model.layers.7.self_attn.k_proj.weight"]
-    assert not torch.equal(result, W) and torch.equal(pair_rows(result, 6), W)
-
-
 def test_embedded_text_is_held_out_paragraph_by_paragraph():
     train, test = (set(embedded_text(split).split("\n\n")) for split in ("train", "test"))
     assert len(train) > 1000 and len(test) > 100 and not train & test
@@ -71,6 +54,16 @@ def test_a_text_can_be_a_file(tmp_path):
         load_text(str(tmp_path / "b.txt"), "test")
     with pytest.raises(FileNotFoundError, match="no text 'wikitext3': expected wikitext2, ptb"):
         load_text("wikitext3", "test")
+
+
+def test_a_file_is_text_and_no_json(tmp_path):
+    """A byte order mark is not text. JSON is refused, because its syntax would be evaluated."""
+    (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbfa\r\nb")
+    assert load_text(str(tmp_path / "text.txt"), "test")[0] == "a\r\nb"
+    for name in ("a.jsonl", "a.json"):
+        (tmp_path / name).write_text('{"text": "a"}\n')
+        with pytest.raises(ValueError, match=f"{name}: JSON is no text; extract it first, e.g. jq -r .text"):
+            load_text(str(tmp_path / name), "test")
 
 
 # -------------------------------------------------------------------------------------------------- downloads
@@ -95,7 +88,7 @@ def server(monkeypatch, tmp_path):
             pass
 
     host = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=host.serve_forever, daemon=True).start()
+    threading.Thread(target=host.serve_forever, args=(0.01,), daemon=True).start()  # seconds until it sees a shutdown
     base = f"http://127.0.0.1:{host.server_port}/"
     monkeypatch.setattr(corpus, "PTB", base)
     monkeypatch.setattr(corpus, "WIKITEXT", base + "wikitext.zip")
@@ -169,6 +162,14 @@ def test_a_wrong_file_in_the_data_folder_is_refused(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------- windows
 
+def test_windows_do_not_overlap_and_the_tail_is_dropped():
+    tokens = torch.arange(11)
+    assert consecutive_windows(tokens, 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert consecutive_windows(tokens, 4, limit=1).tolist() == [[0, 1, 2, 3]]
+    with pytest.raises(ValueError, match="11 tokens.* 12"):
+        consecutive_windows(tokens, 12)
+
+
 def test_random_windows_are_seeded_full_and_everywhere():
     tokens = torch.arange(100, 130)
     windows, offsets = random_windows(tokens, 500, 8, seed=3)
@@ -191,18 +192,3 @@ def test_calibration_windows_come_with_their_description(tmp_path):
     assert torch.equal(windows, expected)
     assert (description["text"], description["tokens"]) == ("the file as it stands", len(tokens))
     assert description["offsets"] == offsets.tolist()
-
-
-def test_batches_cover_the_windows_in_order():
-    windows = torch.arange(14).view(7, 2)
-    assert torch.equal(torch.cat(list(batches(windows, 3, "test"))), windows)
-
-
-def test_a_file_is_text_and_no_json(tmp_path):
-    """A byte order mark is not text. JSON is refused, because its syntax would be evaluated."""
-    (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbfa\r\nb")
-    assert load_text(str(tmp_path / "text.txt"), "test")[0] == "a\r\nb"
-    for name in ("a.jsonl", "a.json"):
-        (tmp_path / name).write_text('{"text": "a"}\n')
-        with pytest.raises(ValueError, match=f"{name}: JSON is no text; extract it first, e.g. jq -r .text"):
-            load_text(str(tmp_path / name), "test")

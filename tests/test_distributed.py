@@ -1,13 +1,11 @@
-"""The lesson: several processes give the results of one, with whole weights or split ones, and end together.
+"""The lesson: several processes give the results of one, with whole weights or split ones.
 
-torchrun starts this file again: the code after `if __name__` runs in each process.
+torchrun starts this file again: the code after `if __name__` runs in each process. Starting takes longer than
+the work, so torchrun runs once with 2 processes and once with 4, and the tests read what these have written.
+tests/robustness/test_torchrun.py has the runs that fail.
 """
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from functools import partial
 
 import pytest
@@ -17,7 +15,7 @@ import torch.distributed.fsdp
 import evaluate
 import grasp
 from attribution import angular_distances, importance, layer_cosines, sigma_gradients, svd, weight_gradients
-from tests.conftest import ROOT, random_model, random_tokens
+from tests.conftest import output_of, random_model, random_tokens, torchrun
 from data import corpus
 from evaluate import perplexity
 from model import load_checkpoint, matrix_names, save_checkpoint
@@ -25,18 +23,8 @@ from runtime import cli, distributed
 from runtime.cli import batches
 
 JOB = ["--layers", "2", "--samples", "7", "--seq-len", "48", "--batch-size", "2", "--windows", "5"]
-SHARD = pytest.mark.skipif(not hasattr(torch.distributed.fsdp, "share_comm_ctx"),
-                           reason="--shard needs torch 2.10")
-
-
-def torchrun(n, *words, cwd):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", n, *words]
-    return subprocess.run([*map(str, command)], cwd=cwd, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
-
-
-def errors(done):
-    return [line for line in done.stderr.splitlines() if line.startswith("error:")]
+CAN_SHARD = hasattr(torch.distributed.fsdp, "share_comm_ctx")
+SHARD = pytest.mark.skipif(not CAN_SHARD, reason="--shard needs torch 2.10")
 
 
 def batches_of_each(n, windows, size, monkeypatch):
@@ -77,55 +65,27 @@ def test_sequences_of_minus_100_are_not_counted(monkeypatch):
         assert torch.allclose(ours, G[name], rtol=0, atol=1e-14), name
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("alone")
-    done = subprocess.run([sys.executable, ROOT / "grasp.py", *JOB, "--out", "out"], cwd=folder,
-                          capture_output=True)
-    assert done.returncode == 0, done.stderr
-    return folder / "out"
+# --------------------------------------------------------------------------------- what each process does
+
+def in_each_process(folder):
+    """The sweeps of a random model, with whole and with split weights, then the whole job. Four split it."""
+    for shard in (False, True)[:1 + CAN_SHARD]:
+        write_scores(folder, shard)
+    corpus.load_text = evaluate.load_text = only_process_0_looks
+    shard = ["--shard"] * (distributed.count() == 4 and CAN_SHARD)
+    sys.argv[1:] = [*JOB, *shard, "--out", f"{folder}/job/out"]
+    grasp.main()
 
 
-@pytest.mark.parametrize("n, shard", [(2, []), pytest.param(4, ["--shard"], marks=SHARD)])
-def test_the_job_is_the_same_job(n, shard, alone, tmp_path):
-    """7 sequences in batches of 2: some processes have one sequence less than others."""
-    done = torchrun(n, ROOT / "grasp.py", *JOB, *shard, "--out", "out", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("written to out") == 1 and f"processes    {n}" in done.stdout
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
-    ours, theirs = (json.loads((folder / "report.json").read_text()) for folder in (tmp_path / "out", alone))
-    assert ours["redundant"] == theirs["redundant"]
-    assert ours["cosines"] == pytest.approx(theirs["cosines"], abs=1e-6)
-    kept, expected = ({record["name"]: record["kept"] for record in report["matrices"]}
-                      for report in (ours, theirs))
-    assert kept == expected and len(kept) == 14
-    for row, other in zip(ours["results"], theirs["results"], strict=True):
-        assert row["model"] == other["model"]
-        assert row["perplexity"] == pytest.approx(other["perplexity"], rel=1e-5)
-    model, other = load_checkpoint(tmp_path / "out"), load_checkpoint(alone)
-    for name, p in model.named_parameters():
-        assert torch.allclose(p, other.get_parameter(name), rtol=0, atol=1e-5), name
-
-
-@pytest.mark.parametrize("n, shard",
-                         [(4, False), pytest.param(2, True, marks=SHARD), pytest.param(4, True, marks=SHARD)])
-def test_scores_and_memory_of_each_process(n, shard, tmp_path):
-    """The rows do not divide by 4. The head and the embeddings stay whole."""
-    model = random_model(torch.float32, dim=30, n_heads=5, n_kv_heads=1, head_dim=6, hidden_dim=70)
-    save_checkpoint(model, tmp_path / "random")
-    done = torchrun(n, __file__, "scores", tmp_path, int(shard), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+def write_scores(folder, shard):
+    """Write what this process computes and holds. FSDP2's communication contexts each keep a whole gradient."""
+    from torch.distributed.fsdp import FSDPModule
+    model = load_checkpoint(f"{folder}/random", split=shard)
     cosines, scores = sweeps(model)
-    found = [torch.load(tmp_path / f"{place}.pt") for place in range(n)]
-    assert all(torch.allclose(part["cosines"], cosines, rtol=0, atol=1e-6) for part in found)
-    assert sorted(name for part in found for name in part["scores"]) == sorted(scores)  # one owner each
-    for part in found:
-        assert len(part["scores"]) in (28 // n, -(-28 // n))
-        for name, score in part["scores"].items():
-            assert torch.allclose(score, scores[name], rtol=1e-4, atol=1e-4 * scores[name].max()), name
-    everything = sum(p.nbytes for p in model.layers.parameters())
-    most = max(part["held"] for part in found)
-    assert 1 / n <= most / everything < 1.2 / n if shard else most == everything
+    held = sum(p.nbytes for p in map(distributed.local, model.layers.parameters()))
+    contexts = {id(m._get_fsdp_state()._comm_ctx) for m in model.modules() if isinstance(m, FSDPModule)}
+    torch.save({"cosines": cosines, "scores": scores, "held": held, "contexts": len(contexts)},
+               f"{folder}/{distributed.index()}-{shard}.pt")
 
 
 def sweeps(model):
@@ -145,102 +105,88 @@ def sweeps(model):
     return cosines, scores
 
 
-@SHARD
-def test_no_process_keeps_the_whole_gradients_of_more_than_one_matrix(tmp_path):
-    """FSDP2 keeps one whole gradient per communication context until the backward pass ends."""
-    save_checkpoint(random_model(torch.float32), tmp_path / "random")
-    done = torchrun(2, __file__, "buffers", tmp_path, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert {(tmp_path / f"{place}.txt").read_text() for place in range(2)} == {"1"}
-
-
-def test_only_process_0_looks_for_the_texts(tmp_path):
-    """All calibrate and evaluate on the text that it found."""
-    done = torchrun(2, __file__, "texts", *JOB, "--out", "out", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "out/report.json").read_text())
-    assert report["calibration"]["text"] == "train, found by process 0"
-    assert report["protocol"]["embedded"]["text"] == "test, found by process 0"
-
-
-@SHARD
-@pytest.mark.parametrize("ending, told", [("error", "error: only here"), ("kill", "by peer")])
-def test_if_one_process_ends_all_end(ending, told, tmp_path):
-    """Process 1 fails in its second batch. One line says why, and none of ours shows a stack trace."""
-    done = torchrun(2, __file__, ending, *JOB, "--shard", "--out", "out", cwd=tmp_path)
-    assert done.returncode != 0 and len(errors(done)) == 1 and told in errors(done)[0], done.stderr
-    assert "in backward" not in done.stderr and "in weight_gradients" not in done.stderr
-
-
-@pytest.mark.parametrize("words, told", [
-    ([ROOT / "grasp.py", "--layers", "9"], "this model has 8 layers"),
-    (["-m", "extras.fisher", "--budget", "0.3"], "start it with python, not with torchrun")])
-def test_a_mistake_of_all_processes_is_one_line(words, told, tmp_path):
-    done = torchrun(2, *words, cwd=tmp_path)
-    assert done.returncode != 0 and len(errors(done)) == 1 and told in errors(done)[0], done.stderr
-
-
-def test_a_terminated_process_removes_what_it_was_writing(tmp_path):
-    """torchrun ends process 0 with SIGTERM, because process 1 has failed."""
-    done = torchrun(2, __file__, "slow save", *JOB, "--out", "out", cwd=tmp_path)
-    assert done.returncode != 0 and errors(done) == ["error: while another writes"]
-    assert list(tmp_path.iterdir()) == []
-
-
-def fail_in_batch(how):
-    """batches, but process 1 fails before its second."""
-    def failing(windows, size, label):
-        for i, batch in enumerate(batches(windows, size, label), 1):
-            if distributed.index() == 1 and i == 2 and label == "attribution":
-                if how == "kill":
-                    os.kill(os.getpid(), signal.SIGKILL)
-                raise ValueError("only here")
-            yield batch
-    return failing
-
-
-def write_scores(folder, shard):
-    model = load_checkpoint(f"{folder}/random", split=bool(int(shard)))
-    cosines, scores = sweeps(model)
-    held = sum(p.nbytes for p in map(distributed.local, model.layers.parameters()))
-    torch.save({"cosines": cosines, "scores": scores, "held": held}, f"{folder}/{distributed.index()}.pt")
-
-
-def count_buffers(folder):
-    """Write the number of FSDP2 communication contexts of the model's layers."""
-    from torch.distributed.fsdp import FSDPModule
-    model = load_checkpoint(f"{folder}/random", split=True)
-    sweeps(model)
-    found = {id(m._get_fsdp_state()._comm_ctx) for m in model.modules() if isinstance(m, FSDPModule)}
-    open(f"{folder}/{distributed.index()}.txt", "w").write(str(len(found)))
-
-
 def only_process_0_looks(name, use, data_dir=None):
     """load_text, which no other process may call."""
     assert distributed.index() == 0
     return corpus.embedded_text(use), f"{use}, found by process 0"
 
 
-def save_slowly(*args):
-    """Process 0 is writing when process 1 fails."""
-    if distributed.index():
-        while not list(os.scandir(".")):
-            time.sleep(0.1)
-        raise ValueError("while another writes")
-    torch.save = lambda *_: time.sleep(600)
-    save_checkpoint(*args)
+def small_model():
+    """Its rows do not divide by 4."""
+    return random_model(torch.float32, dim=30, n_heads=5, n_kv_heads=1, head_dim=6, hidden_dim=70)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """{n: (folder, stdout)} of n processes."""
+    found = {}
+    for n in (2, 4):
+        folder = tmp_path_factory.mktemp(f"{n}-processes")
+        (folder / "job").mkdir()
+        save_checkpoint(small_model(), folder / "random")
+        end = torchrun(n, __file__, folder, cwd=folder)
+        assert end.returncode == 0, end.stderr
+        found[n] = folder, end.stdout
+    return found
+
+
+# ----------------------------------------------------------------------------------------- what they have done
+
+@pytest.mark.parametrize("n", [2, pytest.param(4, marks=SHARD)])
+def test_the_job_is_the_same_job(n, done, tmp_path, capsys):
+    """7 sequences in batches of 2: some processes have one sequence less than others. 4 split the weights."""
+    output_of(grasp.main, [*JOB, "--out", tmp_path / "alone"], capsys)
+    folder, out = done[n]
+    assert out.count(f"written to {folder}/job/out") == 1 and f"processes    {n}" in out
+    assert sorted(p.name for p in (folder / "job").iterdir()) == ["out"]
+    ours, theirs = (json.loads((place / "report.json").read_text())
+                    for place in (folder / "job/out", tmp_path / "alone"))
+    assert ours["settings"]["shard"] == (n == 4)
+    assert ours["redundant"] == theirs["redundant"]
+    assert ours["cosines"] == pytest.approx(theirs["cosines"], abs=1e-6)
+    kept, expected = ({record["name"]: record["kept"] for record in report["matrices"]}
+                      for report in (ours, theirs))
+    assert kept == expected and len(kept) == 14
+    for row, other in zip(ours["results"], theirs["results"], strict=True):
+        assert row["model"] == other["model"]
+        assert row["perplexity"] == pytest.approx(other["perplexity"], rel=1e-5)
+    model, other = load_checkpoint(folder / "job/out"), load_checkpoint(tmp_path / "alone")
+    for name, p in model.named_parameters():
+        assert torch.allclose(p, other.get_parameter(name), rtol=0, atol=1e-5), name
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_only_process_0_looks_for_the_texts(n, done):
+    """All calibrate and evaluate on the text that it found."""
+    report = json.loads((done[n][0] / "job/out/report.json").read_text())
+    assert report["calibration"]["text"] == "train, found by process 0"
+    assert report["protocol"]["embedded"]["text"] == "test, found by process 0"
+
+
+@pytest.mark.parametrize("n, shard", [(2, False), (4, False), pytest.param(2, True, marks=SHARD),
+                                      pytest.param(4, True, marks=SHARD)])
+def test_scores_and_memory_of_each_process(n, shard, done):
+    """Each matrix has one owner. Split, a process holds its rows; the head and the embeddings stay whole."""
+    model, (folder, _) = small_model(), done[n]
+    cosines, scores = sweeps(model)
+    found = [torch.load(folder / f"{place}-{shard}.pt") for place in range(n)]
+    assert all(torch.allclose(part["cosines"], cosines, rtol=0, atol=1e-6) for part in found)
+    assert sorted(name for part in found for name in part["scores"]) == sorted(scores)
+    for part in found:
+        assert len(part["scores"]) in (28 // n, -(-28 // n))
+        for name, score in part["scores"].items():
+            assert torch.allclose(score, scores[name], rtol=1e-4, atol=1e-4 * scores[name].max()), name
+    everything = sum(p.nbytes for p in model.layers.parameters())
+    most = max(part["held"] for part in found)
+    assert 1 / n <= most / everything < 1.2 / n if shard else most == everything
+
+
+@SHARD
+@pytest.mark.parametrize("n", [2, 4])
+def test_no_process_keeps_the_whole_gradients_of_more_than_one_matrix(n, done):
+    """FSDP2 keeps one whole gradient per communication context until the backward pass ends."""
+    assert [torch.load(done[n][0] / f"{place}-True.pt")["contexts"] for place in range(n)] == [1] * n
 
 
 if __name__ == "__main__":
-    task, *words = sys.argv[1:]
-    if task in ("scores", "buffers"):
-        main = partial(write_scores if task == "scores" else count_buffers, *words)
-    else:
-        sys.argv[1:], main = words, grasp.main
-        if task == "texts":
-            corpus.load_text = evaluate.load_text = only_process_0_looks
-        elif task == "slow save":
-            grasp.save_checkpoint = save_slowly
-        else:
-            cli.batches = fail_in_batch(task)
-    cli.command(main, parallel=True)
+    cli.command(partial(in_each_process, sys.argv[1]), parallel=True)

@@ -2,19 +2,13 @@
 
 If it fails or is interrupted, the target stays as it was and nothing is left over.
 """
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, obey_all_signals, random_model
-from model import load_checkpoint, save_checkpoint
 from runtime.files import atomic_write, check_output, read_bytes, read_json, write_json
 
 
@@ -178,62 +172,6 @@ def test_what_a_leftover_link_points_to_stays(tmp_path):
     with atomic_write(tmp_path / "out") as new:
         new.touch()
     assert names(tmp_path) == ["out", "precious"] and names(precious) == ["thesis"]
-
-
-# ---------------------------------------------------------------------------------------------------- signals
-
-WRITING = """
-import pathlib, sys, time
-from tests.conftest import random_model
-import model
-from runtime import cli
-def slow(file, content):
-    file.touch()
-    print("there", flush=True)
-    time.sleep(600)
-pathlib.Path.write_bytes = slow
-save = model.save_checkpoint
-cli.command(lambda: save(random_model(), "out", {"new": 1}, {"tokenizer.model": b""}, overwrite=True))
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
-def test_a_signal_during_an_overwrite_keeps_the_old_folder(number, tmp_path):
-    """Only SIGKILL leaves the temporary folder behind, until the next write."""
-    save_checkpoint(random_model(), tmp_path / "out", {"old": 1})
-    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    process = subprocess.Popen([sys.executable, "-c", WRITING], cwd=tmp_path, text=True,
-                               preexec_fn=obey_all_signals, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                               env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert process.stdout.readline() == "there\n"
-    process.send_signal(number)
-    process.communicate(timeout=60)
-    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
-    assert len(names(tmp_path)) == (2 if number == signal.SIGKILL else 1)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
-    save_checkpoint(random_model(), tmp_path / "out", {"new": 1}, overwrite=True)
-    assert names(tmp_path) == ["out"] and read_json(tmp_path / "out/report.json") == {"new": 1}
-    assert load_checkpoint(tmp_path / "out").n_params == random_model().n_params
-
-
-def test_a_second_signal_does_not_interrupt_the_clean_up(tmp_path):
-    slow_remove = """
-from runtime import files
-remove = files.remove
-def slowly(path):
-    print("removing", flush=True)
-    time.sleep(1)
-    remove(path)
-files.remove = slowly
-"""
-    process = subprocess.Popen([sys.executable, "-c", WRITING.replace("pathlib.Path.write_bytes =", slow_remove + "pathlib.Path.write_bytes =")],
-                               cwd=tmp_path, text=True, preexec_fn=obey_all_signals, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                               env={**os.environ, "PYTHONPATH": str(ROOT)})
-    for line in ("there\n", "removing\n"):
-        assert process.stdout.readline() == line
-        process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode == 130 and names(tmp_path) == []
 
 
 # ------------------------------------------------------------------------------------------------------- JSON

@@ -163,3 +163,11 @@ def test_half_precision_weights_keep_their_dtype(score):
     list(compress(model, [2], sweep, ratio=0.4, score=score))
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model(tokens).isfinite().all()
+
+@pytest.mark.parametrize("gap, tied", [(0.001, True), (0.1, False)])
+def test_a_near_tie_is_said(gap, tied, capsys):
+    cosines, errors = torch.tensor([0.9, 0.5, 0.9 - gap]), torch.full((3,), 0.004)
+    grasp.print_cosines(cosines, errors, [0], contiguous=False)
+    out = capsys.readouterr().out
+    assert "layer   0  cosine 0.9000 ± 0.0040  redundant" in out
+    assert ("layers 0 and 2 nearly tie" in out) == tied

@@ -1,16 +1,14 @@
 """The lesson: what a run will do is known before it: ratio, ranks, parameters, bytes, memory."""
 import json
-import math
 import shutil
-import sys
 
 import pytest
 
 import grasp
-from tests.conftest import error_of, random_model
+from tests.conftest import error_of, output_of, random_model
 from grasp import compress
 from model import load_checkpoint
-from runtime import cli, files, job
+from runtime import files
 from runtime.cli import TINY
 from runtime.plan import parameters_left, plan
 
@@ -50,21 +48,15 @@ def test_layers_that_are_not_alike_are_to_be_named():
     assert n == 2 and parameters_left(model, [0, 1], ratio) <= 0.9 * model.n_params
 
 
-def main(words, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["grasp.py", *words.split()])
-    cli.command(grasp.main)
-    return capsys.readouterr().out
-
-
-def test_a_run_does_what_its_plan_says(nowhere, monkeypatch, capsys):
+def test_a_run_does_what_its_plan_says(nowhere, capsys):
     words = f"--remove 0.15 --eval none {QUICK}"
-    said = main(f"{words} --dry-run", monkeypatch, capsys)
+    said = output_of(grasp.main, f"{words} --dry-run", capsys)
     assert list(nowhere.iterdir()) == [] and "memory needed: at most " in said
-    out = main(words, monkeypatch, capsys)
+    out = output_of(grasp.main, words, capsys)
     report = json.loads((nowhere / "tiny-grasp/report.json").read_text())
     assert f"{report['parameters_after']:,} parameters would be left of 886,368, 15" in said
     assert f"of {len(report['redundant'])} layer" in said and f"asked: remove 0.15, so ratio {report['settings']['ratio']} of" in out
-    assert "memory needed" in main(f"{words} --dry-run", monkeypatch, capsys)  # it writes nothing: the folder may exist
+    assert "memory needed" in output_of(grasp.main, f"{words} --dry-run", capsys)  # it writes nothing: the folder may exist
     assert report["parameters_after"] <= 0.85 * report["parameters_before"]
     for record in report["matrices"][:7]:
         name = record["name"].partition(".")[2].partition(".")[2]
@@ -75,36 +67,19 @@ def test_a_run_does_what_its_plan_says(nowhere, monkeypatch, capsys):
 def test_a_full_disk_is_found_before_the_sweep(nowhere, monkeypatch, capsys):
     usage = shutil.disk_usage(nowhere)._replace(free=1000)
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(job, "calibration_windows", None)
+    monkeypatch.setattr("runtime.job.calibration_windows", None)
     line = error_of(grasp.main, f"--layers 2 {QUICK}", monkeypatch, capsys)
     assert "tiny-grasp: needs 2,826,112 bytes, only 1,000 are free there" in line
 
 
 def test_layers_that_are_low_rank_already_are_not_compressed_again(nowhere, monkeypatch, capsys):
-    main(f"--layer-ids 3 5 --eval none {QUICK}", monkeypatch, capsys)
+    output_of(grasp.main, f"--layer-ids 3 5 --eval none {QUICK}", capsys)
     line = error_of(grasp.main, f"--ckpt tiny-grasp --layer-ids 5 3 --eval none --calibration embedded {QUICK}",
                     monkeypatch, capsys)
     assert "layers [3, 5] are low-rank already; ask for more layers or others" in line
-    out = main(f"--ckpt tiny-grasp --layer-ids 3 4 --eval none --calibration embedded {QUICK} --out again",
-               monkeypatch, capsys)
+    out = output_of(grasp.main, f"--ckpt tiny-grasp --layer-ids 3 4 --eval none --calibration embedded {QUICK} "
+                    "--out again", capsys)
     assert "layers [3] are low-rank already, and count among the 2\n" in out
     report = json.loads((nowhere / "again/report.json").read_text())
     assert {record["name"][:9] for record in report["matrices"]} == {"layers.4."}
     assert report["input"]["redundant"] == [3, 5] and report["input"]["input"] is None
-
-
-def test_a_link_gives_its_own_name_to_the_output(nowhere, monkeypatch, capsys):
-    (nowhere / "mine").symlink_to(TINY)
-    out = main(f"--ckpt mine --layer-ids 3 --eval none {QUICK}", monkeypatch, capsys)
-    assert out.startswith(f"reading      consolidated.00.pth of {nowhere / 'mine'}\n")
-    assert (nowhere / "mine-grasp/report.json").is_file()  # and it was calibrated on the embedded text
-
-
-@pytest.mark.parametrize("gap, tied", [(0.001, True), (0.1, False)])
-def test_a_near_tie_is_said(gap, tied, capsys):
-    import torch
-    cosines, errors = torch.tensor([0.9, 0.5, 0.9 - gap]), torch.full((3,), 0.004)
-    grasp.print_cosines(cosines, errors, [0], contiguous=False)
-    out = capsys.readouterr().out
-    assert "layer   0  cosine 0.9000 ± 0.0040  redundant" in out
-    assert ("layers 0 and 2 nearly tie" in out) == tied and not math.isnan(gap)

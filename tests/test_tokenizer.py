@@ -209,14 +209,6 @@ def test_ids_equal_transformers(shape, tmp_path):
         assert ours.ends == [theirs.eos_token_id]
 
 
-def test_smollm2s_ids_equal_transformers(smollm2):
-    transformers = pytest.importorskip("transformers", reason="pip install -r requirements-test.txt")
-    theirs, ours = transformers.AutoTokenizer.from_pretrained(smollm2), load_tokenizer(smollm2)
-    for text in TEXTS:
-        assert ours.stream(text).tolist() == theirs(text)["input_ids"], text
-    assert ours.ends == [theirs.eos_token_id] and ours.bos_id is None
-
-
 # ------------------------------------------------------------------------------------- SentencePiece and files
 
 def sentencepiece_folder(folder, **files):

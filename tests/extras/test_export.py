@@ -6,19 +6,19 @@ import base64
 import collections
 import json
 import shutil
-import subprocess
 import sys
 
 import pytest
 import torch
 
-from tests.conftest import ROOT, error_of, random_model, random_tokens
+from tests.conftest import (LLAMA31, ROOT, error_of, output_of, random_model, random_tokens, run,
+                            transformers_model)
 from data.tokenizer import load_tokenizer
 from extras import export
 from grasp import compress
 from data.checkpoint import pair_rows
 from model import LowRankLinear, ModelArgs, load_checkpoint, save_checkpoint
-from tests.test_model import LLAMA31, transformers_model, write_meta
+from tests.test_checkpoint import write_meta
 
 transformers = pytest.importorskip("transformers", reason="the independent implementation: pip install -r requirements-test.txt")
 TINY = ROOT / "data/tiny"
@@ -291,8 +291,7 @@ def small(tmp_path, monkeypatch):
 
 
 def test_the_command_says_what_it_did(small, tmp_path):
-    words = ["-m", "extras.export", "--ckpt", tmp_path / "small", "--out", tmp_path / "out"]
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    done = run("-m", "extras.export", "--ckpt", tmp_path / "small", "--out", tmp_path / "out", cwd=ROOT)
     assert done.returncode == 0, done.stderr
     before, after = small
     assert f"compressed   {after:,} parameters, 0.00315 GiB\n" in done.stdout
@@ -304,17 +303,14 @@ def test_the_command_says_what_it_did(small, tmp_path):
 
 def test_a_dense_folder_is_only_converted(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", f"export --ckpt {TINY} --out out --format meta".split())
-    export.main()
-    assert "dense before and after, only converted" in capsys.readouterr().out
+    said = output_of(export.main, f"--ckpt {TINY} --out out --format meta", capsys)
+    assert "dense before and after, only converted" in said
     for name, W in load_checkpoint("out").named_parameters():
         assert torch.equal(W, load_checkpoint(TINY).get_parameter(name)), name
 
 
-def test_dtype_is_what_is_written(small, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", "export --ckpt small --out out --dtype bfloat16".split())
-    export.main()
-    assert "A B's rounding to\nbfloat16" in capsys.readouterr().out
+def test_dtype_is_what_is_written(small, capsys):
+    assert "A B's rounding to\nbfloat16" in output_of(export.main, "--ckpt small --out out --dtype bfloat16", capsys)
     assert transformers.AutoConfig.from_pretrained("out").dtype == torch.bfloat16 == load_checkpoint("out").dtype
 
 
@@ -349,7 +345,7 @@ def test_a_full_disk_leaves_nothing(tmp_path):
             "for layout in ('hf', 'meta'):\n"
             "    try: export(load_checkpoint(TINY), load_tokenizer(TINY), out, layout)\n"
             "    except OSError as e: print(layout, 'refused:', e)")
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "out"], cwd=ROOT, capture_output=True, text=True)
+    done = run("-c", code, tmp_path / "out", cwd=ROOT)
     assert "hf refused: model.safetensors: could not be written" in done.stdout, done.stderr
     assert "out: could not be written" in done.stdout, done.stderr
     assert list(tmp_path.iterdir()) == []

@@ -1,11 +1,10 @@
 """The lesson: the extras stand on the core, which knows none of them, and ask by name for what they need beyond it."""
 import json
-import subprocess
 import sys
 
 import pytest
 
-from tests.conftest import ROOT, error_of
+from tests.conftest import ROOT, error_of, run
 from extras import plot, short_names, smollm2, zeroshot
 
 MODULES = sorted(file.stem for file in (ROOT / "extras").glob("[a-z]*.py"))
@@ -15,7 +14,7 @@ def test_the_core_imports_none_of_them_and_no_optional_package():
     optional = "extras safetensors tokenizers tiktoken gguf matplotlib lm_eval transformers datasets".split()
     code = ("import json, sys, grasp, evaluate\n"
             "print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = run("-c", code, cwd=ROOT)
     assert done.returncode == 0 and not set(optional) & set(json.loads(done.stdout)), done.stderr
 
 

@@ -2,8 +2,6 @@
 import base64
 import json
 import shutil
-import subprocess
-import sys
 import time
 import zipfile
 from functools import partial
@@ -12,7 +10,7 @@ import pytest
 import torch
 
 import evaluate
-from tests.conftest import ROOT, error_of, random_model
+from tests.conftest import ROOT, error_of, random_model, run
 from data import checkpoint
 from data.checkpoint import read_pth, read_tensors
 from data.corpus import embedded_text
@@ -30,8 +28,7 @@ def test_a_few_hundred_broken_folders():
     """The command of the README, with fewer cases."""
     for package in ("tiktoken", "huggingface_hub"):
         pytest.importorskip(package, reason=f"pip install {package}")
-    words = "-m tests.robustness.faults --count 200 --seed 5".split()
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    done = run(*"-m tests.robustness.faults --count 200 --seed 5".split(), cwd=ROOT)
     assert done.returncode == 0 and "200 cases, 0 failures" in done.stdout, done.stdout + done.stderr
 
 

@@ -7,17 +7,18 @@ import contextlib
 import importlib
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent.parent  # only the standard library is imported here: the child watches all else
+ROOT = Path(__file__).parent.parent.parent
+# The standard library alone is imported up here. The child imports all else after its hook is there.
 FORBIDDEN = ("socket.", "urllib.", "http.", "ftplib.", "subprocess.", "os.system", "os.exec",
              "os.posix_spawn", "os.fork", "pty.", "pickle.")  # audit events
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 # matplotlib looks for fonts, urllib3 for IPv6
 LIBRARIES = ("subprocess.Popen ('fc-list'", "socket.__new__", "socket.bind")
-OURS = [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("runtime/*.py"), *ROOT.glob("extras/**/*.py")]
+OURS = [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("runtime/*.py"), *ROOT.glob("extras/**/*.py"),
+        *(ROOT / f"tests/robustness/{name}.py" for name in ("faults", "damage", "crashes"))]
 
 
 def forbid(seen, folder):
@@ -82,13 +83,13 @@ def run_everything():
 
 def test_every_command_runs_without_processes_connections_and_pickles(tmp_path):
     from data.corpus import PTB, WIKITEXT
+    from tests.conftest import run
     (tmp_path / "home").mkdir()
     (tmp_path / "work").mkdir()
     home = str(tmp_path / "home")
-    env = {**os.environ, "HOME": home, "TMPDIR": str(tmp_path), "MPLCONFIGDIR": home, "HF_HOME": home,
-           "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(ROOT), "GRASP_DATA": ""}
-    child = subprocess.run([sys.executable, __file__, str(tmp_path)], cwd=tmp_path / "work", env=env,
-                           text=True, capture_output=True)
+    child = run(__file__, tmp_path, cwd=tmp_path / "work", env={
+        "HOME": home, "TMPDIR": str(tmp_path), "MPLCONFIGDIR": home, "HF_HOME": home,
+        "PYTHONDONTWRITEBYTECODE": "1", "GRASP_DATA": ""})
     assert child.returncode == 0, child.stderr
     done, seen = json.loads(child.stdout.splitlines()[-1])
     *offline, wikitext2, ptb = done
@@ -97,18 +98,17 @@ def test_every_command_runs_without_processes_connections_and_pickles(tmp_path):
     tried = [event for event in seen if not event.startswith(LIBRARIES)]
     assert [event.split("'")[1] for event in tried] == [WIKITEXT, PTB + "ptb.valid.txt"], tried
     assert WIKITEXT.startswith("https://") and PTB.startswith("https://")
-    run = {words.split()[0] for words, _ in done}
-    assert run == {"grasp", "evaluate",
-                   *(f"extras.{file.stem}" for file in ROOT.glob("extras/[a-z]*.py"))} - {
+    assert {words.split()[0] for words, _ in done} == {
+        "grasp", "evaluate", *(f"extras.{file.stem}" for file in ROOT.glob("extras/[a-z]*.py"))} - {
         "extras.smollm2", "extras.make_tiny"}  # the first calls pip, the second trains for two minutes
 
 
 def test_the_hook_sees_what_is_forbidden(tmp_path):
+    from tests.conftest import run
     for code in ("import socket; socket.create_connection(('localhost', 1))", "import os; os.system('true')",
                  "import pickle; pickle.loads(pickle.dumps(print))", "open('../elsewhere', 'w')"):
         code = f"from tests.robustness import test_safety; test_safety.forbid([], {str(tmp_path)!r})\n{code}"
-        child = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
-                               env={**os.environ, "PYTHONPATH": str(ROOT)})
+        child = run("-c", code, cwd=tmp_path)
         assert "forbidden: " in child.stderr, code
 
 

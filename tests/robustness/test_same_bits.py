@@ -7,15 +7,12 @@ gradients and perplexities. Weights rounded to bf16 are other weights: a few com
 are not kept in bf16.
 """
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from attribution import layer_cosines, weight_gradients
-from tests.conftest import ROOT, random_model, random_tokens
+from tests.conftest import ROOT, random_model, random_tokens, run
 from data.corpus import load_text, random_windows
 from data.tokenizer import load_tokenizer
 from evaluate import perplexity
@@ -41,9 +38,8 @@ def test_threads_and_hash_seeds_do_not_change_a_byte(tmp_path):
     """Three processes with different numbers of threads and different hash seeds."""
     folders = []
     for threads in ("1", "2", "4"):
-        environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONHASHSEED": threads}
-        done = subprocess.run([sys.executable, ROOT / "grasp.py", *WORDS, "--out", threads], cwd=tmp_path,
-                              env=environment, capture_output=True, text=True)
+        done = run(ROOT / "grasp.py", *WORDS, "--out", threads, cwd=tmp_path,
+                   env={"OMP_NUM_THREADS": threads, "PYTHONHASHSEED": threads})
         assert done.returncode == 0, done.stderr
         report = json.loads((tmp_path / threads / "report.json").read_text())
         weights = (tmp_path / threads / "consolidated.00.pth").read_bytes()
