@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torch is imported: small matrices gain nothing from a second
+
 import pytest
 import torch
 
@@ -14,8 +16,6 @@ from data import corpus
 from model import ModelArgs, Transformer
 from runtime import cli
 from runtime.job import Job
-
-torch.set_num_threads(1)  # matrices this small gain nothing from a second thread
 
 ROOT = Path(__file__).parent.parent
 

@@ -38,6 +38,8 @@ def forbid(seen, folder):
 def run_everything():
     """Run every command on the embedded model in the current folder. Return [[its words, its exit code]]."""
     from runtime import cli  # not before the hook is there
+    from extras.baselines.streamline import streamline
+    streamline.__defaults__ = (2, *streamline.__defaults__[1:])  # steps of training, instead of 512
     quick = "--samples 2 --seq-len 16 --windows 1"
     records = [{"instruction": f"Say {i}", "input": "", "output": f"It is {i}."} for i in range(8)]
     Path("alpaca.json").write_text(json.dumps(records))

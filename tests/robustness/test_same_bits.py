@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from attribution import layer_cosines, weight_gradients
-from tests.conftest import ROOT, random_model, random_tokens, run
+from tests.conftest import ROOT, random_model, random_tokens, start
 from data.corpus import load_text, random_windows
 from data.tokenizer import load_tokenizer
 from evaluate import perplexity
@@ -37,10 +37,11 @@ def kept(model, layers, tokens, size=2):
 def test_threads_and_hash_seeds_do_not_change_a_byte(tmp_path):
     """Three processes with different numbers of threads and different hash seeds."""
     folders = []
-    for threads in ("1", "2", "4"):
-        done = run(ROOT / "grasp.py", *WORDS, "--out", threads, cwd=tmp_path,
-                   env={"OMP_NUM_THREADS": threads, "PYTHONHASHSEED": threads})
-        assert done.returncode == 0, done.stderr
+    processes = {threads: start(ROOT / "grasp.py", *WORDS, "--out", threads, cwd=tmp_path,
+                                env={"OMP_NUM_THREADS": threads, "PYTHONHASHSEED": threads}) for threads in "124"}
+    for threads, process in processes.items():
+        _, err = process.communicate()
+        assert process.returncode == 0, err
         report = json.loads((tmp_path / threads / "report.json").read_text())
         weights = (tmp_path / threads / "consolidated.00.pth").read_bytes()
         folders.append((weights, report["cosines"], report["matrices"]))
@@ -85,9 +86,9 @@ def test_bf16_keeps_what_fp32_keeps():
 
 
 def test_bf16_keeps_what_fp32_keeps_of_a_real_model(smollm2, data_dir):
-    """414 components of two layers, from 4 sequences.
+    """414 components of two layers, from 2 sequences of 256 tokens.
 
     Of 1,449 components of seven layers, 96.5 % were kept in both from 8 sequences and 97.3 % from 128.
     """
     assert fraction_kept_in_both(smollm2, [25, 26],
-                                 calibration(smollm2, "wikitext2", 4, 512, data_dir)) >= 0.94
+                                 calibration(smollm2, "wikitext2", 2, 256, data_dir)) >= 0.94
