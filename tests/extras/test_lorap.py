@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import grasp
-from tests.conftest import error_of, random_model, random_tokens
+from tests.conftest import error_of, output_of, random_model, random_tokens
 from data.tokenizer import load_tokenizer
 from extras.recover import LoRALinear
 from extras.baselines import block_params
@@ -270,9 +270,7 @@ def run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def run(*words):
-        monkeypatch.setattr("sys.argv", ["lorap", *QUICK, *words])
-        main()
-        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
+        lines = [line for line in output_of(main, [*QUICK, *words], capsys).splitlines() if line.startswith("| ")][2:]
         return {cells[0]: cells[1:] for cells in ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)}
     return run
 
