@@ -52,6 +52,13 @@ def short_names(paths):
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
+def check_dtypes(dtypes):
+    """Raise ValueError if the folders {name: dtype} differ in dtype: their sizes and speeds could not be compared."""
+    if len({*dtypes.values()}) > 1:
+        each = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
+        raise ValueError(f"--ckpt: folders of different dtypes: {each}; pass --dtype for one")
+
+
 def read_report(folder):
     """Read and check report.json of a folder that grasp.py wrote.
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from evaluate import markdown
-from extras import peak_bytes, short_names
+from extras import check_dtypes, peak_bytes, short_names
 from model import LowRankLinear, apply_rotary, rotary_frequencies
 from runtime import cli
 
@@ -147,9 +147,7 @@ def write(model, tokenizer, text, max_new_tokens, *sampling):
 
 def throughput(models, batch_sizes, lengths, max_new_tokens, repeats, seed):
     """A Markdown table of models (pairs of name and model), a row for each batch size, prompt length and model."""
-    if len({model.dtype for _, model in models}) > 1:
-        each = ", ".join(f"{name} {model.dtype}" for name, model in models)
-        raise ValueError(f"--ckpt: folders of different dtypes: {each}; pass --dtype for one")
+    check_dtypes({name: model.dtype for name, model in models})
     for (_, model), T in itertools.product(models, lengths):
         check_length(model, T, max_new_tokens)
     rows = []

@@ -32,7 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 from data import need
 from data.checkpoint import read_folder
 from evaluate import markdown
-from extras import short_names
+from extras import check_dtypes, short_names
 from extras.generate import generate
 from model import upcast
 from runtime import cli
@@ -335,17 +335,11 @@ def start_harness(scratch: Path | None = None) -> str:
     return version
 
 
-def check_dtypes(folders: list[Path], dtype: str) -> None:
-    """Raise ValueError if the folders differ in dtype and --dtype is auto, or if one is not a checkpoint."""
-    own = [read_folder(folder)[2][0]["tok_embeddings.weight"].dtype for folder in folders]
-    if dtype == "auto" and len({*own}) > 1:
-        named = ", ".join(f"{name} {found}" for name, found in zip(short_names(folders), own))
-        raise ValueError(f"--ckpt: folders of different dtypes: {named}; pass --dtype for one")
-
-
 def main() -> None:
     a, rows = parse(), []
-    check_dtypes(a.ckpt, a.dtype)  # now, not after hours spent on the first folder
+    dtypes = [read_folder(ckpt)[2][0]["tok_embeddings.weight"].dtype for ckpt in a.ckpt]  # or an error, early
+    if a.dtype == "auto":
+        check_dtypes(dict(zip(short_names(a.ckpt), dtypes)))
     with TemporaryDirectory(prefix="grasp-zeroshot-") as folder:
         version = start_harness(Path(folder) if a.local else None)
         print(f"harness      lm-eval {version}, records from {a.local or 'where each task says'}")
