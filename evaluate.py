@@ -104,10 +104,10 @@ def main() -> None:
     texts = evaluation_windows(a.eval, tokenizer, seq_len, a.windows, a.data_dir)
     with cli.timed(seconds, "evaluation"):
         row = result_row(a.ckpt.name, model, texts, cli.batch_size(a.batch_size, seq_len, model))
-    row["seconds"], protocols = seconds["evaluation"], {label: p for label, (_, p) in texts.items()}
+    row["seconds"] = seconds["evaluation"]
     print(f"\n{table([row], texts, model.n_params_dense)}\npeak memory {cli.peak_memory()}")
     if a.json and not distributed.index():
-        write_json(a.json, {**row, "protocol": protocols})
+        write_json(a.json, {**row, "protocol": {label: protocol for label, (_, protocol) in texts.items()}})
 
 
 if __name__ == "__main__":

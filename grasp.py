@@ -99,7 +99,7 @@ def main() -> None:
     a, records = parse(), []
     model, tokenizer = cli.open_checkpoint(a.ckpt, a.device, a.dtype, a.shard)
     n, ratio, left = plan(model, a.layers, a.layer_ids, a.ratio, a.remove)
-    job = Job(a, model, n)
+    job = Job(model, a.samples, a.seq_len, a.batch_size, n)
     asked = f"threshold {a.threshold}" if a.threshold else f"ratio {ratio}"
     asked = f"remove {a.remove}, so {asked}" if a.remove else asked
     which = f"layers {a.layer_ids}" if a.layer_ids else f"{n} layer{'s' * (n > 1)}"
@@ -111,7 +111,8 @@ def main() -> None:
     if a.dry_run:
         return print_plan(model, (a.layer_ids or [0])[0], ratio, left, job.size * job.seq_len, n)
     check_space(a.out, left * model.dtype.itemsize)
-    job.read(tokenizer)
+    job.calibrate(tokenizer, a.calibration, a.seed, a.data_dir)
+    job.read_texts(tokenizer, a.eval, a.windows, a.data_dir)
 
     cosines, errors, redundant = None, None, sorted(a.layer_ids or [])
     if not a.layer_ids:
@@ -126,8 +127,8 @@ def main() -> None:
     job.evaluate(ROWS[a.score], job.seconds.get("redundancy", 0) + job.seconds["compression"])
     print(f"\n{job.table()}\nasked: {asked} of layers {redundant}; achieved: {job.achieved()}; "
           f"peak memory {cli.peak_memory()}")
-    report = job.report({"ratio": ratio}, cosines=None if cosines is None else cosines.tolist(),
-                        redundant=redundant, matrices=records, input=cli.earlier_report(a.ckpt))
+    report = job.made({**vars(a), "ratio": ratio}, cosines=None if cosines is None else cosines.tolist(),
+                      redundant=redundant, matrices=records, input=cli.earlier_report(a.ckpt))
     save_checkpoint(model, a.out, report, tokenizer.files, a.overwrite)
     print(f"written to {a.out}")
 

@@ -104,8 +104,7 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim, self.groups = args.head_dim, args.n_heads // args.n_kv_heads
         self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
-        self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
-        self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wk, self.wv = (nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False) for _ in "kv")
         self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
 
     def forward(self, x, cos, sin):
@@ -223,9 +222,8 @@ def load_checkpoint(path: str | Path, dtype: torch.dtype | None = None, device: 
     dtype = dtype or shards[0]["tok_embeddings.weight"].dtype
     with error_prefix(path):
         model = empty_model(ModelArgs(**fields), "output.weight" not in shards[0], ranks)
-    if split:
-        distributed.split_linears(model.layers, device, dtype)
-    with error_prefix(path):
+        if split:
+            distributed.split_linears(model.layers, device, dtype)
         parameters = dict(model.named_parameters())
         if unknown := {name for shard in shards for name in shard} - {*parameters}:
             raise ValueError(f"tensor {min(unknown)} is not one of this model's ({len(unknown)} such)")
@@ -267,11 +265,13 @@ def save_checkpoint(model: Transformer, path: str | Path, report: dict | None = 
     widths = {name: [*m.w2.parameters()][-1].shape[1]  # of w2, or of its factor B
               for name, m in model.named_modules() if isinstance(m, FeedForward)}
     ranks |= {name: width for name, width in widths.items() if width < model.args.hidden_dim}
-    weights, readable = {}, dict(empty_model(model.args, False, ranks).named_parameters())
+    tied, weights = model.output.weight is model.tok_embeddings.weight, {}
+    with error_prefix(f"{path}: not written"):
+        readable = {name: p.shape for name, p in empty_model(model.args, tied, ranks).named_parameters()}
+        if wrong := {*readable.items()} ^ {(name, p.shape) for name, p in model.named_parameters()}:
+            raise ValueError("{} of shape {} is not that of a checkpoint".format(*min(wrong)))
     for name, p in model.named_parameters():
         tensor = distributed.whole(p.detach())  # needs every process, but only process 0 keeps it
-        if name not in readable or readable[name].shape != tensor.shape:
-            raise ValueError(f"{path}: not written, {name} {list(tensor.shape)} has no place in a checkpoint")
         if not finite(tensor):
             raise ValueError(f"{path}: not written, {name} holds NaN or infinite values in {tensor.dtype}")
         if not distributed.index():

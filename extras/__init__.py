@@ -2,16 +2,14 @@
 import ctypes
 import math
 import os
-import resource
-import sys
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from attribution import low_rank_factors
-from model import LowRankLinear, matrix_names
-from runtime.cli import open_checkpoint
+from model import LowRankLinear, matrix_names, upcast
+from runtime.cli import open_checkpoint, resident_bytes
 from runtime.files import optional_json
 
 
@@ -19,6 +17,18 @@ def keep(model, name, usv, kept):
     """Replace the matrix `name` by the factors of its kept components, in the model's dtype."""
     A, B = low_rank_factors(*usv, kept)
     model.set_submodule(name, LowRankLinear(A, B).to(model.dtype))
+
+
+def linear(W):
+    """A linear layer that holds W (m, n) and asks for no gradient."""
+    layer = nn.Linear(*W.shape[::-1], bias=False, device="meta")
+    layer.weight = nn.Parameter(W.detach(), requires_grad=False)
+    return layer
+
+
+def product(factors):
+    """A B (m, n) of a LowRankLinear, multiplied in fp32 at least, in the dtype of A."""
+    return (upcast(factors.A) @ upcast(factors.B)).type_as(factors.A)
 
 
 def is_tied(model):
@@ -30,7 +40,7 @@ def peak_bytes(device: torch.device) -> int:
     """Peak memory: allocated on a CUDA device, else resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resident_bytes()
 
 
 def reset_peak(device: torch.device) -> bool:

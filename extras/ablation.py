@@ -23,12 +23,12 @@ from torch import nn
 from attribution import SCORES, weight_gradients
 from data.corpus import load_text, random_windows, text_names
 from extras import short_names
-from grasp import check_layers, compress, find_redundant
+from grasp import compress, find_redundant
 from model import matrix_names
 from runtime import cli
 from runtime.files import write_json
 from runtime.job import Job
-from runtime.plan import held
+from runtime.plan import check_layers, held
 
 EQUAL = "equal"                                          # as a ratio: the one that keeps what the variant before kept
 DRAWN_BY = itemgetter("calibration", "samples", "seed")  # the settings that say which windows are drawn
@@ -52,19 +52,19 @@ def studies(calibration, samples, seeds, thresholds):
 
 
 def ablate(job, variants, windows, layers=None, layer_ids=None):
-    """Compress and evaluate job.model for each variant (name, settings), yielding a row. In between it is as it came.
+    """Compress and evaluate job.model for each variant (name, settings), yielding a row. Restores it after each.
 
     windows: {DRAWN_BY(settings): (samples, seq_len) int64}. layers: how many redundant ones to find; or layer_ids:
-    which they are. Row: that of the table, and the settings, the redundant layers, the matrices as `compress` records them,
-    and the fraction of its components kept `in_common` with the first variant's, a ratio's with its threshold's.
+    which they are. Row: that of the table, and the settings, the redundant layers, the matrices as `compress` records
+    them, and the fraction of its components kept `in_common` with the first variant's, a ratio's with its threshold's.
     """
     drawn = row = first = None
     model = job.model
     for name, s in variants:
         if drawn != DRAWN_BY(s):
             drawn, G = DRAWN_BY(s), None  # the old windows' gradients make room
-            sweep = partial(cli.batches, windows[drawn], job.size)
-            redundant, dense, G, seconds = look(model, sweep, layers, layer_ids)
+            job.windows = windows[drawn]
+            redundant, dense, G, seconds = look(model, job.sweep, layers, layer_ids)
         if s["ratio"] == EQUAL:
             shapes = [module.weight.shape for module in dense.values()]
             s = {**s, "ratio": ratio_of_size(shapes, row["parameters"] - model.n_params + held(shapes))}
@@ -72,7 +72,7 @@ def ablate(job, variants, windows, layers=None, layer_ids=None):
         seconds["compression"] = 0.0
         try:
             with cli.timed(seconds, "compression", model.device):
-                records = compress_as(model, redundant, G, sweep, s)
+                records = compress_as(model, redundant, G, job.sweep, s)
             shared = not s["iterative"] and s["score"] != "magnitude"
             row = job.evaluate(name, seconds["redundancy"] + seconds["compression"] + shared * seconds["attribution"])
         finally:
@@ -147,7 +147,7 @@ def main():
     model, tokenizer = cli.open_checkpoint(a.ckpt, a.device, a.dtype)
     n = a.layers or len(a.layer_ids)
     check_layers(model.args.n_layers, a.layers, a.layer_ids)
-    job = Job(a, model, n)
+    job = Job(model, max(a.samples), a.seq_len, a.batch_size, n)
     base = {"calibration": a.calibration[0], "samples": a.samples[0], "seed": a.seeds[0], "score": "taylor",
             "iterative": False, "ratio": a.ratio, "threshold": None}
     variants = [(name, {**base, **changes}) for name, changes in
@@ -155,7 +155,7 @@ def main():
     tokens, job.calibration = read_calibration(a.calibration, tokenizer, a.data_dir)
     windows = {DRAWN_BY(s): random_windows(tokens[s["calibration"]], s["samples"], job.seq_len, s["seed"])[0]
                for _, s in variants}
-    job.read_texts(tokenizer)
+    job.read_texts(tokenizer, a.eval, a.windows, a.data_dir)
     fixed = {"budget": f"ratio {a.ratio}", "samples": f"{a.samples[0]} samples", "seeds": f"seed {a.seeds[0]}",
              "score": "score taylor", "schedule": "one-shot"}
     print(f"study        {a.study}, {len(variants)} variants, each of {n} layer{'s' * (n > 1)}; "
@@ -167,7 +167,7 @@ def main():
     if a.study == "seeds":
         print(spread(job.rows[1:], job.texts))
     if a.json:
-        write_json(a.json, job.report())
+        write_json(a.json, job.report(vars(a)))
 
 
 def read_calibration(names, tokenizer, data_dir):
@@ -204,8 +204,6 @@ def parse():
     a = p.parse_args()
     if (a.layers is None) == (a.layer_ids is None):
         raise ValueError("give one of --layers N and --layer-ids ID ...")
-    if len(set(a.layer_ids or [])) < len(a.layer_ids or []):
-        raise ValueError(f"--layer-ids {a.layer_ids}: expected each id once")
     if a.ratio and a.study == "budget":
         raise ValueError("--ratio: the budget study finds its ratios itself, by --thresholds")
     a.ratio = a.ratio or 0.1

@@ -30,12 +30,13 @@ from torch import nn
 from attribution import importance, rank_for_ratio, sigma_gradients, svd, top_k, weight_gradients
 from data.corpus import calibration_windows
 from evaluate import markdown
-from extras import keep, peak_bytes, reset_peak
+from extras import keep, open_dense, peak_bytes, reset_peak
 from extras.generate import random_prompt, weight_bytes
-from grasp import check_layers, compress, find_redundant
+from grasp import compress, find_redundant
 from model import MATRICES, ModelArgs, Transformer, matrix_names, repeats_heads, upcast
 from runtime import cli
 from runtime.files import write_json
+from runtime.plan import check_layers
 
 SHAPES = {  # dim, n_layers, n_heads, n_kv_heads, hidden_dim, vocab_size, whether the embeddings are tied
     "llama2-7b": (4096, 32, 32, 32, 11008, 32000, False), "llama3-8b": (4096, 32, 32, 8, 14336, 128256, False),
@@ -457,10 +458,7 @@ def open_weights(ckpt, shape, smallest, device, dtype):
         model = random_weights(sizes, cli.DTYPES.get(dtype, usual), device)
         cli.introduce(f"{shape or 'the smallest'}, random weights", model, why, "by default, or as asked")
         return model, None
-    model, tokenizer = cli.open_checkpoint(ckpt, device, dtype)
-    if model.n_params < model.n_params_dense:
-        raise ValueError(f"{ckpt}: is compressed already, expected a dense folder")
-    return model, tokenizer
+    return open_dense(ckpt, device, dtype)
 
 
 def parse():

@@ -10,10 +10,11 @@ layer. kfac (low-rank, one ratio), kfac-all (low-rank, one ranking) and fisher (
 extras/fisher.py.
 
 Every row starts from a freshly loaded dense model and a freshly seeded generator: none depends on the rows before it.
-(sleb's second row goes on from its first one, which is the same.) Its seconds and its peak memory are the method's own:
-loading comes before them, evaluation after.
+sleb is greedy: its second row drops one more block from its first row's model, and its seconds count both. Seconds and
+peak memory are the method's own: loading comes before them, evaluation after.
 """
 import gc
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -30,12 +31,12 @@ from extras.baselines.pruner import llm_pruner
 from extras.baselines.removal import laco, shortgpt, sleb
 from extras.baselines.slicegpt import slicegpt
 from extras.baselines.streamline import streamline
-from grasp import check_layers, compress, find_redundant
-from model import load_checkpoint, matrix_names, save_checkpoint
+from grasp import compress, find_redundant
+from model import load_checkpoint, save_checkpoint
 from runtime import cli
 from runtime.files import check_output, write_json
 from runtime.job import Job
-from runtime.plan import held
+from runtime.plan import check_layers, dense_matrices, held, parameters_left
 
 BLOCKS = {"shortgpt": shortgpt, "sleb": sleb, "laco": laco, "linearpatch": linearpatch, "replaceme": replaceme}
 CLOSE = 0.005  # of the budget: off by more than that is said
@@ -56,7 +57,7 @@ def methods(n):
 
 
 def rows_of(name, n, model, budget):
-    """[(name of a row, function (model, sweep) -> model, whether it goes on from the row before)] of a method.
+    """[(name of a row, function (model, sweep) -> model, whether it continues the row before)] of a method.
 
     A method of whole blocks has two: the most blocks that the budget holds and one more. If the budget is a whole
     number of blocks but for CLOSE, it has one.
@@ -82,7 +83,7 @@ def on_redundant(method, n, model, sweep, budget):
 
 def grasp(model, sweep, budget, layers):
     """The paper's method with its defaults, at the one ratio by which these layers lose `budget` parameters."""
-    shapes = matrix_shapes(model, layers)
+    shapes = dense_matrices(model, layers).values()
     most = held(shapes) - held(shapes, 0)  # of rank 1
     if budget > most:
         raise ValueError(f"cannot remove {budget:,} parameters: GRASP of {len(layers)} layers removes {most:,} at most")
@@ -96,35 +97,31 @@ def second_order(model, sweep, budget, layers=None, **settings):
     return model
 
 
-def matrix_shapes(model, layers):
-    """[(m, n)] of all matrices of these layers."""
-    return [model.get_submodule(name).weight.shape for name in matrix_names(*layers)]
-
-
 def budget_of(model, n, ratio, part=None):
     """How many parameters to remove: as GRASP does from n layers at `ratio`; or the fraction `part` of all blocks'."""
     if part:
         return round(part * model.args.n_layers * block_params(model))
-    shapes = matrix_shapes(model, range(n))  # all layers are alike
-    return held(shapes) - held(shapes, ratio)
+    return model.n_params - parameters_left(model, range(n), ratio)  # all layers are alike
 
 
-def run(name, method, job, budget, spent=0.0):
-    """Run one method on job.model and evaluate what it returns, job.model from then on: its row.
+def run(name, method, job, budget, before=None):
+    """Run a method, put its result into job.model, evaluate it, and return its row.
 
     Row: {method, removed (parameters), off (relative distance from the budget), perplexity, seconds, peak_bytes}. If a
     method cannot do it, or its perplexity is no number (ValueError, LinAlgError), {method, error}.
-    spent: seconds that the model has cost already.
+    before: the row that this one continues.
     """
-    seconds, device = {}, job.model.device
+    seconds, device, before = {}, job.model.device, before or {"seconds": 0.0, "peak_bytes": 0}
+    if "error" in before:
+        return {"method": name, "error": before["error"]}
     reset_peak(device)
     try:
         with cli.timed(seconds, name, device):
             job.model = method(job.model, job.sweep)
-        peak, removed = peak_bytes(device), job.before - job.model.n_params
+        peak, removed = max(peak_bytes(device), before["peak_bytes"]), job.before - job.model.n_params
         return {"method": name, "removed": removed, "off": removed / budget - 1,
                 "perplexity": result_row(name, job.model, job.texts, job.eval_size)["perplexity"],
-                "seconds": spent + seconds[name], "peak_bytes": peak}
+                "seconds": before["seconds"] + seconds[name], "peak_bytes": peak}
     except (ValueError, torch.linalg.LinAlgError) as e:
         return {"method": name, "error": " ".join(str(e).split())}
 
@@ -141,14 +138,14 @@ def columns(row, texts):
             "peak GiB": cell("peak_bytes", lambda peak: f"{peak / 2 ** 30:.2f}")}
 
 
-def ranked(rows, texts):
+def ranked(rows):
     """The rows in the order of the first text's perplexity; the dense model comes first, methods that failed last."""
     return rows[:1] + sorted(rows[1:], key=lambda row: next(iter(row.get("perplexity", {}).values()), float("inf")))
 
 
 def compared(rows, texts, notes):
     """The Markdown table; under it which methods failed or are off the budget, the notes and the texts' protocols."""
-    shown = [columns(row, texts) for row in ranked(rows, texts)]
+    shown = [columns(row, texts) for row in ranked(rows)]
     off = [row["method"] for row in rows if abs(row.get("off", 0)) > CLOSE]
     return "\n".join([markdown([*shown[0]], [[*row.values()] for row in shown]), "",
                       *(f"{row['method']}: {row['error']}" for row in rows if "error" in row),
@@ -160,60 +157,61 @@ def main():
     a = parse()
     model, tokenizer = open_dense(a.ckpt, a.device, a.dtype)
     check_layers(model.args.n_layers, a.layers)
-    budget, job = budget_of(model, a.layers, a.ratio, a.budget), Job(a, model)
+    budget, job = budget_of(model, a.layers, a.ratio, a.budget), Job(model, a.samples, a.seq_len, a.batch_size)
     if not budget:
         raise ValueError("--ratio, --budget: leave nothing to remove")
     which = f"{a.layers} layer{'s' * (a.layers > 1)}"
     of = f"{100 * a.budget:g} % of its blocks" if a.budget else f"as GRASP of {which} at ratio {a.ratio}"
     notes = [f"budget       {budget:,} parameters, {100 * budget / model.n_params:.1f} % of the model, {of}",
-             "measured     seconds of the method alone, peak GiB "
-             f"{'too' if reset_peak(model.device) else 'of the process so far'}"]
+             "measured     seconds of the method alone; peak GiB "
+             f"{'of the method alone' if reset_peak(model.device) else 'of the process so far'}"]
     print("\n".join(notes))
-    job.read(tokenizer)
+    job.calibrate(tokenizer, a.calibration, a.seed, a.data_dir)
+    job.read_texts(tokenizer, a.eval, a.windows, a.data_dir)
     notes.append(f"calibration  {job.calibration['protocol']}, batches of {job.size}")
 
     def add(row):
         job.rows.append(row)
         _, *values = columns(row, job.texts).items()
-        print(f"{row['method']:<12} " + (row.get("error") or "  ".join(map(" ".join, values))))
+        print(f"{row['method']:<22} " + (row.get("error") or "  ".join(map(" ".join, values))))
         if a.json:
-            write_json(a.json, job.report(budget=budget, notes=notes))
+            write_json(a.json, job.report(vars(a), parameters=job.before, budget=budget, notes=notes))
 
     dense = result_row("dense", model, job.texts, job.eval_size)
     add({"method": "dense", "removed": 0, "perplexity": dense["perplexity"]})
     dtype, device = model.dtype, model.device
-    plans = {name: rows_of(name, a.layers, model, budget) for name in a.methods}
+    plan = [row for name in dict.fromkeys(a.methods) for row in rows_of(name, a.layers, model, budget)]
     del model
-    for name, rows in plans.items():
-        for row_name, method, goes_on in rows:
-            spent = job.rows[-1].get("seconds", 0.0) if goes_on else 0.0
-            torch.manual_seed(a.seed)
-            if not goes_on:
-                job.model = None
-                gc.collect()  # the model before goes even where a cycle of objects holds it
-                job.model = load_checkpoint(a.ckpt, dtype, device)
-            add(run(row_name, method, job, budget, spent))
-            if a.keep and "error" not in job.rows[-1]:
-                keep_folder(job, row_name, a.keep, tokenizer)
+    for name, method, continues in plan:
+        torch.manual_seed(a.seed)
+        if not continues:
+            job.model = None
+            gc.collect()  # the model before goes even where a cycle of objects holds it
+            job.model = load_checkpoint(a.ckpt, dtype, device)
+        add(run(name, method, job, budget, job.rows[-1] if continues else None))
+        if a.keep and "error" not in job.rows[-1]:
+            keep_folder(job, a, tokenizer)
     print("\n" + compared(job.rows, job.texts, notes))
 
 
-def keep_folder(job, name, folder, tokenizer):
-    """Write the model of a row as a folder, if it is one that a folder can hold."""
-    path = folder / name.replace(", ", "-").replace(" ", "-")
-    folder.mkdir(exist_ok=True)
+def keep_folder(job, a, tokenizer):
+    """Write the model of the last row as a folder in --keep, if it is one that a folder can hold."""
+    path = a.keep / job.rows[-1]["method"].replace(", ", "-").replace(" ", "-")
+    a.keep.mkdir(exist_ok=True)
     try:
-        save_checkpoint(job.model, path, job.report(method=name), tokenizer.files)
+        save_checkpoint(job.model, path, job.made(vars(a), results=job.rows[-1:]), tokenizer.files)
         print(f"written to {path}")
     except ValueError as e:
         print(e)
+    with suppress(OSError):
+        a.keep.rmdir()  # if nothing was written
 
 
 def parse():
     p, known = cli.Parser(__doc__), [*BLOCKS, *methods(1)]
     add = cli.model_flags(p, "what to compress").add_argument
     add("--methods", nargs="+", choices=known, default=known, metavar="NAME",
-        help=f"in this order (default: {' '.join(known)})")
+        help=f"run in this order; the table is ranked (default: {' '.join(known)})")
     add("--layers", type=cli.positive, metavar="N", required=True, help="how many layers are redundant")
     add("--ratio", type=cli.fraction, help="fraction of their matrices that GRASP would keep (default: 0.1)")
     add("--budget", type=cli.fraction, metavar="FRACTION",
@@ -222,7 +220,7 @@ def parse():
     cli.evaluation_flags(p)
     add = p.add_argument_group("output").add_argument
     add("--json", type=cli.json_file, metavar="FILE", help="write everything there too, after every row")
-    add("--keep", type=Path, metavar="DIR", help="write the model of every row as a folder in DIR, a new one")
+    add("--keep", type=Path, metavar="DIR", help="write the model of every row that a folder can hold into DIR, a new one")
     cli.machine_flags(p, batches=True)
     a = p.parse_args()
     if a.ratio and a.budget:

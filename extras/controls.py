@@ -1,4 +1,4 @@
-"""Controls: folders to compare a compressed folder with. Every command takes them.
+"""Controls: folders to compare a compressed folder with.
 
     python -m extras.controls KIND --ckpt COMPRESSED --out FOLDER
 
@@ -24,7 +24,7 @@ def drop_layers(model, layer_ids):
     """Take these layers out of the model, in place. Raises ValueError if that leaves none."""
     left = [block for layer, block in enumerate(model.layers) if layer not in layer_ids]
     if not left:
-        raise ValueError(f"all {len(model.layers)} layers are compressed: dropped, they would leave no model")
+        raise ValueError(f"no layer would be left of {len(model.layers)}")
     model.layers = nn.ModuleList(left)
     model.args = replace(model.args, n_layers=len(left))
 

@@ -20,15 +20,10 @@ import torch.nn.functional as F
 from data import need
 from data.checkpoint import HF_FIELDS, HF_TENSORS, own_storage, read_args
 from data.corpus import embedded_text
-from extras import is_tied
-from model import LowRankLinear, Transformer, upcast
+from extras import is_tied, product
+from model import LowRankLinear, Transformer
 from runtime import cli
 from runtime.files import atomic_write, check_output, write_json
-
-# Llama 3's special tokens by their places after the ranks; the other 251 are numbered. Its file does not hold them.
-# (3.1 named three of the numbered ones; the ids are the same.)
-LLAMA3_SPECIAL = {0: "<|begin_of_text|>", 1: "<|end_of_text|>", 6: "<|start_header_id|>", 7: "<|end_header_id|>",
-                  9: "<|eot_id|>"}
 
 # A converted tokenizer must give the same ids here, and on the embedded text with its tables and indented code.
 PROBE = "  Two  spaces,\ttabs\r\nand\n\n\nlines; 1234567 3.14; naïve été e\u0301 ½ ﬁ, 日本語 🙂 \x00 don't WE'RE ▁ a<s>b </s> <unk> "
@@ -40,8 +35,7 @@ def dense_weight(model, name):
     Channels that an MLP has lost are zeros again: silu(0) * 0 = 0.
     """
     module, hidden_dim = model.get_submodule(name.removesuffix(".weight")), model.args.hidden_dim
-    low_rank = isinstance(module, LowRankLinear)
-    W = (upcast(module.A) @ upcast(module.B)).to(module.A.dtype) if low_rank else module.weight
+    W = product(module) if isinstance(module, LowRankLinear) else module.weight
     if "feed_forward" in name and (lost := hidden_dim - W.shape[name.endswith("w2.weight")]):
         W = F.pad(W, (0, lost) if name.endswith("w2.weight") else (0, 0, 0, lost))
     return W
@@ -202,7 +196,7 @@ def from_sentencepiece(tokenizer):
 def from_tiktoken(content):
     """A `tokenizers` one of Llama 3's lines of base64 and rank, its 256 special tokens after them."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from data.tokenizer import LLAMA3_PATTERN
+    from data.tokenizer import LLAMA3_PATTERN, LLAMA3_SPECIAL
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, content.splitlines())}
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # a letter for each byte: its own if that can be shown,
     others = iter(letter for letter in alphabet if ord(letter) > 255)  # else the next one from 256 on
@@ -217,8 +211,8 @@ def from_tiktoken(content):
         pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     made.decoder = decoders.ByteLevel()
-    numbers = iter(range(256))
-    special = [LLAMA3_SPECIAL.get(i) or f"<|reserved_special_token_{next(numbers)}|>" for i in range(256)]
+    numbers, named = iter(range(256)), {place: token for token, place in LLAMA3_SPECIAL.items()}
+    special = [named.get(i) or f"<|reserved_special_token_{next(numbers)}|>" for i in range(256)]
     return with_special(made, special, len(ranks))
 
 

@@ -20,13 +20,14 @@ from functools import partial
 import torch
 
 from attribution import SCORES, backward, importance, sigma_gradients, top_k, weight_gradients
-from extras import keep, open_dense
-from extras.baselines import block_params, input_of, linear, uniform_ranks, watch_inputs
-from grasp import check_layers, find_redundant
+from extras import keep, linear, open_dense
+from extras.baselines import block_params, input_of, uniform_ranks, watch_inputs
+from grasp import find_redundant
 from model import matrix_names, save_checkpoint, upcast
 from runtime import cli
 from runtime.files import check_output
 from runtime.job import Job
+from runtime.plan import check_layers
 
 BASES = ("plain", "whitened", "kfac")
 DAMPING = 0.03  # fraction of a moment's mean diagonal that is added to it: few tokens leave it singular
@@ -218,13 +219,14 @@ def main():
     if a.layers or a.layer_ids:
         check_layers(model.args.n_layers, a.layers, a.layer_ids)
     blocks = model.args.n_layers * block_params(model)
-    budget, job = round(a.budget * blocks), Job(a, model)
+    budget, job = round(a.budget * blocks), Job(model, a.samples, a.seq_len, a.batch_size)
     if not budget:
         raise ValueError(f"--budget {a.budget}: leaves nothing to remove")
     print(f"method       {a.basis} basis, {a.allocate} allocation, score {a.score}, MLPs by {a.mlp}; {budget:,} "
           f"parameters to remove, {100 * budget / blocks:.1f} % of the blocks' and {100 * budget / job.before:.1f} % "
           "of the model's")
-    job.read(tokenizer)
+    job.calibrate(tokenizer, a.calibration, a.seed, a.data_dir)
+    job.read_texts(tokenizer, a.eval, a.windows, a.data_dir)
     job.evaluate()
     with cli.timed(job.seconds, "compression", model.device):
         layers = find_redundant(model, job.sweep, a.layers)[-1] if a.layers else a.layer_ids
@@ -235,16 +237,19 @@ def main():
     gone = job.before - model.n_params
     print(f"\n{job.table()}\nasked: {budget:,} parameters less; achieved: {job.achieved()}, "
           f"{100 * gone / blocks:.1f} % of the blocks'")
-    save_checkpoint(model, a.out, job.report(layers=layers, kept=kept), tokenizer.files, a.overwrite)
+    report = job.made(vars(a), layers=layers, kept=kept, input=cli.earlier_report(a.ckpt))
+    save_checkpoint(model, a.out, report, tokenizer.files, a.overwrite)
     print(f"written to {a.out}")
 
 
 def parse():
     p = cli.Parser(__doc__)
-    add = cli.model_flags(p, "what to compress").add_argument
+    group = cli.model_flags(p, "what to compress")
+    add = group.add_argument
     add("--budget", type=cli.fraction, required=True, help="fraction of all blocks' parameters to remove")
-    add("--layers", type=cli.positive, metavar="N", help="remove them from the N redundant layers (default: from all)")
-    add("--layer-ids", type=int, nargs="+", metavar="ID", help="remove them from these layers instead")
+    either = group.add_mutually_exclusive_group().add_argument
+    either("--layers", type=cli.positive, metavar="N", help="remove them from the N redundant layers (default: from all)")
+    either("--layer-ids", type=int, nargs="+", metavar="ID", help="remove them from these layers instead")
     add("--basis", choices=BASES, default="kfac", help="of the decompositions (default: kfac)")
     add("--allocate", choices=["ratio", "global"], default="global", help="one ratio, or one ranking (default: global)")
     add("--mlp", choices=["channels", "components"], help="what an MLP loses (default: channels, where "
@@ -259,10 +264,6 @@ def parse():
     if a.mlp == "channels" and not fit:
         raise ValueError("--mlp channels needs --basis kfac, --allocate global and --score magnitude")
     a.mlp = a.mlp or ("channels" if fit else "components")
-    if a.layers and a.layer_ids:
-        raise ValueError("give one of --layers N and --layer-ids ID ...")
-    if len(set(a.layer_ids or [])) < len(a.layer_ids or []):
-        raise ValueError(f"--layer-ids {a.layer_ids}: expected each id once")
     check_output(a.out, a.overwrite, [a.ckpt])
     return a
 

@@ -224,7 +224,7 @@ def main():
     dense, model, tokenizer = open_original(report, a.dense, a.device, a.dtype, a.matrix)
     if a.matrix:
         seq_len = cli.sequence_length(a.seq_len, 2048, model)
-        name = a.data or ("embedded" if dense == cli.TINY else "wikitext2")
+        name = a.data or ("embedded" if cli.made_on_embedded(dense) else "wikitext2")
         (label, (windows, protocol)), = evaluation_windows([name], tokenizer, seq_len, a.windows, a.data_dir).items()
     a.out.mkdir(exist_ok=True)
     drawn, cosines = a.layer_ids or compressed, report["cosines"]

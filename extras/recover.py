@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from attribution import backward
-from extras import peak_bytes
+from extras import linear, peak_bytes
 from model import LowRankLinear, matrix_names, save_checkpoint, upcast
 from runtime import cli
 from runtime.files import atomic_write, check_output, optional_json
@@ -128,9 +128,7 @@ class LoRALinear(LowRankLinear):
         return F.linear(x, self.W) + 2 * super().forward(x)
 
     def merged(self):
-        linear = nn.Linear(*self.W.shape[::-1], bias=False, device="meta")
-        linear.weight = nn.Parameter((upcast(self.W) + 2 * self.A @ self.B).type_as(self.W), requires_grad=False)
-        return linear
+        return linear((upcast(self.W) + 2 * self.A @ self.B).type_as(self.W))
 
 
 def prepare(model, lora=None, seed=0):

@@ -229,7 +229,7 @@ def batches(windows: Tensor, size: int, label: str) -> Iterator[Tensor]:
 
 
 def show(line: str, last: bool) -> bool:
-    """Rewrite one progress line on a terminal or in a notebook; else return False. The last one erases it."""
+    """Rewrite one progress line; the last one erases it. Return whether there is a terminal or notebook."""
     terminal, notebook = sys.stderr.isatty(), "ipykernel" in sys.modules
     if (terminal or notebook) and not distributed.index():
         text = line * (not last)  # a notebook erases nothing, so spaces cover the line before
@@ -268,17 +268,23 @@ def earlier_report(ckpt: Path) -> dict | None:
 
 
 def made_on_embedded(ckpt: Path) -> bool:
-    """Whether a folder is the embedded model, or was compressed on its text."""
-    settings = (earlier_report(ckpt) or {}).get("settings")
-    text = settings.get("calibration") if isinstance(settings, dict) else None
-    return os.path.realpath(ckpt) == str(TINY) or text == "embedded"
+    """Whether a folder is the embedded model, or was made from it."""
+    report, source = earlier_report(ckpt), ckpt
+    while isinstance(report, dict):
+        with suppress(KeyError, TypeError):
+            source = Path(report["settings"]["ckpt"])
+        report = report.get("input")
+    return os.path.realpath(source) == str(TINY) or source.parts[-2:] == TINY.parts[-2:]
 
 
 def peak_memory() -> str:
     """The peak memory of this process: resident, and allocated on its GPU."""
-    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     gpu = f", {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB on the GPU" * torch.cuda.is_initialized()
-    return f"{rss / 2 ** 30:.2f} GiB{gpu}"
+    return f"{resident_bytes() / 2 ** 30:.2f} GiB{gpu}"
+
+
+def resident_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -1,5 +1,4 @@
 """What the commands that compress share: the texts of a run, its sweeps, its table and its report."""
-import argparse
 from collections.abc import Iterator
 
 from torch import Tensor
@@ -14,29 +13,30 @@ from runtime import cli
 class Job:
     """One run of a command on a model.
 
-    a: parsed flags, those of cli.calibration_flags, evaluation_flags and machine_flags among them.
-    layers: how many layers have their gradients summed, for the size of a micro-batch on CUDA.
+    rows: of the table. seconds: of each phase. size, eval_size: sequences in a micro-batch of a sweep and
+    of an evaluation. windows (samples, seq_len) int64, calibration: after `calibrate`. texts: after
+    `read_texts`.
     """
-    def __init__(self, a: argparse.Namespace, model: Transformer, layers: int = 0):
-        self.a, self.model, self.before = a, model, model.n_params
-        self.rows, self.seconds = [], {}
-        self.seq_len = cli.sequence_length(a.seq_len, 512, model)
+    def __init__(self, model: Transformer, samples: int, seq_len: int | None, batch_size: int | None,
+                 layers: int | None = None):
+        """layers: how many have their gradients summed; None if a sweep holds more, so that CUDA's
+        micro-batches stay small."""
+        self.model, self.before, self.rows, self.seconds = model, model.n_params, [], {}
+        self.samples, self.seq_len = samples, cli.sequence_length(seq_len, 512, model)
         self.eval_len = cli.sequence_length(None, 2048, model)
-        self.size = cli.batch_size(a.batch_size, self.seq_len, model, layers)  # sequences in a micro-batch
-        self.eval_size = cli.batch_size(a.batch_size, self.eval_len, model)
+        size = cli.batch_size(batch_size, self.seq_len, model if layers else None, layers or 0)
+        self.size, self.eval_size = min(size, samples), cli.batch_size(batch_size, self.eval_len, model)
 
-    def read(self, tokenizer: Tokenizer) -> None:
-        """Read the calibration set and the evaluation texts, and print what the first one is."""
-        a = self.a
+    def calibrate(self, tokenizer: Tokenizer, text: str, seed: int, data_dir: str | None) -> None:
+        """Read the calibration set and print what it is."""
         self.windows, self.calibration = calibration_windows(
-            tokenizer, a.calibration, a.samples, self.seq_len, a.seed, a.data_dir)
-        self.size = min(self.size, a.samples)
-        self.read_texts(tokenizer)
+            tokenizer, text, self.samples, self.seq_len, seed, data_dir)
         print(f"calibration  {self.calibration['protocol']}, batches of {self.size}\n")
 
-    def read_texts(self, tokenizer: Tokenizer) -> None:
-        a = self.a
-        self.texts = evaluation_windows(a.eval, tokenizer, self.eval_len, a.windows, a.data_dir)
+    def read_texts(self, tokenizer: Tokenizer, names: list[str], limit: int | None,
+                   data_dir: str | None) -> None:
+        """Read the texts to evaluate on."""
+        self.texts = evaluation_windows(names, tokenizer, self.eval_len, limit, data_dir)
 
     def sweep(self, label: str) -> Iterator[Tensor]:
         """Yield the calibration set's batches (B, seq_len) int64. Their time is added to seconds[label]."""
@@ -56,11 +56,15 @@ class Job:
         left = self.model.n_params
         return f"{left:,} parameters left of {self.before:,}, {100 * (1 - left / self.before):.1f} % removed"
 
-    def report(self, settings: dict | None = None, **more) -> dict:
-        """What report.json says of a run. settings: those that the command found itself. more: its fields."""
-        return {"settings": {**vars(self.a), "seq_len": self.seq_len, "device": str(self.model.device),
-                             "dtype": str(self.model.dtype), **(settings or {})},
-                "versions": cli.versions(), "parameters_before": self.before,
-                "parameters_after": self.model.n_params, "calibration": self.calibration,
+    def report(self, settings: dict, **more) -> dict:
+        """What report.json says of any run. settings: of the command. more: its own fields."""
+        return {"settings": {**settings, "seq_len": self.seq_len, "device": str(self.model.device),
+                             "dtype": str(self.model.dtype)},
+                "versions": cli.versions(), "calibration": self.calibration,
                 "protocol": {label: protocol for label, (_, protocol) in self.texts.items()},
-                "results": self.rows, "seconds": self.seconds, **more}
+                "results": self.rows, **more}
+
+    def made(self, settings: dict, **more) -> dict:
+        """The report of a run that has compressed the model."""
+        return self.report(settings, parameters_before=self.before, parameters_after=self.model.n_params,
+                           seconds=self.seconds, **more)

@@ -1,5 +1,4 @@
 """What the tests share: small random models, ways to run a command, and the real data where it is at hand."""
-import argparse
 import copy
 import os
 import signal
@@ -37,8 +36,8 @@ def random_tokens(model, B, T, seed=1):
 
 def job_of(model, texts, size=2, windows=None):
     """A Job on a model, with these texts and calibration windows, in micro-batches of `size` sequences."""
-    job = Job(argparse.Namespace(seq_len=None, batch_size=size), model)
-    job.texts, job.windows = texts, windows
+    job = Job(model, 100, None, size)
+    job.texts, job.windows, job.calibration = texts, windows, {}
     return job
 
 

@@ -7,7 +7,7 @@ remove, met to 0.5 %. A method that takes out whole blocks is a function (model,
 """
 from contextlib import contextmanager
 
-from torch import nn
+import torch
 
 from attribution import rank_for_ratio
 
@@ -60,13 +60,6 @@ def input_of(name):
     return f"{parent}.{SAME_INPUT.get(leaf, leaf)}"
 
 
-def linear(W):
-    """A linear layer that holds W (m, n) and asks for no gradient."""
-    layer = nn.Linear(*W.shape[::-1], bias=False, device="meta")
-    layer.weight = nn.Parameter(W.detach(), requires_grad=False)
-    return layer
-
-
 @contextmanager
 def watch_inputs(model, names, visit):
     """While open, every forward pass calls visit(name, x) with the named linear layers' inputs x (B * T, n)."""
@@ -77,3 +70,17 @@ def watch_inputs(model, names, visit):
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@torch.no_grad()
+def input_sums(model, names, term, passes):
+    """{name: the sum of term(x)} over the inputs x (B * T, n) of the named matrices, while `passes` is iterated."""
+    sums = dict.fromkeys(names, 0)
+
+    def visit(name, x):
+        sums[name] += term(x)
+
+    with watch_inputs(model, sums, visit):
+        for _ in passes:
+            pass
+    return sums

@@ -31,7 +31,7 @@ import torch
 
 from attribution import backward, svd
 from extras import keep
-from extras.baselines import input_of, uniform_ranks, watch_inputs
+from extras.baselines import input_of, input_sums, uniform_ranks
 from extras.controls import truncate
 from model import matrix_names, upcast
 
@@ -51,7 +51,7 @@ def fwsvd(model, sweep, budget, layers=None):
 def asvd(model, sweep, budget, layers=None, alpha=0.5):
     """Weight inputs by their mean size, d_j = (mean |x_j|)^alpha."""
     ranks = ranks_of(model, layers, budget)
-    sums = input_sums(model, ranks, sweep("ASVD"), lambda x: upcast(x).abs().sum(0))
+    sums = moments(model, ranks, sweep("ASVD"), lambda x: upcast(x).abs().sum(0))
     return decompose(model, ranks, {name: sums[input_of(name)] ** alpha for name in ranks})
 
 
@@ -62,7 +62,7 @@ def svd_llm(model, sweep, budget, layers=None):
     no A B of rank k has less. Holds an fp64 n x n moment for each of the four different inputs of every block.
     """
     ranks = ranks_of(model, layers, budget)
-    sums = input_sums(model, ranks, sweep("SVD-LLM"), lambda x: x.double().mT @ x.double())
+    sums = moments(model, ranks, sweep("SVD-LLM"), lambda x: x.double().mT @ x.double())
     for source, moment in sums.items():
         sums[source] = triangular(moment)
     return decompose(model, ranks, {name: sums[input_of(name)] for name in ranks})
@@ -115,18 +115,10 @@ def fisher_weights(model, names, batches):
     return {name: total.sqrt() for name, total in sums.items()}
 
 
-@torch.no_grad()
-def input_sums(model, names, batches, term):
+def moments(model, names, batches, term):
     """{input_of(name): the sum of term(x) over the inputs x (B * T, n)}; matrices with one input share its sum."""
-    sums = dict.fromkeys(map(input_of, names), 0)
-
-    def visit(name, x):
-        sums[name] += term(x)
-
-    with watch_inputs(model, sums, visit):
-        for tokens in batches:
-            model.final_state(tokens.to(model.device))
-    return sums
+    passes = (model.final_state(tokens.to(model.device)) for tokens in batches)
+    return input_sums(model, map(input_of, names), term, passes)
 
 
 def triangular(moment):

@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 
 from attribution import rank_for_ratio, svd
-from extras import keep, open_dense, recover
-from extras.baselines import input_of, linear, watch_inputs
+from extras import keep, linear, open_dense, product, recover
+from extras.baselines import input_of, input_sums
 from extras.controls import truncate
 from model import MATRICES, LowRankLinear, rotary_frequencies, upcast
 from runtime import cli
@@ -54,14 +54,14 @@ def lorap(model, sweep, budget, sublayer="both", mlp="prune", decomposition="aws
             low_rank = {f"layers.{layer}.{name}": k for name, k in ranks.items() if name.startswith(half)}
             term = affine_moments if decomposition == "afm" else squares
             needed = map(input_of, low_rank) if decomposition != "svd" else ()
-            sums = input_sums(model, needed, term, step, states)
+            sums = sums_in_step(model, needed, term, step, states)
             for name, k in low_rank.items():
                 W = upcast(model.get_submodule(name).weight)
                 U = basis(W, sums.get(input_of(name)), decomposition)
                 keep(model, name, (U, torch.ones_like(U[0]), U.mT @ W), torch.arange(k, device=model.device))
             if half == "feed_forward" and pruned:
                 names = (f"layers.{layer}.feed_forward.{name}" for name in ("w1", "w2"))
-                sums = input_sums(model, names, squares, step, states)
+                sums = sums_in_step(model, names, squares, step, states)
                 prune_channels(block.feed_forward, pruned, *sums.values())
             for i, h in enumerate(states):
                 states[i] = step(h)
@@ -126,17 +126,10 @@ def shares_for(model, budget, sublayer, mlp):
     return shares(cuts)
 
 
-def input_sums(model, names, term, step, states):
-    """{name: sum of term(x)} over the inputs x (B * T, n) that the named matrices have in this step."""
-    sums = dict.fromkeys(names, 0)
-
-    def visit(name, x):
-        sums[name] += term(x.double())
-
-    with watch_inputs(model, sums, visit):
-        for h in states if sums else ():
-            step(h)
-    return sums
+def sums_in_step(model, names, term, step, states):
+    """{name: sum of term(x)} over the inputs x (B * T, n), fp64, that the named matrices have in this step."""
+    names = [*names]
+    return input_sums(model, names, lambda x: term(x.double()), map(step, states if names else ()))
 
 
 def squares(x):
@@ -181,7 +174,7 @@ def multiply_out(model):
     """Dense products A B in the place of all factors: the ranks that they had, {name: k}."""
     factors = {name: m for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
     for name, m in factors.items():
-        model.set_submodule(name, linear((upcast(m.A) @ upcast(m.B)).type_as(m.A)))
+        model.set_submodule(name, linear(product(m)))
     return {name: m.A.shape[1] for name, m in factors.items()}
 
 
@@ -210,12 +203,13 @@ def main():
     a = parse()
     records = recover.read_records(a.recover)[0] if a.recover else None
     model, tokenizer = open_dense(a.ckpt, a.device, a.dtype)
-    job = Job(a, model)
+    job = Job(model, a.samples, a.seq_len, a.batch_size)
     budget = math.ceil((1 - a.ratio) * job.before)
     settings = {**SCRIPT, "seq_len": cli.sequence_length(None, 256, model), "samples": a.records, "seed": a.seed}
     examples, held_out = recover.split(records, tokenizer, settings) if a.recover else (None, None)
     print(f"method       LoRAP of {a.sublayer}, mlp {a.mlp}, {a.decomposition}; {budget:,} parameters to remove")
-    job.read(tokenizer)
+    job.calibrate(tokenizer, a.calibration, a.seed, a.data_dir)
+    job.read_texts(tokenizer, a.eval, a.windows, a.data_dir)
     job.evaluate()
     with cli.timed(job.seconds, "compression", model.device):
         lorap(model, job.sweep, budget, a.sublayer, a.mlp, a.decomposition)

@@ -27,10 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attribution import angular_distances
+from attribution import angular_distances, cosine
 from extras.controls import drop_layers
 from extras.baselines import check_blocks, watch_inputs
-from model import upcast
 
 
 class Patch(nn.Module):
@@ -92,9 +91,9 @@ def run_cosines(model, batches, n):
     for tokens in batches:
         states, cosines = deque(maxlen=n + 1), []
         for h in model.residual_stream(tokens.to(model.device)):
-            states.append(upcast(h))
+            states.append(h)
             if len(states) > n:
-                cosines.append(F.cosine_similarity(states[0], states[-1], dim=-1).double().sum())
+                cosines.append(cosine(states[0], states[-1]).sum())
         total, count = total + torch.stack(cosines), count + tokens.numel()
     return (total / count).cpu()
 

@@ -17,7 +17,7 @@ import math
 import torch
 
 from attribution import top_k, weight_gradients
-from extras.baselines import linear
+from extras import linear
 from model import matrix_names, upcast
 
 # where a matrix is cut into its groups, which follow each other and are equally large: rows 0, columns 1

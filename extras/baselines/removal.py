@@ -60,7 +60,7 @@ def least_missed(model, batches):
         for layer, h in zip(candidates, islice(model.residual_stream(tokens), 1, None)):
             h = through(model, model.layers[layer + 1:], h)
             losses[layer - 1] += sum(nll.double() for nll in model.losses(h, tokens))
-    return candidates[int(losses.argmin())]
+    return candidates[int(losses.nan_to_num(nan=float("inf")).argmin())]
 
 
 @torch.no_grad()

@@ -207,7 +207,7 @@ def test_a_row_is_the_row_of_the_command_grasp(nowhere, monkeypatch, capsys):
     ("score --layers 2 --layer-ids 1", "give one of --layers N and --layer-ids"),
     ("score --layers 9", "this model has 8 layers, 0 to 7; asked for 9"),
     ("score --layer-ids 8", "this model has 8 layers, 0 to 7; asked for [8]"),
-    ("score --layer-ids 3 3", "expected each id once"),
+    ("score --layer-ids 3 3", "expected different ones of them"),
     ("score --layers 2 --samples 4 8", "--samples [4, 8]: the samples study varies it, the score study takes 1"),
     ("score --layers 2 --thresholds 0.1", "--thresholds [0.1]: the budget study varies it, the score study takes none"),
     ("score --layers 2 --json no/such/file", "no/such/file: cannot be written"),

@@ -142,7 +142,7 @@ def test_what_a_folder_cannot_hold_is_said_and_the_rest_is_kept(nowhere, monkeyp
     report(compare.main, words, monkeypatch, "a.json")
     assert sorted(p.name for p in Path("kept").iterdir()) == ["shortgpt-2-blocks", "svd-all"]
     out = capsys.readouterr().out
-    assert "written to kept/svd-all" in out and out.count("not written") == 3 and "has no place in a checkpoint" in out
+    assert "written to kept/svd-all" in out and out.count("not written") == 3 and "is not that of a checkpoint" in out
 
 
 def test_what_is_kept_to_the_redundant_layers_finds_them_itself():
@@ -239,7 +239,7 @@ def test_a_peak_is_the_methods_alone_or_the_table_says_so(run, monkeypatch, caps
         monkeypatch.setattr(compare, "reset_peak", reset_peak if possible else lambda device: False)
         lavish_row, thrifty_row = run(**fakes)["results"][1:]
         assert (lavish_row["peak_bytes"] > thrifty_row["peak_bytes"] + 10 ** 8) == possible
-        assert ("peak GiB too" if possible else "peak GiB of the process so far") in capsys.readouterr().out
+        assert ("peak GiB of the method alone" if possible else "peak GiB of the process so far") in capsys.readouterr().out
     monkeypatch.setattr(Path, "write_text", lambda *words: open(""))  # as where there is no such file
     assert not reset_peak(CPU)
 
@@ -252,7 +252,7 @@ def test_a_method_that_fails_is_a_row_with_its_reason(run, capsys):
     assert bad == {"method": "bad", "error": "too little to go by"} and good["removed"] > 0
     assert dense["removed"] == 0 and dense["perplexity"]["embedded"] < good["perplexity"]["embedded"]
     out = capsys.readouterr().out
-    assert "bad          too little to go by\ngood " in out and "\nbad: too little to go by\n" in out
+    assert re.search("\nbad +too little to go by\ngood ", out) and "\nbad: too little to go by\n" in out
     assert re.search(r"\n\| good +\| .*\n\| bad +\|( +- \|){5}\n", out)
 
 
@@ -264,7 +264,7 @@ def test_an_interrupted_run_has_shown_and_written_what_it_had(run, capsys):
         run(first=partial(drop, 1), stop=stop, never=None)
     rows = json.loads(Path("a.json").read_text())["results"]
     assert [row["method"] for row in rows] == ["dense", "first"] and list(Path().iterdir()) == [Path("a.json")]
-    assert f"first        removed {rows[1]['removed']:,}  off budget " in capsys.readouterr().out
+    assert f"first                  removed {rows[1]['removed']:,}  off budget " in capsys.readouterr().out
 
 
 def test_a_row_off_the_budget_is_named(run, capsys):
@@ -290,7 +290,7 @@ def test_the_rows_are_those_of_grasp_and_of_its_control(nowhere, monkeypatch, ca
     for row, theirs in zip(ours["results"], [dense, plain, compressed], strict=True):
         perplexity = theirs["perplexity"]["embedded"]
         assert row["perplexity"]["embedded"] == pytest.approx(perplexity, rel=1e-6)
-        assert ours["parameters_before"] - row["removed"] == theirs["parameters"]
+        assert ours["parameters"] - row["removed"] == theirs["parameters"]
         assert re.search(rf"\| {row['method']} +\| +{row['removed']:,} .* {perplexity:.2f} \|", out)
     assert ours["budget"] == ours["results"][1]["removed"] == ours["results"][2]["removed"]
     assert ours["settings"]["methods"] == ["svd", "grasp"] and ours["settings"]["ckpt"] == str(TINY)
