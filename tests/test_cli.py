@@ -85,6 +85,22 @@ def test_one_seed_gives_identical_folders(job, nowhere, capsys):
     assert a == b
 
 
+@pytest.mark.parametrize("report, embedded", [
+    (None, False), ({}, False), ({"settings": 3, "parameters_after": 1}, False),
+    ({"settings": {"ckpt": "/a/smollm2", "calibration": "embedded"}, "parameters_after": 1}, False),
+    ({"settings": {"ckpt": str(TINY)}, "parameters_after": 1}, True),
+    ({"settings": {"ckpt": "/elsewhere/data/tiny"}, "parameters_after": 1}, True),  # of another clone
+    ({"settings": {"ckpt": "small"}, "parameters_after": 1, "input": {"settings": {"ckpt": str(TINY)}}}, True)])
+def test_a_folder_made_from_the_embedded_model_takes_its_text(report, embedded, tmp_path, monkeypatch):
+    if report is not None:
+        (tmp_path / "report.json").write_text(json.dumps(report))
+    assert cli.made_on_embedded(tmp_path) == embedded
+    parser = cli.Parser("A command.")
+    cli.model_flags(parser, "model")
+    cli.evaluation_flags(parser)
+    assert parser.parse_args(["--ckpt", str(tmp_path)]).eval == (["embedded"] if embedded else ["wikitext2", "ptb"])
+
+
 @pytest.mark.parametrize("main", [grasp.main, evaluate.main])
 def test_help_shows_the_defaults(main, capsys):
     assert "default: the embedded model" in output_of(main, "--help", capsys)

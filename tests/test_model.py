@@ -2,6 +2,7 @@
 
 The reference is the `transformers` library. It makes and saves small random models. This project loads them.
 """
+import copy
 import json
 
 import pytest
@@ -191,6 +192,21 @@ def test_a_compressed_folder_comes_back(tmp_path):
     assert json.loads((tmp_path / "out/params.json").read_text())["ranks"] == {"layers.2.feed_forward.w1": 5}
     names = torch.load(tmp_path / "out/consolidated.00.pth", weights_only=True).keys()
     assert "layers.2.feed_forward.w1.A" in names and "output.weight" not in names  # tied: written once
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda model: model.layers.__setitem__(1, torch.nn.Identity()), "layers.1.attention.wk.weight of shape"),
+    (lambda model: model.layers.append(copy.deepcopy(model.layers[0])), "layers.4.attention.wk.weight of shape"),
+    (lambda model: setattr(model, "more", torch.nn.Parameter(torch.zeros(3))), "more of shape torch.Size([3])"),
+    (lambda model: setattr(model.layers[2].attention, "wq", torch.nn.Linear(16, 8, bias=False)),
+     "layers.2.attention.wq.weight of shape")])
+def test_what_could_not_be_read_back_is_not_written(change, message, tmp_path):
+    """A block that is gone, one too many, a tensor without a place, and one of another shape."""
+    model = random_model()
+    change(model)
+    with pytest.raises(ValueError, match="out: not written: ") as error:
+        save_checkpoint(model, tmp_path / "out")
+    assert message in str(error.value) and not list(tmp_path.iterdir())
 
 
 def test_a_file_is_no_larger_than_its_tensors(tmp_path):

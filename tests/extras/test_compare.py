@@ -127,6 +127,14 @@ def test_the_second_row_of_sleb_goes_on_from_the_first(nowhere, monkeypatch):
     assert all(torch.equal(p, q) for p, q in zip(at_once.parameters(), kept.parameters(), strict=True))
 
 
+def test_if_the_first_row_of_sleb_fails_so_does_the_second(nowhere, monkeypatch):
+    """9 tenths of 8 blocks are 7.2, and the first and the last one have to stay."""
+    found = report(compare.main, "--budget 0.9 --methods sleb --json a.json --keep kept", monkeypatch, "a.json")
+    for row, blocks in zip(found["results"][1:], (7, 8), strict=True):
+        assert row == {"method": f"sleb, {blocks} blocks", "error": "cannot take out 7 blocks: expected 1 to 6 of 8"}
+    assert not Path("kept").exists()
+
+
 def test_rows_are_ranked_by_the_first_texts_perplexity(run, capsys):
     def fail(model, sweep, budget):
         raise ValueError("cannot")

@@ -41,6 +41,16 @@ def test_cosines_of_runs_are_those_between_their_ends():
     torch.testing.assert_close(run_cosines(model, tokens.split(2), 3), torch.stack(by_hand))
 
 
+def test_cosines_of_large_states_do_not_overflow():
+    """Blocks that do nothing leave states whose squares are no fp32 numbers."""
+    model = random_model(torch.float32)
+    model.tok_embeddings.weight.mul_(1e25)
+    for block in model.layers:
+        block.attention.wo.weight.zero_()
+        block.feed_forward.w2.weight.zero_()
+    assert run_cosines(model, [random_tokens(model, 2, 5)], 2).tolist() == [1.0, 1.0, 1.0]
+
+
 @pytest.mark.parametrize("method", [linearpatch, replaceme])
 def test_a_run_that_does_nothing_is_found_and_its_patch_is_the_identity(method):
     model = random_model(n_layers=6)

@@ -76,6 +76,14 @@ def test_sleb_is_brute_force_over_all_blocks_between_the_ends(seed):
     assert [*removal.sleb(small, lambda label: tokens.split(3), 1).layers] == three  # 2 and then 1 are 3
 
 
+@pytest.mark.parametrize("layer", [1, 2, 3])
+def test_a_loss_that_is_no_number_is_not_the_lowest(layer):
+    """Every model that holds this block has no finite loss: the block itself has to go."""
+    model = random_model(n_layers=5)
+    model.layers[layer].feed_forward.w2.weight.fill_(float("nan"))
+    assert removal.least_missed(model, [random_tokens(model, 2, 8)]) == layer
+
+
 def test_sleb_walks_every_prefix_once():
     """Of 6 blocks 4 are candidates: 4 * 5 block passes from scratch. Shared prefixes leave 4 and the 4 + 3 + 2 + 1 behind."""
     model, calls = random_model(n_layers=6), []
