@@ -157,7 +157,8 @@ def main():
     a = parse()
     model, tokenizer = open_dense(a.ckpt, a.device, a.dtype)
     check_layers(model.args.n_layers, a.layers)
-    budget, job = budget_of(model, a.layers, a.ratio, a.budget), Job(model, a.samples, a.seq_len, a.batch_size)
+    budget = budget_of(model, a.layers, a.ratio, a.budget)
+    job = Job(model, a.samples, a.seq_len, a.batch_size)
     if not budget:
         raise ValueError("--ratio, --budget: leave nothing to remove")
     which = f"{a.layers} layer{'s' * (a.layers > 1)}"

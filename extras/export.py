@@ -5,8 +5,8 @@ Every product A B becomes W (m, n) again, and every lost channel becomes zeros. 
     --format hf     config.json, model*.safetensors, tokenizer.json: what transformers and the tools around it read
     --format meta   params.json, consolidated.00.pth, tokenizer.model: what Meta's own code reads of its Llama 2 and 3
 
-hf needs the packages safetensors, huggingface_hub and tokenizers. A sliding window is not exported: the exported model's
-positions end where the window does, and up to there full attention gives the same logits.
+hf needs the packages safetensors, huggingface_hub and tokenizers. A sliding window is not exported: the positions of the
+exported model end where the window does, and up to there full attention gives the same logits.
 """
 import base64
 import json

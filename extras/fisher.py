@@ -11,8 +11,8 @@ The second-order term is the one that grows. Two moments per matrix y = W x esti
 
 Assumptions: x and d are independent, tokens are uncorrelated, and the text's own next tokens replace draws from the
 model (the empirical Fisher information). All costs have one unit, so one ranking of cost per parameter distributes the
-budget over the whole model. A component is a singular component of a matrix or, in an MLP, a channel: row c of w1 and w3,
-column c of w2.
+budget over the whole model. A component is a singular component of a matrix or, in an MLP, a channel: row c of w1 and
+w3, column c of w2.
 """
 import math
 from functools import partial
@@ -248,7 +248,7 @@ def parse():
     add = group.add_argument
     add("--budget", type=cli.fraction, required=True, help="fraction of all blocks' parameters to remove")
     either = group.add_mutually_exclusive_group().add_argument
-    either("--layers", type=cli.positive, metavar="N", help="remove them from the N redundant layers (default: from all)")
+    either("--layers", type=cli.positive, metavar="N", help="remove them from the N redundant layers (default: all)")
     either("--layer-ids", type=int, nargs="+", metavar="ID", help="remove them from these layers instead")
     add("--basis", choices=BASES, default="kfac", help="of the decompositions (default: kfac)")
     add("--allocate", choices=["ratio", "global"], default="global", help="one ratio, or one ranking (default: global)")

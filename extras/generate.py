@@ -216,8 +216,8 @@ def main():
     print("\n" + throughput(models, a.batch_sizes, a.lengths, a.max_new_tokens, a.repeats, a.seed))
     whose = "the row's own" if models[0][1].device.type == "cuda" else "this process's so far, with all folders"
     print(f"\ngreedy, {a.max_new_tokens} new tokens after a prompt of random ones (seed {a.seed}); medians of "
-          f"{a.repeats} turn{'s' * (a.repeats > 1)}\ntokens/s: of all sequences, after the first token; peak GiB: {whose}; "
-          "multiply-adds: of one token that sees as many as the prompt has")
+          f"{a.repeats} turn{'s' * (a.repeats > 1)}\ntokens/s: of all sequences, after the first token; peak GiB: "
+          f"{whose}; multiply-adds: of one token that sees as many as the prompt has")
 
 
 def parse():

@@ -1,4 +1,4 @@
-"""How the embedded model in data/tiny was made: `python -m extras.make_tiny FOLDER`, a few minutes on 2 CPU cores.
+"""How the embedded model in data/tiny was made: `python -m extras.make_tiny FOLDER`, two minutes on 2 CPU cores.
 
 A LLaMA of 8 blocks with grouped-query attention and its own SentencePiece vocabulary, trained on the language
 reference that every Python carries; the last tenth of that text is held out.

@@ -1,4 +1,4 @@
-"""Baselines that take out a run of n neighbouring blocks and put one matrix at the cut. No training.
+"""Baselines that take out a run of n neighbouring blocks and mend the cut by a linear map. No training.
 
     name        linearpatch
     paper       LinearPatch, arXiv 2505.24680

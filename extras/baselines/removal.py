@@ -3,7 +3,7 @@
     name        shortgpt
     paper       ShortGPT, arXiv 2403.03853
     equation    Block Influence 1 - E[cos(h_l, h_{l+1})] of the dense model: the n lowest blocks go
-    liberties   none
+    liberties   the common calibration set
 
     name        sleb
     paper       SLEB, arXiv 2402.09025
@@ -76,7 +76,7 @@ def laco(model, sweep, n, merge=2, lowest=1, highest=None, interval=None):
     and its last merge takes only as many blocks as are left to go. C is 2, not 4: then nothing is summed, and a merge
     deletes block l and leaves its norms to block l + 1 (see `merged`). Sums of more blocks left nothing of SmolLM2's
     last hidden state: its cosine was 0.1 or less after one merge of 4 blocks. The dense model's states of the whole
-    calibration set are kept in memory.
+    calibration set are kept in memory. The code stays general in C, as the paper's algorithm is.
 
     Raises ValueError if no T merges n blocks, or if no block would be left.
     """

@@ -118,7 +118,7 @@ def test_what_is_timed_once_counts_for_all_of_its_shape():
     assert seen[14:] == [(shape, torch.float32) for shape in ((16, 16), (8, 16), (24, 16), (16, 24))]
 
 
-# ------------------------------------------------------------------------------------------------ the witness
+# ------------------------------------------------------------------------------------------------ autograd beside it
 
 def test_autograd_of_the_dense_model_keeps_the_same_components(monkeypatch):
     """Two roads to one set: dL/dW once and projected, and the singular values as parameters, a sweep a half block."""

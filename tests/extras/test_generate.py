@@ -1,6 +1,6 @@
 """The lesson: a cache changes the work, not the text; and what is drawn follows the probabilities it is drawn from.
 
-The witness is `transformers`, whose own cache and own greedy decoding must give the same tokens.
+The independent implementation is `transformers`, whose own cache and own greedy decoding must give the same tokens.
 """
 import re
 import sys
@@ -55,7 +55,7 @@ def test_greedy_equals_transformers(kind, tmp_path):
 
 
 def test_greedy_equals_transformers_on_smollm2(smollm2):
-    transformers = pytest.importorskip("transformers", reason="the witness: pip install -r requirements-test.txt")
+    transformers = pytest.importorskip("transformers", reason="the independent implementation: pip install -r requirements-test.txt")
     ours, theirs = load_checkpoint(smollm2), transformers.AutoModelForCausalLM.from_pretrained(smollm2).eval()
     tokenizer = load_tokenizer(smollm2)
     prompt = tokenizer.stream("The capital of France is")[None]
@@ -64,7 +64,7 @@ def test_greedy_equals_transformers_on_smollm2(smollm2):
 
 
 def test_stories260k_tells_its_story_and_transformers_the_same(data_dir):
-    transformers = pytest.importorskip("transformers", reason="the witness: pip install -r requirements-test.txt")
+    transformers = pytest.importorskip("transformers", reason="the independent implementation: pip install -r requirements-test.txt")
     folder = data_dir.parent / "checkpoints/stories260K"
     ours, tokenizer = load_checkpoint(folder), load_tokenizer(folder)
     prompt = tokenizer.stream("")[None]

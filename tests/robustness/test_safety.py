@@ -68,6 +68,7 @@ def run_everything():
         extras.compare --layers 1 {quick} --json compare.json
         extras.bench --samples 2 --seq-len 16 --repeats 1 --svd --autograd
         extras.bench --memory 2
+        extras.baselines.lorap --ratio 0.9 {quick}
         extras.zeroshot --ckpt small --local zeroshot --tasks openbookqa --limit 2
         evaluate --data wikitext2
         evaluate --data ptb
@@ -101,7 +102,7 @@ def test_every_command_runs_without_processes_connections_and_pickles(tmp_path):
     assert [event.split("'")[1] for event in tried] == [WIKITEXT, PTB + "ptb.valid.txt"], tried
     assert WIKITEXT.startswith("https://") and PTB.startswith("https://")
     assert {words.split()[0] for words, _ in done} == {
-        "grasp", "evaluate", *(f"extras.{file.stem}" for file in ROOT.glob("extras/[a-z]*.py"))} - {
+        "grasp", "evaluate", "extras.baselines.lorap", *(f"extras.{file.stem}" for file in ROOT.glob("extras/[a-z]*.py"))} - {
         "extras.smollm2", "extras.make_tiny"}  # the first calls pip, the second trains for two minutes
 
 
