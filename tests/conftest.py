@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torch is imported: small matrices gain nothing from a second
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: one thread is fastest beside other work
 
 import pytest
 import torch
@@ -104,9 +104,9 @@ def nowhere(tmp_path, monkeypatch):
 
 
 def start(*words, cwd, env=None, **how):
-    """Start `python WORDS` in the folder `cwd` with this project on its path: a Popen with pipes for its output.
+    """Start `python WORDS` in the folder `cwd`, with this project on its path. Returns a Popen with pipes.
 
-    env: {variable: value} that differ from this process's.
+    env: {variable: value}, where they differ from this process's.
     """
     env = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
     return subprocess.Popen([sys.executable, *map(str, words)], cwd=cwd, env=env, text=True,
@@ -122,7 +122,8 @@ def run(*words, cwd, env=None):
 
 def torchrun(n, *words, cwd):
     """Run `torchrun --nproc-per-node N WORDS` to its end: its returncode, stdout and stderr."""
-    return run("-m", "torch.distributed.run", "--nproc-per-node", n, *words, cwd=cwd, env={"OMP_NUM_THREADS": "1"})
+    return run("-m", "torch.distributed.run", "--nproc-per-node", n, *words, cwd=cwd,
+               env={"OMP_NUM_THREADS": "1"})
 
 
 def obey_all_signals():

@@ -1,4 +1,4 @@
-"""The lesson: a folder of weights is read rightly, in each of its formats, or refused with what is wrong in it."""
+"""The lesson: each format of checkpoint gives the same weights, and a bad folder is refused in one line."""
 import json
 import os
 import shutil
@@ -69,7 +69,8 @@ def test_pytorch_bin(kind, tmp_path):
         if kind == "index":
             (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
     found = load_checkpoint(folder).state_dict()
-    assert found.keys() == expected.keys() and all(torch.equal(found[name], t) for name, t in expected.items())
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], t) for name, t in expected.items())
 
 
 def test_one_file_beats_an_index_that_an_earlier_save_left(tmp_path):
@@ -153,8 +154,8 @@ def test_rope_theta_where_params_json_does_not_say_it(changes, theta):
 
 
 @pytest.mark.parametrize("family, changes, positions", [
-    ("mistral", {}, 4096), ("mistral", {"sliding_window": None}, 32768), ("mistral", {"sliding_window": 100}, 100),
-    ("llama", {"sliding_window": 100}, 32768)])
+    ("mistral", {}, 4096), ("mistral", {"sliding_window": None}, 32768),
+    ("mistral", {"sliding_window": 100}, 100), ("llama", {"sliding_window": 100}, 32768)])
 def test_positions_end_where_the_sliding_window_does(family, changes, positions):
     """Mistral's default is 4,096; a llama config's window is ignored, as transformers does."""
     config = {"model_type": family, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -332,7 +333,8 @@ def test_a_tied_flag_with_another_head_is_refused(tmp_path):
     """transformers 4 would drop the head, transformers 5 keep it."""
     folder, theirs = hf_folder(tmp_path, tie_word_embeddings=True)
     assert not torch.equal(theirs["lm_head.weight"], theirs["model.embed_tokens.weight"])
-    with pytest.raises(ValueError, match="tie_word_embeddings is true, but lm_head.weight is not embed_tokens"):
+    message = "tie_word_embeddings is true, but lm_head.weight is not embed_tokens"
+    with pytest.raises(ValueError, match=message):
         load_checkpoint(folder)
 
 
@@ -353,12 +355,14 @@ def test_a_compressed_record_is_refused(tmp_path):
         records = {info.filename: archive.read(info) for info in archive.infolist()}
     with zipfile.ZipFile(file, "w") as archive:
         for name, content in records.items():
-            archive.writestr(name, content, zipfile.ZIP_DEFLATED if name.endswith("data/3") else zipfile.ZIP_STORED)
+            how = zipfile.ZIP_DEFLATED if name.endswith("data/3") else zipfile.ZIP_STORED
+            archive.writestr(name, content, how)
     with pytest.raises(ValueError, match="consolidated.00.pth: not readable .*: a record is compressed"):
         load_checkpoint(folder)
 
 
-@pytest.mark.parametrize("name", ["output", "layers.1.attention", "layers.1.attention_norm", "tok_embeddings"])
+@pytest.mark.parametrize("name", ["output", "layers.1.attention", "layers.1.attention_norm",
+                                  "tok_embeddings"])
 def test_ranks_are_of_matrices_only(name, tmp_path):
     save_checkpoint(random_model(), tmp_path / "out")
     edit(ranks={name: 4})(tmp_path / "out")
@@ -379,7 +383,8 @@ def test_shards_that_differ_are_refused(tmp_path):
 def test_a_git_lfs_pointer_is_named(name, tmp_path):
     folder, _ = hf_folder(tmp_path)
     (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
-    with pytest.raises(ValueError, match=f"{name}: a Git LFS pointer, not the file itself; fetch it: git lfs pull"):
+    message = f"{name}: a Git LFS pointer, not the file itself; fetch it: git lfs pull"
+    with pytest.raises(ValueError, match=message):
         load_checkpoint(folder)
 
 

@@ -59,8 +59,9 @@ def test_the_whole_job_and_its_evaluation(job, tmp_path):
 
 
 def test_the_embedded_model_by_any_path_and_layers_by_hand(nowhere, capsys):
-    out = output_of(grasp.main, ["--ckpt", ROOT / "data/../data/tiny", "--layer-ids", 6, 2, "--threshold", 0.5,
-                                 "--samples", 4, "--windows", 2, "--iterative"], capsys)
+    words = ["--ckpt", ROOT / "data/../data/tiny", "--layer-ids", 6, 2, "--threshold", 0.5, "--samples", 4,
+             "--windows", 2, "--iterative"]
+    out = output_of(grasp.main, words, capsys)
     assert "embedded ppl" in out
     report = json.loads((nowhere / "tiny-grasp/report.json").read_text())
     assert report["redundant"] == [2, 6] and report["matrices"][0]["name"] == "layers.6.feed_forward.w1"
@@ -110,7 +111,8 @@ def test_help_shows_the_flags_in_groups(capsys):
     shown = output_of(grasp.main, "--help", capsys)
     titles = ["what to compress:", "calibration:", "evaluation:", "output:", "machine:"]
     assert [line for line in shown.splitlines() if line in titles] == titles
-    compress, calibration, evaluation, output, machine, example = shown.split("what to compress:")[1].split("\n\n")
+    groups = shown.split("what to compress:")[1].split("\n\n")
+    compress, calibration, evaluation, output, machine, example = groups
     assert example == "example: python grasp.py --ckpt FOLDER --layers 7 --ratio 0.1\n"
     for flags, group in (("--ckpt --layers --ratio", compress), ("--samples --seed", calibration),
                          ("--eval --windows --data-dir", evaluation), ("--out --overwrite", output),
@@ -175,7 +177,8 @@ def test_files_of_one_name_are_two_texts(nowhere, capsys):
 
 def test_the_embedded_text_can_be_asked_for(nowhere, capsys):
     shutil.copytree(TINY, nowhere / "model")
-    out = output_of(grasp.main, [*QUICK, *"--ckpt model --calibration embedded --eval embedded".split()], capsys)
+    words = "--ckpt model --calibration embedded --eval embedded".split()
+    out = output_of(grasp.main, [*QUICK, *words], capsys)
     assert "embedded ppl" in out and (nowhere / "model-grasp/report.json").is_file()
 
 
@@ -189,7 +192,8 @@ def test_a_link_gives_its_own_name_to_the_output(nowhere, capsys):
 @pytest.mark.parametrize("files, commit", [
     ({}, None), ({"HEAD": "abc123"}, "abc123"), ({"HEAD": "ref: refs/heads/main"}, None),
     ({"HEAD": "ref: refs/heads/main", "refs/heads/main": "abc123\n"}, "abc123"),
-    ({"HEAD": "ref: refs/heads/main", "packed-refs": "# pack-refs\n9 refs/heads/x\nabc123 refs/heads/main\n"}, "abc123")])
+    ({"HEAD": "ref: refs/heads/main",
+      "packed-refs": "# pack-refs\n9 refs/heads/x\nabc123 refs/heads/main\n"}, "abc123")])
 def test_a_report_has_the_commit_where_there_is_one(files, commit, tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "TINY", tmp_path / "data/tiny")
     for name, content in files.items():
@@ -239,7 +243,8 @@ def test_a_stack_trace_on_request(tmp_path):
     ("--layers 2 --no-such-flag", "unrecognized arguments: --no-such-flag"),
     ("--layers 2 --samplse 3", "unrecognized arguments: --samplse 3; did you mean --samples?"),
     ("--layers 2 --remove 0.1 --ratio 0.1", "argument --ratio: not allowed with argument --remove"),
-    ("--layers 2 --ckpt meta/Small", "Small: no such folder; from the hub: hf download meta/Small --local-dir Small"),
+    ("--layers 2 --ckpt meta/Small",
+     "Small: no such folder; from the hub: hf download meta/Small --local-dir Small"),
     ("--layers 2 --ckpt cache", "cache: a cache of the hub; name a folder in its snapshots/"),
     ("--layers 2 --ckpt nowhere", "nowhere: no such folder\n"),
     ("--layers 2 --ckpt no/such/folder", "no/such/folder: no such folder\n"),
@@ -317,7 +322,8 @@ def test_out_of_memory_is_one_line(nowhere, monkeypatch, capsys):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 PB")
 
     monkeypatch.setattr("runtime.job.calibration_windows", fail)
-    assert "out of memory; use a smaller --batch-size" in error_of(grasp.main, "--layers 2", monkeypatch, capsys)
+    line = error_of(grasp.main, "--layers 2", monkeypatch, capsys)
+    assert "out of memory; use a smaller --batch-size" in line
 
 
 # -------------------------------------------------------------------------------- device, lengths and batches

@@ -88,7 +88,7 @@ def server(monkeypatch, tmp_path):
             pass
 
     host = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=host.serve_forever, args=(0.01,), daemon=True).start()  # seconds until it sees a shutdown
+    threading.Thread(target=host.serve_forever, args=(0.01,), daemon=True).start()  # looks for a shutdown
     base = f"http://127.0.0.1:{host.server_port}/"
     monkeypatch.setattr(corpus, "PTB", base)
     monkeypatch.setattr(corpus, "WIKITEXT", base + "wikitext.zip")

@@ -78,7 +78,7 @@ def in_each_process(folder):
 
 
 def write_scores(folder, shard):
-    """Write what this process computes and holds. FSDP2's communication contexts each keep a whole gradient."""
+    """Write what this process computes and holds, and the number of FSDP2's communication contexts."""
     from torch.distributed.fsdp import FSDPModule
     model = load_checkpoint(f"{folder}/random", split=shard)
     cosines, scores = sweeps(model)
@@ -130,7 +130,7 @@ def done(tmp_path_factory):
     return found
 
 
-# ----------------------------------------------------------------------------------------- what they have done
+# ---------------------------------------------------------------------------------------- what they have done
 
 @pytest.mark.parametrize("n", [2, pytest.param(4, marks=SHARD)])
 def test_the_job_is_the_same_job(n, done, tmp_path, capsys):

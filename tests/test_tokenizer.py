@@ -12,7 +12,7 @@ from model import load_checkpoint, save_checkpoint
 from runtime.cli import TINY
 
 
-# ------------------------------------------------------------------------------------- three kinds of tokenizer
+# ----------------------------------------------------------------------------------- three kinds of tokenizer
 
 def test_sentencepiece_keeps_every_character():
     from sentencepiece import SentencePieceProcessor
@@ -138,17 +138,20 @@ def test_broken_json_and_ranks_are_refused(tmp_path):
 # ------------------------------------------------------------------------------- the same ids as transformers
 
 CHATML = ("<|im_end|>", "<|im_start|>")
-TEXTS = ("", "hello world", " leading", "  two", "end  ", "a\n\n b\r\n", "🙂 naïve", "<s>", "</s>", "x<s>y</s> z",
-         "a <unk> b <unk>", "<|im_start|>user\nHi<|im_end|> ", "<|endoftext|>def", "<pad>1234<|im_end|><|im_end|>")
+TEXTS = ("", "hello world", " leading", "  two", "end  ", "a\n\n b\r\n", "🙂 naïve", "<s>", "</s>",
+         "x<s>y</s> z", "a <unk> b <unk>", "<|im_start|>user\nHi<|im_end|> ", "<|endoftext|>def",
+         "<pad>1234<|im_end|><|im_end|>")
 
 
 def write_json_tokenizer(folder, specials=("<s>", "</s>"), bos=None, byte_level=True, added=()):
     """A byte-level BPE as Llama 3 has, or a word model with Llama 2's normalizer."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import (AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors,
+                            trainers)
     alphabet = pre_tokenizers.ByteLevel.alphabet() if byte_level else []
     made = Tokenizer(models.BPE(byte_fallback=not byte_level, unk_token=None if byte_level else "<unk>"))
     if byte_level:
-        made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = decoders.ByteLevel()
     else:
         made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     made.train_from_iterator(["hello world, hello user and naïve def 1234"] * 9, trainers.BpeTrainer(
@@ -171,18 +174,22 @@ SHAPES = {  # name: (arguments of write_json_tokenizer, {file: content}); N stan
     "tokenizer.json alone": ({}, {}),
     "BOS": ({"bos": "<s>"}, {"tokenizer_config": FAST}),
     "Llama 2's normalizer": ({"bos": "<s>", "byte_level": False}, {"tokenizer_config": FAST}),
-    "a BOS that the config does not want": ({"bos": "<s>"}, {"tokenizer_config": {**FAST, "add_bos_token": False}}),
+    "a BOS that the config does not want": ({"bos": "<s>"}, {
+        "tokenizer_config": {**FAST, "add_bos_token": False}}),
     "ChatML inside": ({"added": CHATML}, {"tokenizer_config": {**FAST, "eos_token": CHATML[0]}}),
-    "added_tokens.json": ({"bos": "<s>"}, {"tokenizer_config": {**FAST, "eos_token": CHATML[0]}, "added_tokens": {
-        CHATML[0]: "N", CHATML[1]: "N1"}}),
+    "added_tokens.json": ({"bos": "<s>"}, {
+        "tokenizer_config": {**FAST, "eos_token": CHATML[0]},
+        "added_tokens": {CHATML[0]: "N", CHATML[1]: "N1"}}),
     "special_tokens_map.json": ({}, {"special_tokens_map": {"eos_token": token_of("</s>")}}),
     "added_tokens_decoder": ({"bos": "<s>"}, {"tokenizer_config": {**FAST, "added_tokens_decoder": {
         "N": token_of(CHATML[0]), "N1": token_of(CHATML[1], rstrip=True)}}}),
     "added twice": ({"bos": "<s>", "byte_level": False, "added": CHATML}, {
-        "tokenizer_config": {**FAST, "eos_token": CHATML[0]}, "added_tokens": {CHATML[0]: "N-2", CHATML[1]: "N-1"}}),
+        "tokenizer_config": {**FAST, "eos_token": CHATML[0]},
+        "added_tokens": {CHATML[0]: "N-2", CHATML[1]: "N-1"}}),
     "tokens without an id": ({"bos": "<s>"}, {"tokenizer_config": {
         **FAST, "pad_token": "<pad>", "additional_special_tokens": ["<|im_end|>"]}}),
-    "an end without an id": ({}, {"special_tokens_map": {"eos_token": CHATML[0], "bos_token": token_of("<s>")}}),
+    "an end without an id": ({}, {
+        "special_tokens_map": {"eos_token": CHATML[0], "bos_token": token_of("<s>")}}),
     "a pad token of the file": ({"added": ("<pad>",)}, {"tokenizer_config": {**FAST, "pad_token": "<pad>"}}),
 }
 
@@ -209,7 +216,7 @@ def test_ids_equal_transformers(shape, tmp_path):
         assert ours.ends == [theirs.eos_token_id]
 
 
-# ------------------------------------------------------------------------------------- SentencePiece and files
+# ------------------------------------------------------------------------------------ SentencePiece and files
 
 def sentencepiece_folder(folder, **files):
     """The embedded tokenizer of 1,024 pieces, and JSON files beside it."""
@@ -228,7 +235,8 @@ def test_special_strings_are_cut_out_of_a_text(tmp_path):
     assert tokenizer.stream("<s>").tolist() == [1, 1] and encode("<s") == [*encode("<s")] != [1]
     added = load_tokenizer(sentencepiece_folder(tmp_path, added_tokens={"<|im_end|>": 1024, "<|im": 1025}))
     assert added.encode("a<|im_end|>b<|im") == [*encode("a"), 1024, *encode("b"), 1025]
-    assert added.decode([*encode("a"), 1024, 5000, 0, 2]) == "a<|im_end|>"  # special and unknown ids give nothing
+    # special and unknown ids give nothing
+    assert added.decode([*encode("a"), 1024, 5000, 0, 2]) == "a<|im_end|>"
     flags = {"1024": token_of("<|x|>", lstrip=True, rstrip=True)}
     strips = load_tokenizer(sentencepiece_folder(tmp_path, tokenizer_config={
         "added_tokens_decoder": flags, "pad_token": "<pad>"}))
@@ -238,12 +246,17 @@ def test_special_strings_are_cut_out_of_a_text(tmp_path):
 
 @pytest.mark.parametrize("files", [
     {}, {"tokenizer_config": FAST}, {"tokenizer_config": {**FAST, "pad_token": "<pad>"}},
-    {"tokenizer_config": {**FAST, "eos_token": CHATML[0]}, "added_tokens": {CHATML[0]: 1024, CHATML[1]: 1025}},
-    {"tokenizer_config": {**FAST, "added_tokens_decoder": {"1024": token_of(CHATML[0]), "1025": token_of(CHATML[1])}}},
+    {"tokenizer_config": {**FAST, "eos_token": CHATML[0]},
+     "added_tokens": {CHATML[0]: 1024, CHATML[1]: 1025}},
+    {"tokenizer_config": {**FAST, "added_tokens_decoder": {
+        "1024": token_of(CHATML[0]), "1025": token_of(CHATML[1])}}},
     *({"tokenizer_config": {**FAST, **flags}} for flags in (
         {"add_bos_token": False}, {"add_bos_token": True}, {"add_bos_token": True, "add_eos_token": True}))])
 def test_a_sentencepiece_model_alone_gives_the_ids_of_transformers(files, tmp_path):
-    """But for BOS where no file asks for one or forbids it: transformers 5 leaves it out, Llama's own code does not."""
+    """One difference is allowed. If no file says whether there is a BOS, transformers 5 leaves it out.
+
+    Llama's own code does not, and neither does this project.
+    """
     transformers = pytest.importorskip("transformers", reason="pip install -r requirements-test.txt")
     sentencepiece_folder(tmp_path, config={"model_type": "llama", "vocab_size": 1026}, **files)
     theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
@@ -274,8 +287,9 @@ def test_the_tokens_that_end_a_text(files, ends, tmp_path):
 
 def test_a_written_folder_has_the_same_ids_bos_and_ends(tmp_path):
     """It carries all tokenizer files. What only config.json says goes into generation_config.json."""
-    folder = sentencepiece_folder(tmp_path / "in", config={"eos_token_id": [1024, 2], "bos_token_id": 1},
-                                  added_tokens={"<|im_end|>": 1024}, tokenizer_config={"add_bos_token": False})
+    folder = sentencepiece_folder(
+        tmp_path / "in", config={"eos_token_id": [1024, 2], "bos_token_id": 1},
+        added_tokens={"<|im_end|>": 1024}, tokenizer_config={"add_bos_token": False})
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     before = load_tokenizer(folder)
     save_checkpoint(load_checkpoint(TINY), tmp_path / "out", {"a": 1}, before.files)
@@ -289,13 +303,15 @@ def test_a_written_folder_has_the_same_ids_bos_and_ends(tmp_path):
 
 
 def test_what_only_config_json_says_joins_the_generation_config(tmp_path):
-    folder = sentencepiece_folder(tmp_path, config={"eos_token_id": [7, 2]}, generation_config={"temperature": 0.6})
+    folder = sentencepiece_folder(tmp_path, config={"eos_token_id": [7, 2]},
+                                  generation_config={"temperature": 0.6})
     files = load_tokenizer(folder).files
     assert json.loads(files["generation_config.json"]) == {"temperature": 0.6, "eos_token_id": [7, 2]}
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("tokenizer.model", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5", "a Git LFS pointer"),
+    ("tokenizer.model", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5",
+     "a Git LFS pointer"),
     ("tekken.json", "{}", "no tokenizer; .*tekken.json is not supported"),
     ("added_tokens.json", '{"<x>": "many"}', "tokenizer_config.json, added_tokens.json: invalid literal"),
     ("generation_config.json", '{"eos_token_id": "</s>"}', "eos_token_id: invalid literal"),

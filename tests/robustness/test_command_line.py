@@ -143,7 +143,8 @@ def test_any_words_for_evaluate(place, monkeypatch, capsys):
     def run(words):
         code, out = checked(evaluate.main, ["--windows", "1", *words], capsys)
         seen[code, " ppl |" in out] += 1
-        for file in (() if code else [file for file, content in tree(place).items() if before.get(file) != content]):
+        changed = [file for file, content in tree(place).items() if before.get(file) != content]
+        for file in () if code else changed:
             found = json.loads(file.read_text())["perplexity"]
             assert "--json" in words and all(map(math.isfinite, found.values()))
             file.unlink()

@@ -1,4 +1,4 @@
-"""The lesson: a broken checkpoint folder is read rightly or refused in one line; and who says so can say otherwise."""
+"""The lesson: a broken checkpoint folder is read rightly or refused in one line, and the judge can say no."""
 import base64
 import json
 import shutil
@@ -28,7 +28,8 @@ def test_a_few_hundred_broken_folders():
     """The command of the README, with fewer cases. Two processes share them."""
     for package in ("tiktoken", "huggingface_hub"):
         pytest.importorskip(package, reason=f"pip install {package}")
-    halves = [start("-m", "tests.robustness.faults", "--count", 100, "--seed", seed, cwd=ROOT) for seed in (5, 6)]
+    halves = [start("-m", "tests.robustness.faults", "--count", 100, "--seed", seed, cwd=ROOT)
+              for seed in (5, 6)]
     for process in halves:
         out, err = process.communicate()
         assert process.returncode == 0 and "100 cases, 0 failures" in out, out + err

@@ -231,8 +231,9 @@ def test_extreme_weights_are_compressed_and_read_back(what, dtype, nowhere, caps
             model.tok_embeddings.weight.data[::2] = 0
 
     folder(nowhere, change, dtype)
-    code, out, err = outcome(grasp.main, "--ckpt model --layer-ids 3 --samples 1 --seq-len 2 --windows 1 --out out "
-                             "--calibration embedded --eval embedded", capsys)
+    words = ("--ckpt model --layer-ids 3 --samples 1 --seq-len 2 --windows 1 --out out "
+             "--calibration embedded --eval embedded")
+    code, out, err = outcome(grasp.main, words, capsys)
     if code:  # gradients through norms of zeros can exceed fp16's range
         assert dtype == torch.float16 and "is not finite" in err
         assert not (nowhere / "out").exists()

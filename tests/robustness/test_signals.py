@@ -107,7 +107,8 @@ def slow(file, content):
     print("there", flush=True)
     time.sleep(600)
 pathlib.Path.write_bytes = slow
-cli.command(lambda: save_checkpoint(random_model(), "out", {"new": 1}, {"tokenizer.model": b""}, overwrite=True))
+model, tokenizer = random_model(), {"tokenizer.model": b""}
+cli.command(lambda: save_checkpoint(model, "out", {"new": 1}, tokenizer, overwrite=True))
 """
 SLOW_REMOVAL = """
 import time
