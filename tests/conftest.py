@@ -120,10 +120,9 @@ def run(*words, cwd, env=None):
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def torchrun(n, *words, cwd):
-    """Run `torchrun --nproc-per-node N WORDS` to its end: its returncode, stdout and stderr."""
-    return run("-m", "torch.distributed.run", "--nproc-per-node", n, *words, cwd=cwd,
-               env={"OMP_NUM_THREADS": "1"})
+def torchrun(n, *words):
+    """The words for `start` or `run` that start n processes. --standalone takes a port that is free."""
+    return "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n, *words
 
 
 def obey_all_signals():

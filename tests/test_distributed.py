@@ -15,7 +15,7 @@ import torch.distributed.fsdp
 import evaluate
 import grasp
 from attribution import angular_distances, importance, layer_cosines, sigma_gradients, svd, weight_gradients
-from tests.conftest import output_of, random_model, random_tokens, torchrun
+from tests.conftest import output_of, random_model, random_tokens, start, torchrun
 from data import corpus
 from evaluate import perplexity
 from model import load_checkpoint, matrix_names, save_checkpoint
@@ -118,16 +118,16 @@ def small_model():
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """{n: (folder, stdout)} of n processes."""
-    found = {}
-    for n in (2, 4):
-        folder = tmp_path_factory.mktemp(f"{n}-processes")
+    """{n: (folder, stdout)} of n processes. Both groups run at the same time."""
+    folders = {n: tmp_path_factory.mktemp(f"{n}-processes") for n in (2, 4)}
+    for folder in folders.values():
         (folder / "job").mkdir()
         save_checkpoint(small_model(), folder / "random")
-        end = torchrun(n, __file__, folder, cwd=folder)
-        assert end.returncode == 0, end.stderr
-        found[n] = folder, end.stdout
-    return found
+    groups = {n: start(*torchrun(n, __file__, folder), cwd=folder) for n, folder in folders.items()}
+    ends = {n: group.communicate() for n, group in groups.items()}
+    for n, (_, err) in ends.items():
+        assert groups[n].returncode == 0, err
+    return {n: (folders[n], out) for n, (out, _) in ends.items()}
 
 
 # ---------------------------------------------------------------------------------------- what they have done

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import grasp
-from tests.conftest import ROOT, torchrun
+from tests.conftest import ROOT, run, torchrun
 from tests.test_distributed import JOB, SHARD
 from model import save_checkpoint
 from runtime import cli, distributed
@@ -26,7 +26,7 @@ def errors(done):
 @pytest.mark.parametrize("ending, told", [("error", "error: only here"), ("kill", "by peer")])
 def test_if_one_process_ends_all_end(ending, told, tmp_path):
     """Process 1 fails in its second batch. One line says why, and none of ours shows a stack trace."""
-    done = torchrun(2, __file__, ending, *JOB, "--shard", "--out", "out", cwd=tmp_path)
+    done = run(*torchrun(2, __file__, ending, *JOB, "--shard", "--out", "out"), cwd=tmp_path)
     assert done.returncode != 0 and len(errors(done)) == 1 and told in errors(done)[0], done.stderr
     assert "in backward" not in done.stderr and "in weight_gradients" not in done.stderr
 
@@ -35,13 +35,13 @@ def test_if_one_process_ends_all_end(ending, told, tmp_path):
     ([ROOT / "grasp.py", "--layers", "9"], "this model has 8 layers"),
     (["-m", "extras.fisher", "--budget", "0.3"], "start it with python, not with torchrun")])
 def test_a_mistake_of_all_processes_is_one_line(words, told, tmp_path):
-    done = torchrun(2, *words, cwd=tmp_path)
+    done = run(*torchrun(2, *words), cwd=tmp_path)
     assert done.returncode != 0 and len(errors(done)) == 1 and told in errors(done)[0], done.stderr
 
 
 def test_a_terminated_process_removes_what_it_was_writing(tmp_path):
     """torchrun ends process 0 with SIGTERM, because process 1 has failed."""
-    done = torchrun(2, __file__, "slow save", *JOB, "--out", "out", cwd=tmp_path)
+    done = run(*torchrun(2, __file__, "slow save", *JOB, "--out", "out"), cwd=tmp_path)
     assert done.returncode != 0 and errors(done) == ["error: while another writes"]
     assert list(tmp_path.iterdir()) == []
 
