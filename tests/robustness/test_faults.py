@@ -134,7 +134,7 @@ def test_other_ways_to_fail_are_caught(fault, outcome, tried, monkeypatch):
 def test_memory_is_watched(tried, monkeypatch, tmp_path):
     """A megabyte of JSON is all that is read of a bomb; a reader without that limit is caught."""
     def bomb(folder):
-        (folder / "params.json").write_bytes(b'{"a": [' + b"[]," * 4 * 10 ** 6 + b"1]}")
+        (folder / "params.json").write_bytes(b'{"a": [' + b"[]," * 15 * 10 ** 6 + b"1]}")
 
     assert tried(bomb) == ("refused", None)
     shutil.rmtree(tmp_path / "work")
