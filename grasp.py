@@ -162,7 +162,7 @@ def parse() -> argparse.Namespace:
     either("--ratio", type=cli.fraction, help="fraction of each matrix's parameters to keep (default: 0.1)")
     either("--threshold", type=cli.fraction, help="instead: fraction of the sum of scores to keep")
     either("--remove", type=cli.fraction, metavar="FRACTION", help="instead: fraction of the whole model's "
-           "parameters to remove; without --layers, by the fewest layers that can at ratio 0.1")
+           "parameters to remove; without --layers, takes the fewest layers that reach it at ratio 0.1")
     group.add_argument("--score", choices=SCORES, default="taylor", help="of a component (default: taylor)")
     group.add_argument("--iterative", action="store_true", help="Algorithm 1's order, half a block at a time")
     cli.calibration_flags(p)

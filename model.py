@@ -144,7 +144,7 @@ class Transformer(nn.Module):
     def __init__(self, args: ModelArgs, tied: bool = False):
         super().__init__()
         self.args = args
-        empty = torch.empty(args.vocab_size, args.dim)  # drawing it on meta would import sympy: 1.5 s
+        empty = torch.empty(args.vocab_size, args.dim)  # its random init on meta imports sympy: 1.5 s
         self.tok_embeddings = nn.Embedding.from_pretrained(empty, freeze=False)
         self.layers = nn.ModuleList(Block(args) for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
@@ -269,7 +269,7 @@ def save_checkpoint(model: Transformer, path: str | Path, report: dict | None = 
     with error_prefix(f"{path}: not written"):
         readable = {name: p.shape for name, p in empty_model(model.args, tied, ranks).named_parameters()}
         if wrong := {*readable.items()} ^ {(name, p.shape) for name, p in model.named_parameters()}:
-            raise ValueError("{} of shape {} is not that of a checkpoint".format(*min(wrong)))
+            raise ValueError("no folder can hold this model, e.g. tensor {} of {}".format(*min(wrong)))
     for name, p in model.named_parameters():
         tensor = distributed.whole(p.detach())  # needs every process, but only process 0 keeps it
         if not finite(tensor):

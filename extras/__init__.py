@@ -13,6 +13,9 @@ from runtime.cli import open_checkpoint, resident_bytes
 from runtime.files import optional_json
 
 
+DENSE = "Meta's, Mistral's or Hugging Face's folder, dense (default: the embedded model)"  # help of --ckpt
+
+
 def keep(model, name, usv, kept):
     """Replace the matrix `name` by the factors of its kept components, in the model's dtype."""
     A, B = low_rank_factors(*usv, kept)

@@ -30,7 +30,7 @@ from torch import nn
 from attribution import importance, rank_for_ratio, sigma_gradients, svd, top_k, weight_gradients
 from data.corpus import calibration_windows
 from evaluate import markdown
-from extras import keep, open_dense, peak_bytes, reset_peak
+from extras import DENSE, keep, open_dense, peak_bytes, reset_peak
 from extras.generate import random_prompt, weight_bytes
 from grasp import compress, find_redundant
 from model import MATRICES, ModelArgs, Transformer, matrix_names, repeats_heads, upcast
@@ -304,7 +304,7 @@ def svd_study(model, layer_ids, sweep, ratio):
         except torch.linalg.LinAlgError:
             way = f"{way}, failed"
         rows.append({"way": way, "seconds": seconds, "kept as in fp64 %": agreement})
-        print("SVD ", *rows[-1].values(), file=sys.stderr)  # some take minutes
+        print(f"{way}: {seconds:.2f} s", file=sys.stderr)  # some take minutes
     return rows
 
 
@@ -463,9 +463,9 @@ def open_weights(ckpt, shape, smallest, device, dtype):
 
 def parse():
     p = cli.Parser(__doc__)
-    add = cli.model_flags(p, "what to measure").add_argument
+    add = cli.model_flags(p, "what to measure", help=DENSE).add_argument
     add("--shape", choices=SHAPES, help="random weights of this shape instead, in bfloat16 unless --dtype is given")
-    add("--layers", type=cli.positive, metavar="N", help="how many are redundant (default: a quarter)")
+    add("--layers", type=cli.positive, metavar="N", help="how many are redundant (default: a quarter; --memory: a fifth)")
     add("--ratio", type=cli.fraction, default=0.1, help="fraction of each matrix's parameters to keep (default: 0.1)")
     add("--repeats", type=cli.positive, metavar="N", default=3, help="turns, of which the best counts (default: 3)")
     add("--autograd", action="store_true", help="the algorithm as published beside it, once")

@@ -5,9 +5,9 @@
 The budget is what GRASP removes from the N redundant layers at that ratio, or --budget, a fraction of all blocks'
 parameters. Methods that take out whole blocks cannot meet it: they have two rows, with the whole blocks below the
 budget and above it. Each method is described in its file in extras/baselines/. svd, fwsvd, asvd, svd-llm, kfac and
-grasp work on the N redundant layers, which each finds for itself, in its own seconds; with -all behind them on every
-layer. kfac (low-rank, one ratio), kfac-all (low-rank, one ranking) and fisher (channels of the MLPs too) are those of
-extras/fisher.py.
+grasp work on the N redundant layers, which each finds for itself, in its own seconds. A name that ends in -all works on
+every layer. kfac (low-rank, one ratio), kfac-all (low-rank, one ranking) and fisher (channels of the MLPs too) are
+variants of extras/fisher.py.
 
 Every row starts from a freshly loaded dense model and a freshly seeded generator: none depends on the rows before it.
 sleb is greedy: its second row drops one more block from its first row's model, and its seconds count both. Seconds and
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from evaluate import markdown, protocols, result_row
-from extras import fisher, open_dense, peak_bytes, reset_peak
+from extras import DENSE, fisher, open_dense, peak_bytes, reset_peak
 from extras.ablation import ratio_of_size
 from extras.baselines import block_params
 from extras.baselines.decomposition import asvd, fwsvd, plain_svd, svd_llm
@@ -210,10 +210,11 @@ def keep_folder(job, a, tokenizer):
 
 def parse():
     p, known = cli.Parser(__doc__), [*BLOCKS, *methods(1)]
-    add = cli.model_flags(p, "what to compress").add_argument
+    add = cli.model_flags(p, "what to compress", help=DENSE).add_argument
     add("--methods", nargs="+", choices=known, default=known, metavar="NAME",
         help=f"run in this order; the table is ranked (default: {' '.join(known)})")
-    add("--layers", type=cli.positive, metavar="N", required=True, help="how many layers are redundant")
+    add("--layers", type=cli.positive, metavar="N", required=True, help="how many redundant layers grasp, svd, ... compress; sets the "
+        "budget too, unless --budget does")
     add("--ratio", type=cli.fraction, help="fraction of their matrices that GRASP would keep (default: 0.1)")
     add("--budget", type=cli.fraction, metavar="FRACTION",
         help="instead: fraction of all blocks' parameters to remove")

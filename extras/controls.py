@@ -46,10 +46,11 @@ def randomize(model, seed):
 
 def main():
     p = cli.Parser(__doc__)
-    p.add_argument("kind", choices=["dropped", "svd", "random"])
-    add = cli.model_flags(p, "what it is a control of", default=None, required=True,
+    p.add_argument("kind", choices=["dropped", "svd", "random"], help="dropped: without the redundant layers; svd: plain "
+                   "SVD of the same ranks; random: random directions")
+    add = cli.model_flags(p, "what to compare with", default=None, required=True,
                           help="a compressed folder").add_argument
-    add("--dense", type=Path, metavar="FOLDER", help="it was made from (default: as its report says)")
+    add("--dense", type=Path, metavar="FOLDER", help="the dense folder that it was made from (default: as its report says)")
     add("--seed", type=cli.seed, default=42, help="of random's factors (default: 42)")
     cli.output_flags(p, "KIND")
     p.suffix = None  # main knows the kind

@@ -20,7 +20,7 @@ from functools import partial
 import torch
 
 from attribution import SCORES, backward, importance, sigma_gradients, top_k, weight_gradients
-from extras import keep, linear, open_dense
+from extras import DENSE, keep, linear, open_dense
 from extras.baselines import block_params, input_of, uniform_ranks, watch_inputs
 from grasp import find_redundant
 from model import matrix_names, save_checkpoint, upcast
@@ -244,15 +244,15 @@ def main():
 
 def parse():
     p = cli.Parser(__doc__)
-    group = cli.model_flags(p, "what to compress")
+    group = cli.model_flags(p, "what to compress", help=DENSE)
     add = group.add_argument
     add("--budget", type=cli.fraction, required=True, help="fraction of all blocks' parameters to remove")
     either = group.add_mutually_exclusive_group().add_argument
-    either("--layers", type=cli.positive, metavar="N", help="remove them from the N redundant layers (default: all)")
-    either("--layer-ids", type=int, nargs="+", metavar="ID", help="remove them from these layers instead")
+    either("--layers", type=cli.positive, metavar="N", help="take the budget from the N redundant layers (default: from all)")
+    either("--layer-ids", type=int, nargs="+", metavar="ID", help="take it from these layers instead")
     add("--basis", choices=BASES, default="kfac", help="of the decompositions (default: kfac)")
     add("--allocate", choices=["ratio", "global"], default="global", help="one ratio, or one ranking (default: global)")
-    add("--mlp", choices=["channels", "components"], help="what an MLP loses (default: channels, where "
+    add("--mlp", choices=["channels", "components"], help="how an MLP shrinks (default: channels, where "
         "basis and ranking allow it)")
     add("--score", choices=SCORES, default="magnitude", help="what ranks the components (default: magnitude)")
     cli.calibration_flags(p)

@@ -223,7 +223,7 @@ def main():
 def parse():
     p = cli.Parser(__doc__)
     add = cli.model_flags(p, "what to generate", nargs="+", default=[cli.TINY]).add_argument
-    add("--prompt", metavar="TEXT", default="", help="to go on from (default: none but the tokenizer's BOS)")
+    add("--prompt", metavar="TEXT", default="", help="text to continue (default: none but the tokenizer's BOS)")
     add("--max-new-tokens", type=cli.positive, metavar="N", default=100,
         help="at most; with --throughput exactly (default: 100)")
     add("--temperature", type=temperature, metavar="X", default=0.0, help="0 is greedy (default: 0)")

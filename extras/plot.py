@@ -259,10 +259,10 @@ def singular_values(model, name):
 
 def parse():
     p = cli.Parser(__doc__)
-    p.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="that grasp.py wrote")
+    p.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="a folder that grasp.py wrote")
     add = cli.model_flags(p, "what to draw", default=None,
                           help="another way to give FOLDER, as other commands do").add_argument
-    add("--dense", type=Path, metavar="DENSE", help="it was made from (default: as its report says)")
+    add("--dense", type=Path, metavar="DENSE", help="the dense folder that it was made from (default: as its report says)")
     add("--layer-ids", type=int, nargs="+", metavar="ID", help="draw spectra of these only (default: all)")
     add("--overview", metavar="NAME", help="the matrix on overview.png, such as layers.5.feed_forward.w2 "
         "(default: w2 of the last layer drawn)")

@@ -244,6 +244,8 @@ def read_records(file: Path) -> list[dict]:
 
     Raises OSError; ValueError with the record that is not JSON or has other fields than the first.
     """
+    if not file.is_file():
+        raise FileNotFoundError(f"--local: no {file}; expected DIR/TASK.jsonl for each task")
     records = []
     for number, line in enumerate(filter(bytes.strip, file.read_bytes().splitlines()), 1):
         with error_prefix(f"{file}, record {number}"):

@@ -75,7 +75,7 @@ def calibration_flags(parser: Parser, samples: int = 512):
         help=f"{text_names('train')} or a file (default: wikitext2; {EMBEDDED})")
     add("--samples", type=positive, metavar="N", default=samples, help=f"sequences (default: {samples})")
     add("--seq-len", type=positive, metavar="T", help="tokens in each (default: 512, or the model's maximum)")
-    add("--seed", type=seed, default=42, help="of all random choices (default: 42)")
+    add("--seed", type=seed, default=42, help="seed of all random choices (default: 42)")
     return group
 
 
@@ -83,7 +83,7 @@ def evaluation_flags(parser: Parser):
     group, parser.texts["eval"] = parser.add_argument_group("evaluation"), ["wikitext2", "ptb"]
     add = group.add_argument
     add("--eval", "--data", nargs="+", metavar="TEXT",
-        help=f"{text_names('test')} or files; none for no evaluation (default: wikitext2 ptb; {EMBEDDED})")
+        help=f"{text_names('test')} or files; the word none skips it (default: wikitext2 ptb; {EMBEDDED})")
     add("--windows", type=positive, metavar="N", help="only the first N windows of each text (default: all)")
     add("--data-dir", metavar="DIR", help="folder with wikitext-2-raw/ and ptb/ (default: $GRASP_DATA, then "
         "the cache, then a download)")
@@ -92,7 +92,7 @@ def evaluation_flags(parser: Parser):
 
 def output_flags(parser: Parser, suffix: str):
     group, parser.suffix = parser.add_argument_group("output"), suffix
-    group.add_argument("--out", type=Path, metavar="FOLDER", help=f"to write (default: ./NAME-{suffix})")
+    group.add_argument("--out", type=Path, metavar="FOLDER", help=f"to write (default: ./CKPT-{suffix})")
     group.add_argument("--overwrite", action="store_true", help="replace a folder that an earlier run wrote")
     return group
 
@@ -103,10 +103,10 @@ def machine_flags(parser: Parser, batches: bool = False, several: bool = False):
     add = group.add_argument
     add("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: CUDA where there is one)")
     add("--dtype", default="auto", choices=["auto", *DTYPES],
-        help="of the weights (default: the checkpoint's own)")
+        help="dtype of the weights (default: the checkpoint's own)")
     if batches:
-        add("--batch-size", type=positive, metavar="N", help="sequences at a time (default: 1,024 tokens; on "
-            "CUDA up to 8,192, as memory allows)")
+        add("--batch-size", type=positive, metavar="N", help="sequences at a time (default: as many as "
+            "make 1,024 tokens; on CUDA up to 8,192, as memory allows)")
     if several:
         add("--shard", action="store_true", help="split the matrices over the processes (FSDP2)")
     return group

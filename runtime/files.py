@@ -63,7 +63,7 @@ def check_output(path: str | Path, overwrite: bool = False, inputs: Iterable[Pat
         raise ValueError(f"--out {path}: is the input")
     check_parent(path)
     if os.path.lexists(path) and not overwrite:
-        raise FileExistsError(f"{path}: exists; choose another, or pass --overwrite where the command has it")
+        raise FileExistsError(f"{path}: exists; choose another, or overwrite it (with --overwrite)")
     if os.path.lexists(path):
         names = set(os.listdir(path)) if path.is_dir() and not path.is_symlink() else set()
         others = {name for name in names - OURS if not any(fnmatch(name, known) for known in TOKENIZER_FILES)}

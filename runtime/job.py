@@ -19,8 +19,8 @@ class Job:
     """
     def __init__(self, model: Transformer, samples: int, seq_len: int | None, batch_size: int | None,
                  layers: int | None = None):
-        """layers: how many have their gradients summed; None if a sweep holds more, so that CUDA's
-        micro-batches stay small."""
+        """layers: how many layers' gradients are summed. None: a sweep needs more memory than that, and
+        CUDA takes 1,024 tokens too."""
         self.model, self.before, self.rows, self.seconds = model, model.n_params, [], {}
         self.samples, self.seq_len = samples, cli.sequence_length(seq_len, 512, model)
         self.eval_len = cli.sequence_length(None, 2048, model)

@@ -71,6 +71,8 @@ def plan(model: Transformer, layers: int | None, layer_ids: list[int] | None, ra
 def print_plan(model: Transformer, layer: int, ratio: float | None, left: int, tokens: int,
                layers: int) -> None:
     """Print what a run would do: the ranks of one layer, the parameters and the memory that it needs."""
+    if ratio is None:
+        print("the ranks depend on the scores: with --threshold they are not known before the run")
     for name, (m, n) in dense_matrices(model, [layer]).items() if ratio else ():
         smaller = held([(m, n)], ratio) < m * n
         rank = f"rank {rank_for_ratio(m, n, ratio)}" if smaller else "stays dense"

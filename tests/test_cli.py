@@ -263,7 +263,7 @@ def test_a_stack_trace_on_request(tmp_path):
     ("--layers 2 --eval wikitext2", "put the file there as DIR/wikitext-2-raw/wiki.test.raw"),
     ("--layers 2 --eval short", "the evaluation text has 3 tokens"),
     ("--layers 2 --data-dir nowhere --eval ptb", "--data-dir nowhere: no such folder"),
-    ("--layers 2 --out empty", "empty: exists; choose another, or pass --overwrite"),
+    ("--layers 2 --out empty", "empty: exists; choose another, or overwrite it"),
     ("--layers 2 --out empty --overwrite", "empty: --overwrite replaces only a folder"),
     ("--layers 2 --ckpt bare --out ./bare", "--out bare: is the input"),
     ("--layers 2 --out no/such/parent", "no/such; create it first"),

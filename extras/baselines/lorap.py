@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from attribution import rank_for_ratio, svd
-from extras import keep, linear, open_dense, product, recover
+from extras import DENSE, keep, linear, open_dense, product, recover
 from extras.baselines import input_of, input_sums
 from extras.controls import truncate
 from model import MATRICES, LowRankLinear, rotary_frequencies, upcast
@@ -229,12 +229,12 @@ def main():
 
 def parse():
     p = cli.Parser(__doc__)
-    add = cli.model_flags(p, "what to compress").add_argument
+    add = cli.model_flags(p, "what to compress", help=DENSE).add_argument
     add("--ratio", type=cli.fraction, default=0.8, help="fraction of the model's parameters to keep (default: 0.8)")
     add("--sublayer", choices=["attention", "mlp", "both"], default="both", help="what to compress (default: both)")
-    add("--mlp", choices=["prune", "decompose"], default="prune", help="how (default: prune)")
+    add("--mlp", choices=["prune", "decompose"], default="prune", help="how to compress the MLPs (default: prune)")
     add("--decomposition", choices=["awsvd", "afm", "svd"], default="awsvd",
-        help="what the kept directions are of (default: awsvd)")
+        help="which decomposition gives the kept directions (default: awsvd)")
     add = p.add_argument_group("recovery, with --seed's draws").add_argument
     add("--recover", type=Path, metavar="FILE", help="train on Alpaca's JSON list, then decompose again")
     add("--lora", type=cli.positive, metavar="R", help="rank of the adapters (default: 8)")
