@@ -51,7 +51,7 @@ def test_help_names_the_defaults_that_hold(tmp_path, monkeypatch, capsys):
     text = " ".join(capsys.readouterr().out.split())
     monkeypatch.setattr("sys.argv", words)
     a, named = recover.parse(), re.findall(r"--([a-z-]+) [A-Z]+ [^()]*\(default: ([\d.]+|\./\S+)\)", text)
-    named = {flag.replace("-", "_"): default.replace("./NAME", "there") for flag, default in named}
+    named = {flag.replace("-", "_"): default.replace("./CKPT", "there") for flag, default in named}
     assert named == {flag: str(getattr(a, flag)) for flag in named}
     assert {*named} == {"held_out", "epochs", "batch_size", "micro_batch", "lr", "seed", "save_every", "out"}
     assert "--seq-len T of each (default: 256, or the model's maximum)" in text and a.seq_len is None
