@@ -304,7 +304,7 @@ def svd_study(model, layer_ids, sweep, ratio):
         except torch.linalg.LinAlgError:
             way = f"{way}, failed"
         rows.append({"way": way, "seconds": seconds, "kept as in fp64 %": agreement})
-        print(f"{way}: {seconds:.2f} s", file=sys.stderr)  # some take minutes
+        print(way, "" if seconds is None else f"{seconds:.2f} s", file=sys.stderr)  # some take minutes
     return rows
 
 

@@ -139,7 +139,7 @@ def test_the_source_has_nothing_that_runs_code_from_a_file():
                 if called == "np.load" or called == "numpy.load":
                     assert not any(k.arg == "allow_pickle" for k in node.keywords), file
     assert places["urllib"] == {"corpus.py"} and places["torch.load"] > 0
-    assert places["subprocess"] == {"smollm2.py"}
+    assert places["subprocess"] == {"smollm2.py", "crashes.py"}
 
 
 if __name__ == "__main__":
