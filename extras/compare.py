@@ -23,7 +23,7 @@ import torch
 from evaluate import markdown, protocols, result_row
 from extras import DENSE, fisher, open_dense, peak_bytes, reset_peak
 from extras.ablation import ratio_of_size
-from extras.baselines import block_params
+from extras.baselines import block_params, blocks_params
 from extras.baselines.decomposition import asvd, fwsvd, plain_svd, svd_llm
 from extras.baselines.lorap import lorap
 from extras.baselines.patch import linearpatch, replaceme
@@ -100,7 +100,7 @@ def second_order(model, sweep, budget, layers=None, **settings):
 def budget_of(model, n, ratio, part=None):
     """How many parameters to remove: as GRASP does from n layers at `ratio`; or the fraction `part` of all blocks'."""
     if part:
-        return round(part * model.args.n_layers * block_params(model))
+        return round(part * blocks_params(model))
     return model.n_params - parameters_left(model, range(n), ratio)  # all layers are alike
 
 

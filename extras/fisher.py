@@ -21,7 +21,7 @@ import torch
 
 from attribution import SCORES, backward, importance, sigma_gradients, top_k, weight_gradients
 from extras import DENSE, keep, linear, open_dense
-from extras.baselines import block_params, input_of, uniform_ranks, watch_inputs
+from extras.baselines import blocks_params, input_of, uniform_ranks, watch_inputs
 from grasp import find_redundant
 from model import matrix_names, save_checkpoint, upcast
 from runtime import cli
@@ -218,7 +218,7 @@ def main():
     model, tokenizer = open_dense(a.ckpt, a.device, a.dtype)
     if a.layers or a.layer_ids:
         check_layers(model.args.n_layers, a.layers, a.layer_ids)
-    blocks = model.args.n_layers * block_params(model)
+    blocks = blocks_params(model)
     budget, job = round(a.budget * blocks), Job(model, a.samples, a.seq_len, a.batch_size)
     if not budget:
         raise ValueError(f"--budget {a.budget}: leaves nothing to remove")

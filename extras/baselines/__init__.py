@@ -19,6 +19,11 @@ def block_params(model):
     return sum(p.numel() for p in model.layers[0].parameters())
 
 
+def blocks_params(model):
+    """The parameters of all blocks of a dense model."""
+    return model.args.n_layers * block_params(model)
+
+
 def check_blocks(model, n, spared):
     """Raise ValueError if a method that leaves at least `spared` blocks cannot take out n."""
     most = len(model.layers) - spared

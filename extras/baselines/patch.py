@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from attribution import angular_distances, cosine
-from extras.controls import drop_layers
 from extras.baselines import check_blocks, watch_inputs
+from extras.controls import drop_layers
 
 
 class Patch(nn.Module):

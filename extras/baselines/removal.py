@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from attribution import layer_cosines, top_k
-from extras.controls import drop_layers
 from extras.baselines import check_blocks
+from extras.controls import drop_layers
 from model import MATRICES, Block, rotary_frequencies, upcast
 
 

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from extras.controls import drop_layers
-from extras.recover import learning_rate
 from extras.baselines import block_params
 from extras.baselines.patch import run_cosines, run_ends
+from extras.controls import drop_layers
+from extras.recover import learning_rate
 from model import FeedForward, RMSNorm
 from runtime.cli import show
 

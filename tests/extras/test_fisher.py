@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import evaluate
 from attribution import sigma_gradients
-from tests.conftest import error_of, random_model, random_tokens
+from tests.conftest import error_of, output_of, random_model, random_tokens
 from extras import fisher
 from extras.export import dense_weight
 from extras.fisher import (channel_costs, component_size, components, compress, damped, global_ranks, keep_channels,
@@ -338,15 +338,9 @@ def test_sizes_of_a_component():
 
 # ------------------------------------------------------------------------------------------------ the command
 
-def told(words, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["fisher", *words.split()])
-    cli.command(fisher.main)
-    return capsys.readouterr().out
-
-
 def test_the_command(nowhere, monkeypatch, capsys):
     """Three tenths of the embedded model's block parameters go, and its perplexity rises by less than a tenth."""
-    out = told("--budget 0.3 --samples 48 --windows 20", monkeypatch, capsys)
+    out = output_of(fisher.main, "--budget 0.3 --samples 48 --windows 20", capsys)
     report = json.loads((nowhere / "tiny-fisher" / "report.json").read_text())
     dense, small = (row["perplexity"]["embedded"] for row in report["results"])
     assert small < 1.1 * dense and report["parameters_after"] < 0.74 * report["parameters_before"]
@@ -375,5 +369,5 @@ def test_mistakes_are_one_line(words, message, nowhere, monkeypatch, capsys):
 
 
 def test_a_compressed_folder_is_refused(nowhere, monkeypatch, capsys):
-    told("--budget 0.1 --samples 4 --eval none --out small", monkeypatch, capsys)
+    output_of(fisher.main, "--budget 0.1 --samples 4 --eval none --out small", capsys)
     assert "compressed already" in error_of(fisher.main, "--ckpt small --budget 0.1", monkeypatch, capsys)
