@@ -4,7 +4,7 @@
 
     STUDY        what varies                                                             with these values
     calibration  the text by which layers and components are judged                      --calibration wikitext2 c4.txt
-    samples      how many windows of it; smaller sets begin larger ones                   --samples 64 128 256 512
+    samples      how many windows of it; smaller sets begin larger ones                  --samples 64 128 256 512
     schedule     one-shot, or iterative: half a block at a time, with fresh gradients
     score        what ranks the components: taylor, gradient, magnitude
     budget       a threshold for each matrix, against one ratio for all, of equal size   --thresholds 0.1 0.2 0.4
