@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from data import need
-from extras.export import halve_rows, their_name
+from extras.export.hugging_face import halve_rows, their_name
 from runtime import cli
 from runtime.files import atomic_write, check_output, write_json
 

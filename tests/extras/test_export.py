@@ -15,6 +15,9 @@ from tests.conftest import (LLAMA31, ROOT, error_of, output_of, random_model, ra
                             transformers_model)
 from data.tokenizer import load_tokenizer
 from extras import export
+from extras.export.__main__ import main
+from extras.export.hugging_face import halve_rows
+from extras.export.meta import meta_params
 from grasp import compress
 from data.checkpoint import pair_rows
 from model import LowRankLinear, ModelArgs, load_checkpoint, save_checkpoint
@@ -98,8 +101,8 @@ def test_half_precisions_are_rounded_once(dtype, tmp_path):
 def test_halve_rows_undoes_pair_rows():
     """Two heads of 6 rows; of 4, the turn would be its own inverse."""
     W = torch.arange(12.0)[:, None].expand(12, 3)
-    assert export.halve_rows(W, 6)[:, 0].tolist() == [0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11]
-    assert torch.equal(export.halve_rows(pair_rows(W, 6), 6), W)
+    assert halve_rows(W, 6)[:, 0].tolist() == [0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11]
+    assert torch.equal(halve_rows(pair_rows(W, 6), 6), W)
 
 
 def test_shards_are_small_and_indexed(tmp_path):
@@ -239,7 +242,7 @@ def hidden_dim_of(dim, multiple_of, ffn_dim_multiplier, **others):
 def test_every_hidden_size_can_be_said():
     for dim in (16, 104, 576, 2048, 4096, 5120, 8192):
         for hidden in [*range(2, 400), *range(1000, 30000, 37), 11008, 14336, 28672]:
-            params = export.meta_params(ModelArgs(dim, 1, 4, 4, dim // 4, hidden, 50, 1e-5))
+            params = meta_params(ModelArgs(dim, 1, 4, 4, dim // 4, hidden, 50, 1e-5))
             assert hidden_dim_of(**params) == hidden
 
 
@@ -303,14 +306,14 @@ def test_the_command_says_what_it_did(small, tmp_path):
 
 def test_a_dense_folder_is_only_converted(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    said = output_of(export.main, f"--ckpt {TINY} --out out --format meta", capsys)
+    said = output_of(main, f"--ckpt {TINY} --out out --format meta", capsys)
     assert "dense before and after, only converted" in said
     for name, W in load_checkpoint("out").named_parameters():
         assert torch.equal(W, load_checkpoint(TINY).get_parameter(name)), name
 
 
 def test_dtype_is_what_is_written(small, capsys):
-    assert "A B's rounding to\nbfloat16" in output_of(export.main, "--ckpt small --out out --dtype bfloat16", capsys)
+    assert "A B's rounding to\nbfloat16" in output_of(main, "--ckpt small --out out --dtype bfloat16", capsys)
     assert transformers.AutoConfig.from_pretrained("out").dtype == torch.bfloat16 == load_checkpoint("out").dtype
 
 
@@ -325,7 +328,7 @@ def test_dtype_is_what_is_written(small, capsys):
 ])
 def test_mistakes_are_one_line_and_write_nothing(words, message, small, tmp_path, monkeypatch, capsys):
     before = sorted(tmp_path.rglob("*"))
-    assert message in error_of(export.main, words, monkeypatch, capsys)
+    assert message in error_of(main, words, monkeypatch, capsys)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -333,7 +336,7 @@ def test_mistakes_are_one_line_and_write_nothing(words, message, small, tmp_path
 def test_missing_packages_are_named(package, small, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, package, None)
     assert f"--format hf needs the package {package}: pip install {package}" in error_of(
-        export.main, "--ckpt small --out out", monkeypatch, capsys)
+        main, "--ckpt small --out out", monkeypatch, capsys)
 
 
 def test_a_full_disk_leaves_nothing(tmp_path):

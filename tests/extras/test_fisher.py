@@ -11,7 +11,7 @@ import evaluate
 from attribution import sigma_gradients
 from tests.conftest import error_of, output_of, random_model, random_tokens
 from extras import fisher
-from extras.export import dense_weight
+from extras.export.dense import dense_weight
 from extras.fisher import (channel_costs, component_size, components, compress, damped, global_ranks, keep_channels,
                            second_moments)
 from extras.baselines.decomposition import plain_svd, svd_llm

@@ -21,7 +21,7 @@ import torch
 
 from data.corpus import embedded_text
 from data.tokenizer import load_tokenizer
-from extras.export import write_hf
+from extras.export.hugging_face import write_hf
 from model import FeedForward, LowRankLinear, ModelArgs, Transformer, save_checkpoint
 from runtime.cli import TINY
 

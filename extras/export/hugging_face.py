@@ -1,0 +1,73 @@
+"""Hugging Face's folder: config.json and the weights, in Hugging Face's names and order of rows."""
+import json
+import shutil
+
+from data.checkpoint import HF_FIELDS, HF_TENSORS, own_storage
+from extras import is_tied
+from extras.export.dense import dense_shapes, dense_weight
+from extras.export.tokenizer import write_tokenizer
+from runtime.files import write_json
+
+
+def write_hf(model, tokenizer, folder, shard):
+    """config.json, the weights in files of at most `shard` (one after the other in memory), the tokenizer."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+    config, shapes = hf_config(model, tokenizer), dense_shapes(model)
+    write_json(folder / "config.json", config)
+    write_tokenizer(tokenizer, folder, config["max_position_embeddings"])
+    names = {their_name(name): name for name in shapes}
+    plan = split_torch_state_dict_into_shards({name: shapes[ours] for name, ours in names.items()},
+                                              max_shard_size=shard)
+    for file, inside in plan.filename_to_tensors.items():
+        try:
+            save_file({name: hf_weight(model, names[name]) for name in inside}, folder / file, {"format": "pt"})
+        except SafetensorError as e:  # a full disk, too
+            raise OSError(f"{file}: could not be written: {e}") from None
+        shutil.copymode(folder / "config.json", folder / file)  # safetensors lets only the owner read it
+    if plan.is_sharded:
+        write_json(folder / "model.safetensors.index.json",
+                   {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+
+
+def their_name(name):
+    """our_name's inverse: "layers.3.attention.wq.weight" -> "model.layers.3.self_attn.q_proj.weight"."""
+    for theirs, ours in HF_TENSORS[1:]:  # the first takes "model." away
+        name = name.replace(ours, theirs, 1)
+    return name if name.startswith("lm_head") else f"model.{name}"
+
+
+def hf_weight(model, name):
+    """The tensor on the CPU, alone in its storage, rows of wq and wk in Hugging Face's order."""
+    W = dense_weight(model, name)
+    if name.endswith(("wq.weight", "wk.weight")):
+        W = halve_rows(W, model.args.head_dim)
+    return own_storage(W.detach())
+
+
+def halve_rows(W, head_dim):
+    """pair_rows' inverse: each head's rows x0 y0 x1 y1 .. (Meta turns its pairs) as x0 x1 .. y0 y1 .. (halves)."""
+    return W.view(-1, head_dim // 2, 2, W.shape[1]).transpose(1, 2).reshape(W.shape)
+
+
+def hf_config(model, tokenizer):
+    """config.json's table, its rotary settings in the form that transformers 4 wrote and 5 still reads."""
+    generation = json.loads(tokenizer.files.get("generation_config.json", "{}"))
+    args, scaling = model.args, model.args.rope_scaling
+    family = "Mistral" if args.dim % args.n_heads else "Llama"  # one architecture, but LlamaConfig wants it divisible
+    positions = args.max_seq_len
+    if positions is None:
+        positions, like = ((131072, "Llama 3.1") if scaling else
+                           (8192, "Llama 3") if args.rope_theta > 10000 else (4096, "Llama 2"))
+        print(f"positions    --ckpt does not say how many the model has; config.json says {positions:,}, as {like} has "
+              "(to be edited there)")
+    return {"architectures": [f"{family}ForCausalLM"], "model_type": family.lower(), "hidden_act": "silu",
+            **{theirs: getattr(args, ours) for ours, theirs in HF_FIELDS.items()},
+            "max_position_embeddings": positions, "sliding_window": None, "head_dim": args.head_dim,
+            "vocab_size": args.vocab_size, "tie_word_embeddings": is_tied(model), "rope_theta": args.rope_theta,
+            "rope_scaling": scaling and {"rope_type": "llama3", **scaling, "original_max_position_embeddings":
+                                         int(scaling["original_max_position_embeddings"])},
+            "torch_dtype": str(model.dtype).removeprefix("torch."), "bos_token_id": tokenizer.bos_id,
+            "eos_token_id": tokenizer.ends if len(tokenizer.ends) > 1 else next(iter(tokenizer.ends), None),
+            **{name: i for name, i in generation.items() if name.endswith("_token_id")}}
