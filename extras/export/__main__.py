@@ -3,6 +3,7 @@ from pathlib import Path
 
 from data import need
 from extras import export
+from extras.export.dense import exported_params
 from runtime import cli
 from runtime.files import check_output
 
@@ -13,22 +14,25 @@ def main():
                     help="a compressed folder, or a dense one of Meta's, Mistral's or Hugging Face's")
     add = p.add_argument_group("output").add_argument
     add("--out", type=Path, required=True, metavar="FOLDER", help="to write, a new one")
-    add("--format", choices=("hf", "meta"), default="hf", help="Hugging Face's or Meta's (default: hf)")
+    add("--format", choices=("hf", "hf-lowrank", "meta"), default="hf",
+        help="Hugging Face's dense, Hugging Face's with the factors as they are, or Meta's (default: hf)")
     cli.machine_flags(p)
     a = p.parse_args()
     check_output(a.out)
-    for package in ("safetensors", "huggingface_hub", "tokenizers") if a.format == "hf" else ():
-        need(package, "--format hf")  # before the long work
+    for package in ("safetensors", "huggingface_hub", "tokenizers") if a.format != "meta" else ():
+        need(package, f"--format {a.format}")  # before the long work
     model, tokenizer = cli.open_checkpoint(a.ckpt, a.device, a.dtype)
     export.export(model, tokenizer, a.out, a.format)
     before, after = (f"{n:,} parameters, {n * model.dtype.itemsize / 2 ** 30:.3g} GiB"
-                     for n in (model.n_params, model.n_params_dense))
-    if before == after:
+                     for n in (model.n_params, exported_params(model, a.format)))
+    if a.format == "hf-lowrank":
+        print(f"exported     {after}: factors and widths as they are; transformers needs trust_remote_code=True")
+    elif before == after:
         print(f"exported     {after}: dense before and after, only converted")
     else:
         print(f"compressed   {before}\nexported     {after}\nThe exported weights are dense again: the logits of the "
               f"compressed model (but for A B's rounding to\n{str(model.dtype).removeprefix('torch.')}), not its size "
-              f"and speed. For those, use {a.ckpt} with this project.")
+              f"and speed. For those, use --format hf-lowrank, or {a.ckpt} with this project.")
     print(f"written to {a.out}")
 
 

@@ -1,4 +1,7 @@
 """The dense matrices that a compressed model stands for."""
+from copy import copy
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 
@@ -23,3 +26,22 @@ def dense_shapes(model):
     with torch.device("meta"):
         dense = Transformer(model.args, tied=is_tied(model)).to(model.dtype)
     return dict(dense.named_parameters())
+
+
+def channels(model):
+    """How many channels each layer's feed-forward has."""
+    return [[*block.feed_forward.w2.parameters()][-1].shape[1] for block in model.layers]  # of w2, or of its factor B
+
+
+def narrowed(model):
+    """`model` itself, or with one smaller hidden_dim if that is all that makes it smaller: then nothing needs padding."""
+    widths, dense = {*channels(model)}, not any(isinstance(m, LowRankLinear) for m in model.modules())
+    if dense and len(widths) == 1:
+        model = copy(model)  # shares the weights
+        model.args = replace(model.args, hidden_dim=widths.pop())
+    return model
+
+
+def exported_params(model, layout):
+    """How many parameters an exported folder of that layout has."""
+    return model.n_params if layout == "hf-lowrank" else narrowed(model).n_params_dense

@@ -1,20 +1,33 @@
 """Hugging Face's folder: config.json and the weights, in Hugging Face's names and order of rows."""
 import json
 import shutil
+from pathlib import Path
+
+import torch
 
 from data.checkpoint import HF_FIELDS, HF_TENSORS, own_storage
 from extras import is_tied
-from extras.export.dense import dense_shapes, dense_weight
+from extras.export.dense import channels, dense_shapes, dense_weight
 from extras.export.tokenizer import write_tokenizer
+from model import LowRankLinear
 from runtime.files import write_json
 
+CODE = Path(__file__).parent / "modeling_lowrank.py"  # what transformers runs for a low-rank folder
 
-def write_hf(model, tokenizer, folder, shard):
-    """config.json, the weights in files of at most `shard` (one after the other in memory), the tokenizer."""
+
+def write_hf(model, tokenizer, folder, shard, low_rank=False):
+    """config.json, the weights in files of at most `shard` (one after the other in memory), the tokenizer.
+
+    low_rank: with factors and narrow feed-forwards as they are, and the code for them.
+    """
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors import SafetensorError
     from safetensors.torch import save_file
-    config, shapes = hf_config(model, tokenizer), dense_shapes(model)
+    config, shapes, weight = hf_config(model, tokenizer), dense_shapes(model), dense_weight
+    if low_rank:
+        config, weight = {**config, **low_rank_config(model)}, torch.nn.Module.get_parameter
+        shapes = {name: torch.empty_like(p, device="meta") for name, p in model.named_parameters()}
+        shutil.copyfile(CODE, folder / CODE.name)
     write_json(folder / "config.json", config)
     write_tokenizer(tokenizer, folder, config["max_position_embeddings"])
     names = {their_name(name): name for name in shapes}
@@ -22,7 +35,7 @@ def write_hf(model, tokenizer, folder, shard):
                                               max_shard_size=shard)
     for file, inside in plan.filename_to_tensors.items():
         try:
-            save_file({name: hf_weight(model, names[name]) for name in inside}, folder / file, {"format": "pt"})
+            save_file({name: hf_weight(model, names[name], weight) for name in inside}, folder / file, {"format": "pt"})
         except SafetensorError as e:  # a full disk, too
             raise OSError(f"{file}: could not be written: {e}") from None
         shutil.copymode(folder / "config.json", folder / file)  # safetensors lets only the owner read it
@@ -35,13 +48,14 @@ def their_name(name):
     """our_name's inverse: "layers.3.attention.wq.weight" -> "model.layers.3.self_attn.q_proj.weight"."""
     for theirs, ours in HF_TENSORS[1:]:  # the first takes "model." away
         name = name.replace(ours, theirs, 1)
+    name += ".weight" * name.endswith((".A", ".B"))
     return name if name.startswith("lm_head") else f"model.{name}"
 
 
-def hf_weight(model, name):
-    """The tensor on the CPU, alone in its storage, rows of wq and wk in Hugging Face's order."""
-    W = dense_weight(model, name)
-    if name.endswith(("wq.weight", "wk.weight")):
+def hf_weight(model, name, weight):
+    """The tensor weight(model, name) on the CPU, alone in its storage, rows of wq and wk in Hugging Face's order."""
+    W = weight(model, name)
+    if name.endswith(("wq.weight", "wk.weight", "wq.A", "wk.A")):
         W = halve_rows(W, model.args.head_dim)
     return own_storage(W.detach())
 
@@ -71,3 +85,12 @@ def hf_config(model, tokenizer):
             "torch_dtype": str(model.dtype).removeprefix("torch."), "bos_token_id": tokenizer.bos_id,
             "eos_token_id": tokenizer.ends if len(tokenizer.ends) > 1 else next(iter(tokenizer.ends), None),
             **{name: i for name, i in generation.items() if name.endswith("_token_id")}}
+
+
+def low_rank_config(model):
+    """What config.json says instead where factors and narrow feed-forwards stay: the code and the table of ranks."""
+    ranks = {their_name(name): m.A.shape[1] for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    ranks |= {f"model.layers.{i}.mlp": n for i, n in enumerate(channels(model)) if n < model.args.hidden_dim}
+    classes = {"AutoConfig": "LowRankConfig", "AutoModel": "LowRankModel", "AutoModelForCausalLM": "LowRankForCausalLM"}
+    return {"architectures": ["LowRankForCausalLM"], "model_type": "llama-lowrank", "ranks": ranks,
+            "auto_map": {auto: f"{CODE.stem}.{name}" for auto, name in classes.items()}}

@@ -14,7 +14,7 @@ import torch
 from tests.conftest import (LLAMA31, ROOT, error_of, output_of, random_model, random_tokens, run,
                             transformers_model)
 from data.tokenizer import load_tokenizer
-from extras import export
+from extras import export, linear
 from extras.export.__main__ import main
 from extras.export.hugging_face import halve_rows
 from extras.export.meta import meta_params
@@ -137,6 +137,37 @@ def test_heads_that_do_not_divide_the_width(tmp_path):
     export.export(model, load_tokenizer(TINY), tmp_path / "out")
     tokens = random_tokens(model, 1, 9)
     assert torch.allclose(their_logits(tmp_path / "out", tokens), model(tokens), rtol=0, atol=1e-5)
+
+
+def narrow(model, *widths):
+    """The model itself, with the first channels of its feed-forwards: widths[i] of layer i's."""
+    for block, n in zip(model.layers, widths):
+        ff = block.feed_forward
+        ff.w1, ff.w3, ff.w2 = linear(ff.w1.weight[:n]), linear(ff.w3.weight[:n]), linear(ff.w2.weight[:, :n])
+    return model
+
+
+@pytest.mark.parametrize("layout", ["hf", "meta"])
+def test_one_width_for_all_feed_forwards_is_a_plain_model(layout, tmp_path):
+    """Nothing is padded: the exported folder is as small as the compressed model."""
+    model = narrow(random_model(), 10, 10, 10, 10)
+    tokens, before = random_tokens(model, 2, 9), model.args.hidden_dim
+    export.export(model, load_tokenizer(TINY), tmp_path / "out", layout)
+    back = load_checkpoint(tmp_path / "out")
+    assert back.n_params == model.n_params and back.args.hidden_dim == 10 and model.args.hidden_dim == before == 24
+    assert torch.allclose(back(tokens), model(tokens), rtol=0, atol=1e-10)
+    if layout == "hf":
+        assert torch.allclose(their_logits(tmp_path / "out", tokens), model(tokens), rtol=0, atol=1e-5)
+        assert json.loads((tmp_path / "out/config.json").read_text())["intermediate_size"] == 10
+
+
+def test_other_widths_are_padded(tmp_path):
+    """Where widths differ, and where the matrices of one width are low-rank."""
+    for i, model in enumerate([narrow(random_model(), 10, 12), compressed(narrow(random_model(), 10, 10, 10, 10))]):
+        tokens = random_tokens(model, 2, 9)
+        export.export(model, load_tokenizer(TINY), tmp_path / f"out{i}")
+        assert load_checkpoint(tmp_path / f"out{i}").args.hidden_dim == 24
+        assert torch.allclose(their_logits(tmp_path / f"out{i}", tokens), model(tokens), rtol=0, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ tokenizers
@@ -299,7 +330,7 @@ def test_the_command_says_what_it_did(small, tmp_path):
     before, after = small
     assert f"compressed   {after:,} parameters, 0.00315 GiB\n" in done.stdout
     assert f"exported     {before:,} parameters, 0.0033 GiB\n" in done.stdout
-    assert "dense again" in done.stdout and f"written to {tmp_path / 'out'}" in done.stdout
+    assert "dense again" in done.stdout and "use --format hf-lowrank" in done.stdout and f"written to {tmp_path / 'out'}" in done.stdout
     ours, tokens = load_checkpoint(tmp_path / "small"), torch.arange(50)[None]
     assert torch.allclose(their_logits(tmp_path / "out", tokens), ours(tokens), rtol=0, atol=1e-4)
 
@@ -310,6 +341,15 @@ def test_a_dense_folder_is_only_converted(tmp_path, monkeypatch, capsys):
     assert "dense before and after, only converted" in said
     for name, W in load_checkpoint("out").named_parameters():
         assert torch.equal(W, load_checkpoint(TINY).get_parameter(name)), name
+
+
+def test_equally_narrow_feed_forwards_are_only_converted(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = load_checkpoint(TINY)
+    narrow(model, *[100] * model.args.n_layers)
+    save_checkpoint(model, "narrow", tokenizer=load_tokenizer(TINY).files)
+    said = output_of(main, "--ckpt narrow --out out", capsys)
+    assert f"exported     {model.n_params:,} parameters" in said and "only converted" in said and "again" not in said
 
 
 def test_dtype_is_what_is_written(small, capsys):

@@ -53,6 +53,7 @@ def run_everything():
         evaluate --ckpt small --data text --seq-len 64 --json results.json
         extras.export --ckpt small --out hf
         extras.export --ckpt small --out meta --format meta
+        extras.export --ckpt small --out low-rank --format hf-lowrank
         evaluate --ckpt hf --data text --seq-len 64
         evaluate --ckpt meta --data text --seq-len 64
         grasp --ckpt hf --layer-ids 3 --threshold 0.5 --iterative {quick} --calibration text --eval none
