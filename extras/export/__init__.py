@@ -1,28 +1,35 @@
 """Export a folder for other tools: `python -m extras.export --ckpt COMPRESSED --out FOLDER`.
 
-    --format hf           config.json, model*.safetensors, tokenizer.json: what transformers and the tools around it read
+    --format hf           config.json, model*.safetensors, tokenizer.json: what transformers and tools around it read
     --format hf-lowrank   the same with factors and narrow feed-forwards as they are, and the code for them
     --format meta         params.json, consolidated.00.pth, tokenizer.model: what Meta's code reads of its Llama 2 and 3
 
 hf and meta are dense: every product A B becomes W (m, n) again, and every lost channel becomes zeros, unless all
-feed-forwards have lost equally many and nothing is low-rank. A dense folder is only converted.
+feed-forwards have lost equally many and nothing is low-rank. A dense folder is only converted. A README.md, the model
+card, says what the model is.
 
 hf and hf-lowrank need the packages safetensors, huggingface_hub and tokenizers. A sliding window is not exported: the
 positions of the exported model end where the window does, and up to there full attention gives the same logits.
 """
+from pathlib import Path
+
+from extras.export.card import card
 from extras.export.dense import narrowed
 from extras.export.hugging_face import write_hf
 from extras.export.meta import write_meta
+from runtime import cli
 from runtime.files import atomic_write, check_output
 
 
-def export(model, tokenizer, out, layout="hf", shard="5GB"):
+def export(model, tokenizer, out, layout="hf", shard="5GB", source=None):
     """Write `model` as a new folder `out`, atomically; layout: "hf", "hf-lowrank" or "meta".
 
     shard: how large a safetensors file may be, and so about the memory that this takes besides the model.
+    source: the folder that the model was read from, whose report.json the model card cites.
     ValueError where the layout cannot say what the model is, OSError where `out` cannot be written.
     """
     check_output(out)
+    text = card(model, source and cli.earlier_report(source), layout, Path(out).name, source)
     model = narrowed(model)
     with atomic_write(out) as folder:
         folder.mkdir()
@@ -30,3 +37,4 @@ def export(model, tokenizer, out, layout="hf", shard="5GB"):
             write_meta(model, tokenizer, folder)
         else:
             write_hf(model, tokenizer, folder, shard, low_rank=layout == "hf-lowrank")
+        (folder / "README.md").write_text(text, encoding="utf-8")

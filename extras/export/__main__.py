@@ -22,7 +22,7 @@ def main():
     for package in ("safetensors", "huggingface_hub", "tokenizers") if a.format != "meta" else ():
         need(package, f"--format {a.format}")  # before the long work
     model, tokenizer = cli.open_checkpoint(a.ckpt, a.device, a.dtype)
-    export.export(model, tokenizer, a.out, a.format)
+    export.export(model, tokenizer, a.out, a.format, source=a.ckpt)
     before, after = (f"{n:,} parameters, {n * model.dtype.itemsize / 2 ** 30:.3g} GiB"
                      for n in (model.n_params, exported_params(model, a.format)))
     if a.format == "hf-lowrank":

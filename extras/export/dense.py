@@ -34,7 +34,7 @@ def channels(model):
 
 
 def narrowed(model):
-    """`model` itself, or with one smaller hidden_dim if that is all that makes it smaller: then nothing needs padding."""
+    """`model`, with a smaller hidden_dim if all feed-forwards have that width and nothing is low-rank."""
     widths, dense = {*channels(model)}, not any(isinstance(m, LowRankLinear) for m in model.modules())
     if dense and len(widths) == 1:
         model = copy(model)  # shares the weights

@@ -1,8 +1,8 @@
-"""A Llama with low-rank matrices and feed-forwards of different widths, for from_pretrained(..., trust_remote_code=True).
+"""A Llama with low-rank matrices and feed-forwards of different widths.
 
 `ranks` in config.json names what differs from a dense Llama: a matrix with its rank k, y = A (B x), or a feed-forward
 ("model.layers.3.mlp") with its channels. `python -m extras.export --format hf-lowrank` writes this file and the table.
-Needs transformers 4.48 or later.
+from_pretrained(folder, trust_remote_code=True) runs it; it needs transformers 4.48 or later.
 """
 from collections import OrderedDict
 from copy import copy

@@ -93,7 +93,8 @@ def test_what_transformers_saves_is_such_a_folder_again(tied, tmp_path):
     theirs.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / CODE.name).read_text() == CODE.read_text()
     again = loaded(tmp_path / "again")
-    assert torch.allclose(again(tokens).logits, theirs(tokens).logits, rtol=0, atol=1e-6) and size(again) == model.n_params
+    assert torch.allclose(again(tokens).logits, theirs(tokens).logits, rtol=0, atol=1e-6)
+    assert size(again) == model.n_params
     assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied
 
 
@@ -101,7 +102,8 @@ def test_what_transformers_saves_is_such_a_folder_again(tied, tmp_path):
 def test_devices_and_half_precision(where, tmp_path):
     pytest.importorskip("accelerate")
     model = shrunk(random_model())
-    theirs, tokens = loaded(exported(model, tmp_path / "out"), dtype=torch.bfloat16, device_map=where), random_tokens(model, 1, 9)
+    theirs = loaded(exported(model, tmp_path / "out"), dtype=torch.bfloat16, device_map=where)
+    tokens = random_tokens(model, 1, 9)
     assert {p.dtype for p in theirs.parameters()} == {torch.bfloat16}
     logits = theirs(tokens.to(theirs.device)).logits.cpu().double()
     assert (logits - model(tokens)).abs().max() < 0.05 * model(tokens).abs().max()
@@ -114,7 +116,8 @@ def test_the_base_model_is_the_changed_one(tmp_path):
     base = transformers.AutoModel.from_config(config, trust_remote_code=True)
     assert size(base) == model.n_params - model.output.weight.numel()
     assert base._supports_attention_backend and config.base_model_tp_plan is None
-    base, info = transformers.AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True, output_loading_info=True)
+    base, info = transformers.AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True,
+                                                        output_loading_info=True)
     assert [*info["unexpected_keys"]] == ["lm_head.weight"] and not info["missing_keys"]
     assert base(random_tokens(model, 1, 9)).last_hidden_state.shape == (1, 9, 16)
 
