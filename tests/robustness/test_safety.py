@@ -51,9 +51,9 @@ def run_everything():
     commands = f"""
         grasp --layers 2 {quick} --out small
         evaluate --ckpt small --data text --seq-len 64 --json results.json
-        extras.export --ckpt small --out hf
-        extras.export --ckpt small --out meta --format meta
-        extras.export --ckpt small --out low-rank --format hf-lowrank
+        extras.export.__main__ --ckpt small --out hf
+        extras.export.__main__ --ckpt small --out meta --format meta
+        extras.export.__main__ --ckpt small --out low-rank --format hf-lowrank
         evaluate --ckpt hf --data text --seq-len 64
         evaluate --ckpt meta --data text --seq-len 64
         grasp --ckpt hf --layer-ids 3 --threshold 0.5 --iterative {quick} --calibration text --eval none
@@ -103,7 +103,8 @@ def test_every_command_runs_without_processes_connections_and_pickles(tmp_path):
     assert [event.split("'")[1] for event in tried] == [WIKITEXT, PTB + "ptb.valid.txt"], tried
     assert WIKITEXT.startswith("https://") and PTB.startswith("https://")
     assert {words.split()[0] for words, _ in done} == {
-        "grasp", "evaluate", "extras.baselines.lorap", *(f"extras.{file.stem}" for file in ROOT.glob("extras/[a-z]*.py"))} - {
+        "grasp", "evaluate", "extras.baselines.lorap", "extras.export.__main__",
+        *(f"extras.{file.stem}" for file in ROOT.glob("extras/[a-z]*.py"))} - {
         "extras.smollm2", "extras.make_tiny"}  # the first calls pip, the second trains for two minutes
 
 
