@@ -7,7 +7,7 @@ parameters. Methods that take out whole blocks cannot meet it: they have two row
 budget and above it. Each method is described in its file in extras/baselines/. svd, fwsvd, asvd, svd-llm, kfac and
 grasp work on the N redundant layers, which each finds for itself, in its own seconds. A name that ends in -all works on
 every layer. kfac (low-rank, one ratio), kfac-all (low-rank, one ranking) and fisher (channels of the MLPs too) are
-variants of extras/fisher.py.
+variants of extras.fisher.
 
 Every row starts from a freshly loaded dense model and a freshly seeded generator: none depends on the rows before it.
 sleb is greedy: its second row drops one more block from its first row's model, and its seconds count both. Seconds and

@@ -8,9 +8,10 @@ import pytest
 import grasp
 from tests.conftest import error_of, output_of, random_model
 from data.tokenizer import load_tokenizer
-from extras import controls, export, fisher
+from extras import controls, export
 from extras.export.__main__ import main
 from extras.export.card import card
+from extras.fisher.__main__ import main as fisher_main
 from model import load_checkpoint, save_checkpoint
 from tests.extras.test_export import TINY, compressed
 
@@ -75,7 +76,7 @@ def test_a_dense_folder_is_its_own_base(here, capsys):
 
 def test_other_methods_and_their_order(here, capsys):
     """Second-order pruning by channels, then GRASP of what is left, which a training would follow."""
-    output_of(fisher.main, f"--budget 0.1 --layers 2 {QUICK} --out one", capsys)
+    output_of(fisher_main, f"--budget 0.1 --layers 2 {QUICK} --out one", capsys)
     output_of(grasp.main, f"--ckpt one --layer-ids 0 {QUICK} --eval none --score magnitude --out two", capsys)
     text, report = exported("two", capsys), json.loads((here / "two/report.json").read_text())
     first = text.index("Method: second-order pruning (extras.fisher), basis kfac, allocation global, budget 0.1\n")

@@ -10,11 +10,13 @@ import torch.nn.functional as F
 import evaluate
 from attribution import sigma_gradients
 from tests.conftest import error_of, output_of, random_model, random_tokens
-from extras import fisher
-from extras.export.dense import dense_weight
-from extras.fisher import (channel_costs, component_size, components, compress, damped, global_ranks, keep_channels,
-                           second_moments)
 from extras.baselines.decomposition import plain_svd, svd_llm
+from extras.export.dense import dense_weight
+from extras.fisher import compress, moments
+from extras.fisher.__main__ import main
+from extras.fisher.components import channel_costs, components, keep_channels
+from extras.fisher.moments import damped, second_moments
+from extras.fisher.ranking import component_size, global_ranks
 from model import load_checkpoint, matrix_names, save_checkpoint
 from runtime import cli
 
@@ -34,7 +36,7 @@ def cost_of(D, C, H):
 
 @pytest.fixture
 def undamped(monkeypatch):
-    monkeypatch.setattr(fisher, "DAMPING", 0.0)
+    monkeypatch.setattr(moments, "DAMPING", 0.0)
 
 
 # ------------------------------------------------------------------------------------------------ moments
@@ -64,7 +66,7 @@ def test_without_output_gradients_no_loss_is_taken(monkeypatch):
     model = random_model()
     tokens = random_tokens(model, 2, 7)
     both = second_moments(model, matrix_names(1), [tokens])
-    monkeypatch.setattr(fisher, "backward", None)
+    monkeypatch.setattr(moments, "backward", None)
     for name, (C, H) in second_moments(model, matrix_names(1), [tokens], "whitened").items():
         assert torch.allclose(C, both[name][0]) and H is None
 
@@ -340,7 +342,7 @@ def test_sizes_of_a_component():
 
 def test_the_command(nowhere, monkeypatch, capsys):
     """Three tenths of the embedded model's block parameters go, and its perplexity rises by less than a tenth."""
-    out = output_of(fisher.main, "--budget 0.3 --samples 48 --windows 20", capsys)
+    out = output_of(main, "--budget 0.3 --samples 48 --windows 20", capsys)
     report = json.loads((nowhere / "tiny-fisher" / "report.json").read_text())
     dense, small = (row["perplexity"]["embedded"] for row in report["results"])
     assert small < 1.1 * dense and report["parameters_after"] < 0.74 * report["parameters_before"]
@@ -364,10 +366,10 @@ def test_the_command(nowhere, monkeypatch, capsys):
     ("--budget 1e-9 --samples 2 --eval none", "leaves nothing to remove"),
     ("--budget 0.2 --out /nowhere/at/all", "cannot be written")])
 def test_mistakes_are_one_line(words, message, nowhere, monkeypatch, capsys):
-    assert message in error_of(fisher.main, words, monkeypatch, capsys)
+    assert message in error_of(main, words, monkeypatch, capsys)
     assert not list(nowhere.iterdir())
 
 
 def test_a_compressed_folder_is_refused(nowhere, monkeypatch, capsys):
-    output_of(fisher.main, "--budget 0.1 --samples 4 --eval none --out small", capsys)
-    assert "compressed already" in error_of(fisher.main, "--ckpt small --budget 0.1", monkeypatch, capsys)
+    output_of(main, "--budget 0.1 --samples 4 --eval none --out small", capsys)
+    assert "compressed already" in error_of(main, "--ckpt small --budget 0.1", monkeypatch, capsys)

@@ -26,7 +26,8 @@ from model import load_checkpoint
 from runtime import cli
 
 EXTRAS = [*sorted(f"extras.{file.stem}" for file in (ROOT / "extras").glob("[a-z]*.py")),
-          "extras.baselines.lorap", "extras.export.__main__", "tests.robustness.faults", "tests.robustness.crashes"]
+          *sorted(f"extras.{file.parent.name}.__main__" for file in (ROOT / "extras").glob("*/__main__.py")),
+          "extras.baselines.lorap", "tests.robustness.faults", "tests.robustness.crashes"]
 COUNT = int(os.environ.get("GRASP_EXAMPLES", 60))  # command lines of each command
 
 odd = st.one_of(

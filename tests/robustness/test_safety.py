@@ -65,7 +65,7 @@ def run_everything():
         extras.generate --ckpt small --throughput --max-new-tokens 3 --batch-sizes 1 --lengths 4 --repeats 1
         extras.plot small --layer-ids 5 --matrix layers.5.attention.wk --seq-len 16 --windows 1
         extras.ablation seeds --layers 1 --seeds 1 2 {quick}
-        extras.fisher --budget 0.1 {quick}
+        extras.fisher.__main__ --budget 0.1 {quick}
         extras.compare --layers 1 {quick} --json compare.json
         extras.bench --samples 2 --seq-len 16 --repeats 1 --svd --autograd
         extras.bench --memory 2
@@ -103,7 +103,8 @@ def test_every_command_runs_without_processes_connections_and_pickles(tmp_path):
     assert [event.split("'")[1] for event in tried] == [WIKITEXT, PTB + "ptb.valid.txt"], tried
     assert WIKITEXT.startswith("https://") and PTB.startswith("https://")
     assert {words.split()[0] for words, _ in done} == {
-        "grasp", "evaluate", "extras.baselines.lorap", "extras.export.__main__",
+        "grasp", "evaluate", "extras.baselines.lorap",
+        *(f"extras.{file.parent.name}.__main__" for file in ROOT.glob("extras/*/__main__.py")),
         *(f"extras.{file.stem}" for file in ROOT.glob("extras/[a-z]*.py"))} - {
         "extras.smollm2", "extras.make_tiny"}  # the first calls pip, the second trains for two minutes
 

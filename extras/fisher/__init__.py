@@ -1,0 +1,70 @@
+"""Beyond the paper: the price of every component, by the second-order term that GRASP's Eq. 5 leaves out.
+
+    python -m extras.fisher --ckpt FOLDER --budget 0.2
+
+GRASP ranks a component by the first-order change of the loss. At a trained model that term is small and of either sign.
+The second-order term is the one that grows. Two moments per matrix y = W x estimate it [K-FAC: arXiv 1503.05671, §3]:
+
+    C            E[x x^T]      (n, n)    x: the matrix's inputs, over all calibration tokens
+    H            E[d d^T]      (m, m)    d: dL/dy of the summed negative log-likelihood (nats), over all tokens
+    cost of dW   tr(H dW C dW^T)         estimates twice the second-order change of the loss (nats per token)
+
+Assumptions: x and d are independent, tokens are uncorrelated, and the text's own next tokens replace draws from the
+model (the empirical Fisher information). All costs have one unit, so one ranking of cost per parameter distributes the
+budget over the whole model. A component is a singular component of a matrix or, in an MLP, a channel: row c of w1 and
+w3, column c of w2.
+"""
+from attribution import importance, sigma_gradients, top_k, weight_gradients
+from extras import keep
+from extras.baselines import uniform_ranks
+from extras.fisher.components import channel_costs, components, keep_channels
+from extras.fisher.moments import second_moments
+from extras.fisher.ranking import component_size, global_ranks
+from model import matrix_names
+
+BASES = ("plain", "whitened", "kfac")
+
+
+def compress(model, sweep, budget, layers=None, basis="kfac", allocate="global", score="magnitude", channels=True):
+    """Remove `budget` parameters from the blocks `layers` (None: all), in place: {name: kept (k,)} of what was changed.
+
+    basis: see `components`. score: as in grasp.py; with `magnitude`, sigma^2 is what a component costs in that basis.
+    allocate: `global`, one ranking, or `ratio`, the same share of every matrix. channels: an MLP, under the name
+    "layers.3.feed_forward", loses channels, else its three matrices become low-rank too. Holds the fp32 moments of all
+    these blocks: 1 GB for each of LLaMA-2-7B's, 2 GB without channels. ValueError if there is less to remove.
+    """
+    if channels and (basis, allocate, score) != ("kfac", "global", "magnitude"):
+        raise ValueError("MLPs by channels need basis kfac, allocation global and score magnitude; got "
+                         f"{basis}, {allocate}, {score}")
+    names = matrix_names(*range(len(model.layers)) if layers is None else layers)
+    if channels:  # w1 and w3 go with their channel, and all that it costs is to be seen at w2
+        names = [name for name in names if not name.endswith((".w1", ".w3"))]
+    moments = second_moments(model, names, sweep("second moments"), basis) if basis != "plain" else {}
+    G = weight_gradients(model, names, sweep("attribution")) if score != "magnitude" else {}
+
+    def decomposed(name):
+        U, S, Vh = components(model.get_submodule(name).weight, *moments.get(name, ()))
+        return (U, S, Vh), importance(S, sigma_gradients(U, G[name], Vh) if G else None, score)
+
+    def cost(name):
+        if channels and name.endswith(".w2"):
+            return channel_costs(model.get_submodule(name).weight, *moments[name])
+        scores = decomposed(name)[1]
+        return scores ** 2 if score == "magnitude" else scores
+
+    if allocate == "global":  # costs alone are held; U and Vh, too large for that, are taken again
+        costs = {name: cost(name) for name in names}
+        ranks = global_ranks(costs, {name: component_size(model, name, channels) for name in names}, budget)
+    else:
+        ranks = uniform_ranks(model, names, budget)
+    changed = {}
+    for name, k in ((name, k) for name, k in ranks.items() if k):
+        if channels and name.endswith(".w2"):
+            name, kept, (C, _) = name.removesuffix(".w2"), top_k(costs[name], k), moments[name]
+            keep_channels(model, name, kept, C)
+        else:
+            usv, scores = decomposed(name)
+            kept = top_k(scores, k)
+            keep(model, name, usv, kept)
+        changed[name] = kept.tolist()
+    return changed

@@ -1,0 +1,59 @@
+"""What the components of a matrix and the channels of an MLP cost, and how an MLP loses channels."""
+import math
+
+import torch
+
+from extras import linear
+from extras.fisher.moments import damped
+from model import upcast
+
+
+def components(W, C=None, H=None):
+    """U (m, r), S (r,) descending, Vh (r, n) with W = U diag(S) Vh, fp32 at least, in the basis that C and H make.
+
+    plain     C, H None: the SVD; the sigma^2 dropped sum up to |W - A B|^2
+    whitened  C = L L^T: W L = U S V^T, Vh = V^T L^-1; they sum up to E|y - A B x|^2 [SVD-LLM, arXiv 2403.07378, §3.1]
+    kfac      H = M M^T too: M^T W L = U' S V^T, U = M^-T U'; they sum up to the cost tr(H dW C dW^T)
+
+    C and H are damped here. U and Vh are not orthonormal then, but what attribution.py does with them holds: A B = sum
+    of sigma u v^T over the kept, and dL/d sigma_k = u_k^T G v_k.
+    """
+    W = upcast(W.detach())
+    L, M = (None if moment is None else torch.linalg.cholesky(damped(moment)).to(W.dtype) for moment in (C, H))
+    X = W if L is None else W @ L
+    U, S, Vh = torch.linalg.svd(X if M is None else M.mT @ X, full_matrices=False)
+    return (U if M is None else torch.linalg.solve_triangular(M.mT, U, upper=True), S,
+            Vh if L is None else torch.linalg.solve_triangular(L, Vh, upper=False, left=False))
+
+
+def channel_costs(W, C, H, rounds=16):
+    """What the loss of each of w2's input channels costs, (n,) fp64, W = w2 (m, n) making good for it as it can.
+
+    Optimal brain surgeon [Hassibi and Stork 1993], a sixteenth of the channels at a time. Of those left, channels R
+    cost tr(H W_R P^-1 W_R^T), P = (C^-1)_RR, if the rest of W is chosen anew by least squares; one alone costs
+    w_c^T H w_c / P_cc, by which each round takes the cheapest. A later one is given no less than an earlier one, so
+    that costs do not fall from round to round.
+    """
+    W, inverse, H = W.double(), torch.linalg.inv(damped(C)), damped(H)
+    m, n = W.shape
+    costs, left, least = torch.zeros_like(W[0]), torch.arange(n, device=W.device), 0.0
+    rounds = min(rounds, n)
+    for i in range(rounds):
+        alone = (W * (H @ W)).sum(0) / inverse.diagonal()
+        order = alone.argsort()
+        gone, stay = order.tensor_split([math.ceil(len(left) / (rounds - i))])
+        solved = torch.linalg.solve(inverse[gone][:, gone], torch.cat([W[:, gone].mT, inverse[gone][:, stay]], 1))
+        together = ((H @ W[:, gone]) * solved[:, :m].mT).sum()
+        share = alone[gone] / alone[gone].sum().clamp(min=1e-300)  # dead channels cost nothing, not 0 / 0
+        costs[left[gone]] = (share * together).clamp(min=least)
+        least = costs[left[gone[-1]]]
+        W, inverse = (X[:, stay] - X[:, gone] @ solved[:, m:] for X in (W, inverse))
+        inverse, left = inverse[stay], left[stay]
+    return costs
+
+
+def keep_channels(model, name, kept, C):
+    """Leave the kept channels (k,) of the feed-forward `name`; w2 takes over by least squares what the others did."""
+    ff, C = model.get_submodule(name), damped(C)
+    w2 = torch.linalg.solve(C[kept][:, kept], C[kept] @ ff.w2.weight.double().mT).mT
+    ff.w1, ff.w3, ff.w2 = (linear(W.to(model.dtype)) for W in (ff.w1.weight[kept], ff.w3.weight[kept], w2))

@@ -1,0 +1,47 @@
+"""C = E[x x^T] and H = E[d d^T]: the two moments of a matrix by which all prices are counted."""
+from functools import partial
+
+import torch
+
+from attribution import backward
+from extras.baselines import input_of, watch_inputs
+from model import upcast
+
+DAMPING = 0.03  # fraction of a moment's mean diagonal that is added to it: few tokens leave it singular
+
+
+def second_moments(model, names, batches, basis="kfac"):
+    """{name: (C, H)} of the named matrices, fp32 at least, by one sweep; H None for `whitened`, which needs no loss.
+
+    Matrices with one input share one C. No weight's gradient is taken: d is caught on its way down to the lowest one.
+    """
+    C, H, count = dict.fromkeys(map(input_of, names), 0), dict.fromkeys(names if basis == "kfac" else (), 0), 0
+
+    def add(sums, name, rows):
+        rows = upcast(rows.flatten(0, -2))
+        sums[name] += rows.mT @ rows
+
+    def on_output(name, module, x, y):
+        y.requires_grad_().register_hook(partial(add, H, name))
+
+    hooks = [model.get_submodule(name).register_forward_hook(partial(on_output, name)) for name in H]
+    try:
+        with watch_inputs(model, C, partial(add, C)):
+            for tokens in batches:
+                tokens = tokens.to(model.device)
+                backward(model, tokens, tokens) if H else model.final_state(tokens)
+                count += tokens.numel()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, total in [*C.items(), *H.items()]:
+        if not total.div_(count).isfinite().all():
+            raise ValueError(f"a second moment at {name} is not finite; try --dtype bfloat16 or float32")
+    return {name: (C[input_of(name)], H.get(name)) for name in names}
+
+
+def damped(moment):
+    """The moment in fp64, DAMPING of its mean diagonal added to its diagonal."""
+    moment = moment.to(torch.float64, copy=True)
+    moment.diagonal().add_(DAMPING * moment.diagonal().mean() + 1e-60)  # all 0: its factor, 1e-30, is not 0 in fp32
+    return moment
