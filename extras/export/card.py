@@ -27,6 +27,15 @@ model, tokenizer = load_checkpoint("{name}"), load_tokenizer("{name}")
 
 This is the project that wrote the folder. Meta's own code for Llama 2 and 3 reads it too if it has a
 `tokenizer.model`.""",
+    "deci": """```
+vllm serve {name} --trust-remote-code
+mlx_lm.generate --model {name} --trust-remote-code --prompt "The capital of France"
+```
+
+The code that this runs is `configuration_decilm.py` in this folder.""",
+    "gguf": """```
+llama-cli --model {name}/model-*.gguf --prompt "The capital of France"
+```""",
 }
 
 

@@ -44,4 +44,4 @@ def narrowed(model):
 
 def exported_params(model, layout):
     """How many parameters an exported folder of that layout has."""
-    return model.n_params if layout == "hf-lowrank" else narrowed(model).n_params_dense
+    return narrowed(model).n_params_dense if layout in ("hf", "meta") else model.n_params

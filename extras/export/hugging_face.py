@@ -15,19 +15,19 @@ from runtime.files import write_json
 CODE = Path(__file__).parent / "modeling_lowrank.py"  # what transformers runs for a low-rank folder
 
 
-def write_hf(model, tokenizer, folder, shard, low_rank=False):
+def write_hf(model, tokenizer, folder, shard, changes=None, code=None):
     """config.json, the weights in files of at most `shard` (one after the other in memory), the tokenizer.
 
-    low_rank: with factors and narrow feed-forwards as they are, and the code for them.
+    changes: what config.json says instead, where factors and widths stay as they are. code: the file that reads it.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     config, shapes, weight = hf_config(model, tokenizer), dense_shapes(model), dense_weight
-    if low_rank:
-        config, weight = {**config, **low_rank_config(model)}, torch.nn.Module.get_parameter
+    if changes:
+        config, weight = {**config, **changes}, torch.nn.Module.get_parameter
         shapes = {name: torch.empty_like(p, device="meta") for name, p in model.named_parameters()}
-        shutil.copyfile(CODE, folder / CODE.name)
+        shutil.copyfile(code, folder / code.name)
     write_json(folder / "config.json", config)
     write_tokenizer(tokenizer, folder, config["max_position_embeddings"])
     names = {their_name(name): name for name in shapes}
@@ -74,8 +74,7 @@ def hf_config(model, tokenizer):
     if positions is None:
         positions, like = ((131072, "Llama 3.1") if scaling else
                            (8192, "Llama 3") if args.rope_theta > 10000 else (4096, "Llama 2"))
-        print(f"positions    --ckpt does not say how many the model has; config.json says {positions:,}, as {like} has "
-              "(to be edited there)")
+        print(f"positions    --ckpt does not say how many the model has; the export says {positions:,}, as {like} has")
     return {"architectures": [f"{family}ForCausalLM"], "model_type": family.lower(), "hidden_act": "silu",
             **{theirs: getattr(args, ours) for ours, theirs in HF_FIELDS.items()},
             "max_position_embeddings": positions, "sliding_window": None, "head_dim": args.head_dim,

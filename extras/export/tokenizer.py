@@ -18,9 +18,7 @@ def write_tokenizer(tokenizer, folder, positions):
     else:
         sentencepiece = content[:1] == b"\n"  # a protocol buffer that starts with its first piece
         made = from_sentencepiece(tokenizer) if sentencepiece else from_tiktoken(content)
-        words = " ".join(tokenizer.decode([i]) for i in range(tokenizer.vocab_size))  # some may be split off first
-        same = all(made.encode(text).ids == [*tokenizer.before, *tokenizer.encode(text), *tokenizer.after]
-                   for text in (PROBE, words, embedded_text("test"), *tokenizer.special))
+        same = same_ids(made, tokenizer)
         if same:
             made.save(str(folder / "tokenizer.json"))
         else:
@@ -39,6 +37,13 @@ def write_tokenizer(tokenizer, folder, positions):
         write_json(folder / "tokenizer_config.json", {
             "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
             "model_max_length": positions, **{name: made.id_to_token(i) for name, i in named.items() if i is not None}})
+
+
+def same_ids(made, tokenizer):
+    """Whether a `tokenizers` one gives the ids of `tokenizer`, on PROBE, every token and the embedded text."""
+    words = " ".join(tokenizer.decode([i]) for i in range(tokenizer.vocab_size))  # some may be split off first
+    return all(made.encode(text).ids == [*tokenizer.before, *tokenizer.encode(text), *tokenizer.after]
+               for text in (PROBE, words, embedded_text("test"), *tokenizer.special))
 
 
 def is_json(content):

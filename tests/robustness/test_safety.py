@@ -54,6 +54,8 @@ def run_everything():
         extras.export.__main__ --ckpt small --out hf
         extras.export.__main__ --ckpt small --out meta --format meta
         extras.export.__main__ --ckpt small --out low-rank --format hf-lowrank
+        extras.export.__main__ --ckpt hf --out deci --format deci
+        extras.export.__main__ --ckpt hf --out gguf --format gguf
         evaluate --ckpt hf --data text --seq-len 64
         evaluate --ckpt meta --data text --seq-len 64
         grasp --ckpt hf --layer-ids 3 --threshold 0.5 --iterative {quick} --calibration text --eval none
