@@ -154,12 +154,20 @@ def embedded_text(use: str) -> str:
 
 def calibration_windows(tokenizer: Tokenizer, name: str, samples: int, seq_len: int, seed: int,
                         data_dir: str | None = None) -> tuple[Tensor, dict]:
-    """Return (windows (samples, seq_len) int64 at random offsets of a training text, a report)."""
-    text, source = distributed.from_first(partial(load_text, name, "train", data_dir))
-    tokens = tokenizer.stream(text)
-    windows, offsets = random_windows(tokens, samples, seq_len, seed)
-    return windows, {"text": source, "tokens": len(tokens), "offsets": offsets.tolist(), "protocol":
-                     f"{source}; {len(tokens):,} tokens, {samples} random windows of {seq_len}, seed {seed}"}
+    """Return (windows (samples, seq_len) int64 at random offsets of a training text, a report).
+
+    name: of a text, or "A+B" for windows of several texts, equally many of each.
+    """
+    names, drawn, reports = [name] if Path(name).is_file() else name.split("+"), [], []
+    for i, part in enumerate(names):
+        text, source = distributed.from_first(partial(load_text, part, "train", data_dir))
+        tokens, n = tokenizer.stream(text), (samples + i) // len(names)
+        windows, offsets = random_windows(tokens, n, seq_len, seed)
+        drawn.append(windows)
+        reports.append({"text": source, "tokens": len(tokens), "offsets": offsets.tolist(), "protocol":
+                        f"{source}; {len(tokens):,} tokens, {n} random windows of {seq_len}, seed {seed}"})
+    both = {"parts": reports, "protocol": " + ".join(report["protocol"] for report in reports)}
+    return torch.cat(drawn), both if len(names) > 1 else reports[0]
 
 
 def random_windows(tokens: Tensor, samples: int, seq_len: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,8 @@ class Job:
                  layers: int | None = None):
         """layers: how many layers' gradients are summed. None: a sweep needs more memory than that, and
         CUDA takes 1,024 tokens too."""
-        self.model, self.before, self.rows, self.seconds = model, model.n_params, [], {}
+        self.model, self.before, self.dense = model, model.n_params, model.n_params_dense
+        self.rows, self.seconds = [], {}
         self.samples, self.seq_len = samples, cli.sequence_length(seq_len, 512, model)
         self.eval_len = cli.sequence_length(None, 2048, model)
         size = cli.batch_size(batch_size, self.seq_len, model if layers else None, layers or 0)
@@ -45,12 +46,12 @@ class Job:
 
     def evaluate(self, name: str | None = None, seconds: float | None = None) -> dict:
         """Evaluate the model as it is now and add a row to the table. seconds: what it took to make it."""
-        name = name or ("dense" if self.model.n_params == self.model.n_params_dense else "input")
+        name = name or ("dense" if self.model.n_params == self.dense else "input")
         self.rows.append(result_row(name, self.model, self.texts, self.eval_size, seconds))
         return self.rows[-1]
 
     def table(self) -> str:
-        return table(self.rows, self.texts, self.model.n_params_dense)
+        return table(self.rows, self.texts, self.dense)
 
     def achieved(self) -> str:
         left = self.model.n_params

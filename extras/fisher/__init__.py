@@ -17,7 +17,7 @@ w3, column c of w2.
 from attribution import importance, sigma_gradients, top_k, weight_gradients
 from extras import keep
 from extras.baselines import uniform_ranks
-from extras.fisher.components import channel_costs, components, keep_channels
+from extras.fisher.prices import channel_costs, components, keep_channels
 from extras.fisher.moments import second_moments
 from extras.fisher.ranking import component_size, global_ranks
 from model import matrix_names

@@ -1,7 +1,9 @@
 """The command `python -m extras.fisher`."""
 from attribution import SCORES
+from data.corpus import calibration_windows
 from extras import DENSE, fisher, open_dense
 from extras.baselines import blocks_params
+from extras.fisher import shapes
 from grasp import find_redundant
 from model import save_checkpoint
 from runtime import cli
@@ -15,35 +17,57 @@ def main():
     model, tokenizer = open_dense(a.ckpt, a.device, a.dtype)
     if a.layers or a.layer_ids:
         check_layers(model.args.n_layers, a.layers, a.layer_ids)
-    blocks = blocks_params(model)
-    budget, job = round(a.budget * blocks), Job(model, a.samples, a.seq_len, a.batch_size)
-    if not budget:
-        raise ValueError(f"--budget {a.budget}: leaves nothing to remove")
-    print(f"method       {a.basis} basis, {a.allocate} allocation, score {a.score}, MLPs by {a.mlp}; {budget:,} "
-          f"parameters to remove, {100 * budget / blocks:.1f} % of the blocks' and {100 * budget / job.before:.1f} % "
-          "of the model's")
+    blocks, job = blocks_params(model), Job(model, a.samples, a.seq_len, a.batch_size)
+    budget = round(a.remove * job.before if a.remove else a.budget * blocks)
+    if not 0 < budget < blocks:
+        raise ValueError(f"{f'--remove {a.remove}' if a.remove else f'--budget {a.budget}'}: {budget:,} parameters of "
+                         f"the {blocks:,} in the blocks, expected at least 1 and not all")
+    print(f"method       {method(a)}; {budget:,} parameters to remove, {100 * budget / blocks:.1f} % of the blocks' and "
+          f"{100 * budget / job.before:.1f} % of the model's")
     job.calibrate(tokenizer, a.calibration, a.seed, a.data_dir)
     job.read_texts(tokenizer, a.eval, a.windows, a.data_dir)
+    held_out = a.shape == "llama" and calibration_windows(
+        tokenizer, a.calibration, job.samples // 4 + 1, job.seq_len, a.seed + 1, a.data_dir)[0].split(job.size)
     job.evaluate()
+    made = {}  # for the report
     with cli.timed(job.seconds, "compression", model.device):
-        layers = find_redundant(model, job.sweep, a.layers)[-1] if a.layers else a.layer_ids
-        kept = fisher.compress(model, job.sweep, budget, layers, a.basis, a.allocate, a.score, a.mlp == "channels")
-    for name, indices in kept.items():
+        made["layers"] = find_redundant(model, job.sweep, a.layers)[-1] if a.layers else a.layer_ids
+        if a.shape == "llama":
+            made["kept"], made["lost"] = shapes.llama(model, job.sweep, budget, held_out, a.multiple)
+        elif a.shape == "widths":
+            made["kept"] = shapes.widths(model, job.sweep, budget, made["layers"], a.multiple)
+        else:
+            made["kept"] = fisher.compress(model, job.sweep, budget, made["layers"], a.basis, a.allocate, a.score,
+                                           a.mlp == "channels")
+    for name, indices in made["kept"].items() if a.shape != "llama" else ():
         print(f"{name:<26} keeps {len(indices):5} {'channels' if name.endswith('feed_forward') else 'components'}")
     job.evaluate("compressed", job.seconds["compression"])
     gone = job.before - model.n_params
     print(f"\n{job.table()}\nasked: {budget:,} parameters less; achieved: {job.achieved()}, "
           f"{100 * gone / blocks:.1f} % of the blocks'")
-    report = job.made(vars(a), layers=layers, kept=kept, input=cli.earlier_report(a.ckpt))
+    report = job.made(vars(a), **made, input=cli.earlier_report(a.ckpt))
     save_checkpoint(model, a.out, report, tokenizer.files, a.overwrite)
     print(f"written to {a.out}")
+
+
+def method(a):
+    """What the run does, in a line."""
+    return {"free": f"{a.basis} basis, {a.allocate} allocation, score {a.score}, MLPs by {a.mlp}",
+            "widths": f"a width for each MLP, a multiple of {a.multiple}",
+            "llama": f"one width for all MLPs, a multiple of {a.multiple}"}[a.shape]
 
 
 def parse():
     p = cli.Parser(fisher.__doc__)
     group = cli.model_flags(p, "what to compress", help=DENSE)
     add = group.add_argument
-    add("--budget", type=cli.fraction, required=True, help="fraction of all blocks' parameters to remove")
+    either = group.add_mutually_exclusive_group(required=True).add_argument
+    either("--budget", type=cli.fraction, help="fraction of all blocks' parameters to remove")
+    either("--remove", type=cli.fraction, metavar="P", help="fraction of the whole model's parameters to remove")
+    add("--shape", choices=["free", "widths", "llama"], default="free", help="free: low-rank attention and narrower "
+        "MLPs; widths: narrower MLPs alone; llama: MLPs of one width, a plain LLaMA (default: free)")
+    add("--multiple", type=cli.positive, metavar="N", help="of which a width is a multiple, with --shape widths or llama "
+        "(default: 64, as GPUs and quantised formats want; --format deci needs 256)")
     either = group.add_mutually_exclusive_group().add_argument
     either("--layers", type=cli.positive, metavar="N", help="take the budget from the N redundant layers (default: from all)")
     either("--layer-ids", type=int, nargs="+", metavar="ID", help="take it from these layers instead")
@@ -57,10 +81,17 @@ def parse():
     cli.output_flags(p, "fisher")
     cli.machine_flags(p, batches=True)
     a = p.parse_args()
-    fit = a.basis == "kfac" and a.allocate == "global" and a.score == "magnitude"
-    if a.mlp == "channels" and not fit:
+    free = a.basis == "kfac" and a.allocate == "global" and a.score == "magnitude"
+    if a.mlp == "channels" and not free:
         raise ValueError("--mlp channels needs --basis kfac, --allocate global and --score magnitude")
-    a.mlp = a.mlp or ("channels" if fit else "components")
+    if a.shape != "free" and (a.mlp == "components" or not free):
+        raise ValueError(f"--shape {a.shape}: --basis, --allocate, --mlp and --score are for --shape free")
+    if a.shape == "llama" and (a.layers or a.layer_ids):
+        raise ValueError("--shape llama: all layers have one width; --layers and --layer-ids are for other shapes")
+    if a.shape == "free" and a.multiple:
+        raise ValueError("--multiple is for --shape widths or llama")
+    a.mlp = a.mlp or ("channels" if free else "components")
+    a.multiple = a.multiple or 64
     check_output(a.out, a.overwrite, [a.ckpt])
     return a
 

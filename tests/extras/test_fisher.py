@@ -14,7 +14,7 @@ from extras.baselines.decomposition import plain_svd, svd_llm
 from extras.export.dense import dense_weight
 from extras.fisher import compress, moments
 from extras.fisher.__main__ import main
-from extras.fisher.components import channel_costs, components, keep_channels
+from extras.fisher.prices import channel_costs, components, keep_channels
 from extras.fisher.moments import damped, second_moments
 from extras.fisher.ranking import component_size, global_ranks
 from model import load_checkpoint, matrix_names, save_checkpoint
@@ -363,7 +363,7 @@ def test_the_command(nowhere, monkeypatch, capsys):
     ("--budget 0.2 --layer-ids 3 3", "expected different ones of them"),
     ("--budget 0.2 --mlp channels --basis plain", "--mlp channels needs"),
     ("--budget 0.2 --layer-ids 3 --samples 2 --eval none", "cannot remove"),
-    ("--budget 1e-9 --samples 2 --eval none", "leaves nothing to remove"),
+    ("--budget 1e-9 --samples 2 --eval none", "--budget 1e-09: 0 parameters of the 787,968 in the blocks, expected at least 1"),
     ("--budget 0.2 --out /nowhere/at/all", "cannot be written")])
 def test_mistakes_are_one_line(words, message, nowhere, monkeypatch, capsys):
     assert message in error_of(main, words, monkeypatch, capsys)

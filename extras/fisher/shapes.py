@@ -1,0 +1,103 @@
+"""Shapes that other tools load: MLPs lose channels and attention stays as it is.
+
+    widths   each MLP has a width of its own, a multiple of `multiple`
+    llama    all MLPs have one width, and whole layers may go: a plain, smaller LLaMA
+
+A whole layer costs what is lost if the outputs of its wo and of its w2 become zero, tr(H W C W^T) each. That price is
+rougher than a channel's, so `llama` builds the cheapest shapes and takes the one with the least loss on held-out text.
+"""
+from copy import deepcopy
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from attribution import top_k
+from evaluate import perplexity
+from extras.fisher.moments import second_moments
+from extras.fisher.prices import channel_costs, keep_channels
+from extras.fisher.ranking import global_ranks
+
+TRIED = 3  # how many shapes of the cheapest are built
+
+
+def widths(model, sweep, budget, layers=None, multiple=64):
+    """Remove at least `budget` parameters from the MLPs of `layers` (None: all), in place: {name: kept channels (k,)}.
+
+    One ranking of groups of `multiple` channels. ValueError if there is less to remove.
+    """
+    names = [f"layers.{i}.feed_forward" for i in (range(len(model.layers)) if layers is None else layers)]
+    moments = second_moments(model, [f"{name}.w2" for name in names], sweep("second moments"))
+    costs = {name: channel_costs(model.get_submodule(f"{name}.w2").weight, *moments[f"{name}.w2"]) for name in names}
+    groups = {name: torch.stack([group.sum() for group in cost.sort(descending=True).values.split(multiple)])
+              for name, cost in costs.items()}
+    channel = 3 * model.args.dim
+    sizes = {name: (channel * multiple, channel * len(cost)) for name, cost in costs.items()}
+    changed = {}
+    for name, k in global_ranks(groups, sizes, budget).items():
+        if k:
+            kept = top_k(costs[name], k * multiple)
+            keep_channels(model, name, kept, moments[f"{name}.w2"][0])
+            changed[name] = kept.tolist()
+    return changed
+
+
+def llama(model, sweep, budget, held_out, multiple=64):
+    """Make a plain LLaMA with at least `budget` parameters less, in place: ({name: kept channels}, ids of lost layers).
+
+    held_out: a list of batches (B, T) int64 of text that the sweeps do not read. The names are those of the dense model.
+    ValueError if there is less to remove.
+    """
+    dense = range(len(model.layers))
+    names = [f"layers.{i}.{matrix}" for i in dense for matrix in ("attention.wo", "feed_forward.w2")]
+    moments = second_moments(model, names, sweep("second moments"))
+    whole = torch.tensor([sum(output_cost(model, f"layers.{i}.{matrix}", moments) for matrix in
+                              ("attention.wo", "feed_forward.w2")) for i in dense])
+    costs = [channel_costs(model.layers[i].feed_forward.w2.weight, *moments[f"layers.{i}.feed_forward.w2"]) for i in dense]
+
+    def cut(model, width, lost):
+        kept = {f"layers.{i}.feed_forward": top_k(costs[i], width) for i in dense if i not in lost}
+        for name, channels in kept.items():
+            keep_channels(model, name, channels, moments[f"{name}.w2"][0])
+        model.layers = nn.ModuleList(block for i, block in enumerate(model.layers) if i not in lost)
+        model.args = replace(model.args, hidden_dim=width, n_layers=len(model.layers))
+        return model, kept
+
+    shapes = cheapest_shapes(torch.stack(costs), whole, model, budget, multiple)[:TRIED]
+    shared = {id(p): p for p in model.parameters()}  # copies share these
+    losses = [perplexity(cut(deepcopy(model, {**shared}), *shape)[0], held_out) for shape in shapes]
+    for (width, lost), loss in zip(shapes, losses):
+        print(f"width {width:,}, {len(dense) - len(lost)} layers: perplexity {loss:.2f} on held-out calibration text")
+    width, lost = shapes[losses.index(min(losses))]
+    _, kept = cut(model, width, lost)
+    return {name: channels.tolist() for name, channels in kept.items()}, lost
+
+
+def output_cost(model, name, moments):
+    """What is lost, by the moments, if the output of the matrix `name` becomes zero: tr(H W C W^T)."""
+    C, H = moments[name]
+    W = model.get_submodule(name).weight.type_as(C)
+    return torch.sum(H @ W * (W @ C)).item()
+
+
+def cheapest_shapes(costs, whole, model, budget, multiple):
+    """[(width, ids of the layers that go)] that remove at least `budget` parameters, the cheapest first.
+
+    costs: (n_layers, hidden_dim), of each channel. whole: (n_layers,), of each layer.
+    """
+    n, hidden = costs.shape
+    kept = costs.sort(1, descending=True).values.cumsum(1)
+    narrower = kept[:, -1:] - torch.cat([torch.zeros_like(kept[:, :1]), kept], 1)  # [l, w]: of leaving w channels in l
+    layer, channel, shapes = sum(p.numel() for p in model.layers[0].parameters()), 3 * model.args.dim, []
+    for count in range(n):
+        left = max(0, budget - count * layer)
+        width = (hidden - -(-left // (channel * (n - count)))) // multiple * multiple
+        if width > 0:
+            instead = whole.double() - narrower[:, width]  # what a layer costs beyond its own channels
+            lost = instead.argsort()[:count].tolist()
+            shapes.append((float(narrower[:, width].sum() + instead[lost].sum()), width, sorted(lost)))
+        if not left:
+            break
+    if not shapes:
+        raise ValueError(f"cannot remove {budget:,} parameters with MLPs of at least {multiple} channels")
+    return [shape for _, *shape in sorted(shapes)]
