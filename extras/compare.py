@@ -6,8 +6,8 @@ The budget is what GRASP removes from the N redundant layers at that ratio, or -
 parameters. Methods that take out whole blocks cannot meet it: they have two rows, with the whole blocks below the
 budget and above it. Each method is described in its file in extras/baselines/. svd, fwsvd, asvd, svd-llm, kfac and
 grasp work on the N redundant layers, which each finds for itself, in its own seconds. A name that ends in -all works on
-every layer. kfac (low-rank, one ratio), kfac-all (low-rank, one ranking) and fisher (channels of the MLPs too) are
-variants of extras.fisher.
+every layer. kfac (low-rank, one ratio), kfac-all (low-rank, one ranking), fisher (channels of the MLPs too),
+fisher-widths (channels alone) and fisher-llama (one width) are variants of extras.fisher, here with --multiple 1.
 
 Every row starts from a freshly loaded dense model and a freshly seeded generator: none depends on the rows before it.
 sleb is greedy: its second row drops one more block from its first row's model, and its seconds count both. Seconds and
@@ -31,6 +31,7 @@ from extras.baselines.pruner import llm_pruner
 from extras.baselines.removal import laco, shortgpt, sleb
 from extras.baselines.slicegpt import slicegpt
 from extras.baselines.streamline import streamline
+from extras.fisher.shapes import llama, widths
 from grasp import compress, find_redundant
 from model import load_checkpoint, save_checkpoint
 from runtime import cli
@@ -52,8 +53,10 @@ def methods(n):
             "svd-all": plain_svd, "fwsvd-all": fwsvd, "asvd-all": asvd, "svd-llm-all": svd_llm,
             "lorap": lorap, "slicegpt": slicegpt, "llm-pruner": llm_pruner,
             "grasp": here(grasp),
-            "kfac": here(partial(second_order, allocate="ratio", channels=False)),
-            "kfac-all": partial(second_order, channels=False), "fisher": second_order}
+            "kfac": here(partial(in_place, fisher.compress, allocate="ratio", channels=False)),
+            "kfac-all": partial(in_place, fisher.compress, channels=False),
+            "fisher": partial(in_place, fisher.compress), "fisher-widths": partial(in_place, widths, multiple=1),
+            "fisher-llama": partial(in_place, llama, multiple=1)}
 
 
 def rows_of(name, n, model, budget):
@@ -91,9 +94,9 @@ def grasp(model, sweep, budget, layers):
     return model
 
 
-def second_order(model, sweep, budget, layers=None, **settings):
-    """fisher.compress as a method."""
-    fisher.compress(model, sweep, budget, layers, **settings)
+def in_place(method, model, sweep, budget, **settings):
+    """A method that changes the model and returns what it kept, as one that returns the model."""
+    method(model, sweep, budget, **settings)
     return model
 
 

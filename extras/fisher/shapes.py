@@ -42,11 +42,11 @@ def widths(model, sweep, budget, layers=None, multiple=64):
     return changed
 
 
-def llama(model, sweep, budget, held_out, multiple=64):
+def llama(model, sweep, budget, held_out=None, multiple=64):
     """Make a plain LLaMA with at least `budget` parameters less, in place: ({name: kept channels}, ids of lost layers).
 
-    held_out: a list of batches (B, T) int64 of text that the sweeps do not read. The names are those of the dense model.
-    ValueError if there is less to remove.
+    held_out: a list of batches (B, T) int64 of text that the sweeps do not read; None takes the sweeps' own. The names
+    are those of the dense model. ValueError if there is less to remove.
     """
     dense = range(len(model.layers))
     names = [f"layers.{i}.{matrix}" for i in dense for matrix in ("attention.wo", "feed_forward.w2")]
@@ -65,9 +65,9 @@ def llama(model, sweep, budget, held_out, multiple=64):
 
     shapes = cheapest_shapes(torch.stack(costs), whole, model, budget, multiple)[:TRIED]
     shared = {id(p): p for p in model.parameters()}  # copies share these
-    losses = [perplexity(cut(deepcopy(model, {**shared}), *shape)[0], held_out) for shape in shapes]
+    losses = [perplexity(cut(deepcopy(model, {**shared}), *shape)[0], held_out or sweep("shapes")) for shape in shapes]
     for (width, lost), loss in zip(shapes, losses):
-        print(f"width {width:,}, {len(dense) - len(lost)} layers: perplexity {loss:.2f} on held-out calibration text")
+        print(f"width {width:,}, {len(dense) - len(lost)} layers: perplexity {loss:.2f} on {'held-out' if held_out else 'the'} calibration text")
     width, lost = shapes[losses.index(min(losses))]
     _, kept = cut(model, width, lost)
     return {name: channels.tolist() for name, channels in kept.items()}, lost
