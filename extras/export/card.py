@@ -81,8 +81,9 @@ def made(report):
     if "control" in report:
         method = f"a control for comparison: {report['control']}"
     elif "kept" in report:
-        method = (f"second-order pruning (extras.fisher), basis {settings['basis']}, allocation {settings['allocate']}, "
-                  f"budget {settings['budget']}")
+        asked = next(f"--{name} {settings[name]}" for name in ("remove", "budget") if settings.get(name))
+        method = f"second-order pruning, `extras.fisher --shape {settings.get('shape', 'free')} {asked}`"
+        method += f"; layers {report['lost']} removed" if report.get("lost") else ""
     elif "matrices" in report:
         method = ROWS[settings["score"]]
         method += " ([arXiv 2501.00339](https://arxiv.org/abs/2501.00339))" * method.startswith("GRASP")

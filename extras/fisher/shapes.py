@@ -49,11 +49,10 @@ def llama(model, sweep, budget, held_out=None, multiple=64):
     are those of the dense model. ValueError if there is less to remove.
     """
     dense = range(len(model.layers))
-    names = [f"layers.{i}.{matrix}" for i in dense for matrix in ("attention.wo", "feed_forward.w2")]
-    moments = second_moments(model, names, sweep("second moments"))
-    whole = torch.tensor([sum(output_cost(model, f"layers.{i}.{matrix}", moments) for matrix in
-                              ("attention.wo", "feed_forward.w2")) for i in dense])
-    costs = [channel_costs(model.layers[i].feed_forward.w2.weight, *moments[f"layers.{i}.feed_forward.w2"]) for i in dense]
+    wo, w2 = ([f"layers.{i}.{matrix}" for i in dense] for matrix in ("attention.wo", "feed_forward.w2"))
+    moments = second_moments(model, wo + w2, sweep("second moments"))
+    whole = torch.stack([sum(output_cost(model, name, moments) for name in names) for names in zip(wo, w2)])
+    costs = torch.stack([channel_costs(model.get_submodule(name).weight, *moments[name]) for name in w2])
 
     def cut(model, width, lost):
         kept = {f"layers.{i}.feed_forward": top_k(costs[i], width) for i in dense if i not in lost}
@@ -63,7 +62,7 @@ def llama(model, sweep, budget, held_out=None, multiple=64):
         model.args = replace(model.args, hidden_dim=width, n_layers=len(model.layers))
         return model, kept
 
-    shapes = cheapest_shapes(torch.stack(costs), whole, model, budget, multiple)[:TRIED]
+    shapes = cheapest_shapes(costs, whole, model, budget, multiple)[:TRIED]
     shared = {id(p): p for p in model.parameters()}  # copies share these
     losses = [perplexity(cut(deepcopy(model, {**shared}), *shape)[0], held_out or sweep("shapes")) for shape in shapes]
     for (width, lost), loss in zip(shapes, losses):
@@ -77,7 +76,7 @@ def output_cost(model, name, moments):
     """What is lost, by the moments, if the output of the matrix `name` becomes zero: tr(H W C W^T)."""
     C, H = moments[name]
     W = model.get_submodule(name).weight.type_as(C)
-    return torch.sum(H @ W * (W @ C)).item()
+    return torch.sum(H @ W * (W @ C)).double()
 
 
 def cheapest_shapes(costs, whole, model, budget, multiple):
@@ -93,7 +92,7 @@ def cheapest_shapes(costs, whole, model, budget, multiple):
         left = max(0, budget - count * layer)
         width = (hidden - -(-left // (channel * (n - count)))) // multiple * multiple
         if width > 0:
-            instead = whole.double() - narrower[:, width]  # what a layer costs beyond its own channels
+            instead = whole - narrower[:, width]  # what a layer costs beyond its own channels
             lost = instead.argsort()[:count].tolist()
             shapes.append((float(narrower[:, width].sum() + instead[lost].sum()), width, sorted(lost)))
         if not left:

@@ -79,11 +79,14 @@ def test_other_methods_and_their_order(here, capsys):
     output_of(fisher_main, f"--budget 0.1 --layers 2 {QUICK} --out one", capsys)
     output_of(grasp.main, f"--ckpt one --layer-ids 0 {QUICK} --eval none --score magnitude --out two", capsys)
     text, report = exported("two", capsys), json.loads((here / "two/report.json").read_text())
-    first = text.index("Method: second-order pruning (extras.fisher), basis kfac, allocation global, budget 0.1\n")
+    first = text.index("Method: second-order pruning, `extras.fisher --shape free --budget 0.1`\n")
     assert text.index("Method: plain SVD, ratio 0.1\n") > first and "- Base model: `tiny`\n" in text
     assert f"- Parameters: 886,368 before, {report['parameters_after']:,} after, " in text
     assert re.search(r"- Narrower feed-forwards: layers \d, \d: \d+ to \d+ of 256 channels\n", text)
     assert text.count("## Perplexity") == 1
+    report["input"] = {"settings": {**report["input"]["settings"], "shape": "llama", "remove": 0.2}, "kept": {}, "lost": [3],
+                       "results": [], "protocol": {}}
+    assert "`extras.fisher --shape llama --remove 0.2`; layers [3] removed\n" in card(load_checkpoint("two"), report, "hf", "out")
     log = [{"step": 0, "loss": None, "held_out": 3.5}, {"step": 64, "loss": 3.1, "held_out": 3.0}]
     report["recovery"] = {"settings": {"lora": None}, "log": log}
     trained = card(load_checkpoint("two"), report, "hf", "out")

@@ -133,7 +133,7 @@ def test_what_the_output_of_a_matrix_costs():
     name = "layers.1.attention.wo"
     moments = second_moments(model, [name], sweep_of(model)("moments"))
     W, (C, H) = model.get_submodule(name).weight, moments[name]
-    assert output_cost(model, name, moments) == pytest.approx(cost_of(W, C, H))
+    assert output_cost(model, name, moments).item() == pytest.approx(cost_of(W, C, H))
     assert output_cost(model, name, moments) < cost_of(W, damped(C), damped(H))
 
 
