@@ -36,6 +36,9 @@ class LowRankModel(LlamaModel):
                 factors = {"B": nn.Linear(module.in_features, k, bias=False),
                            "A": nn.Linear(k, module.out_features, bias=False)}
                 self.set_submodule(name, nn.Sequential(OrderedDict(factors)))
+                # vLLM fuses by class and child names: the names must tell low-rank from dense
+                parent, _, matrix = name.rpartition(".")
+                self.get_submodule(parent).add_module(f"low_rank_{matrix}", nn.Identity())
         self.post_init()
 
 

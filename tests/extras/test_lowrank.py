@@ -122,6 +122,15 @@ def test_the_base_model_is_the_changed_one(tmp_path):
     assert base(random_tokens(model, 1, 9)).last_hidden_state.shape == (1, 9, 16)
 
 
+def test_modules_with_the_same_children_have_the_same_low_rank_matrices(tmp_path):
+    """vLLM's backend decides once for a class and its child names which linear layers it fuses."""
+    kinds = {}
+    for module in loaded(exported(shrunk(random_model()), tmp_path / "out")).modules():
+        key = type(module), tuple(name for name, _ in module.named_children())
+        found = [type(child) for child in module.children()]
+        assert kinds.setdefault(key, found) == found, key
+
+
 @pytest.mark.parametrize("target, adapters", [("all-linear", 36), (["A", "B"], 16), (["up_proj.A"], 2)])
 def test_lora_trains_on_the_factors(target, adapters, tmp_path):
     """PEFT takes A and B for the plain linear layers that they are: 20 dense matrices and 8 pairs of factors."""
