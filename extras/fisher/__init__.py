@@ -39,7 +39,7 @@ def compress(model, sweep, budget, layers=None, basis="kfac", allocate="global",
     names = matrix_names(*range(len(model.layers)) if layers is None else layers)
     if channels:  # w1 and w3 go with their channel, and all that it costs is to be seen at w2
         names = [name for name in names if not name.endswith((".w1", ".w3"))]
-    moments = second_moments(model, names, sweep("second moments"), basis) if basis != "plain" else {}
+    moments = second_moments(model, names, sweep("second moments"), basis, channels) if basis != "plain" else {}
     G = weight_gradients(model, names, sweep("attribution")) if score != "magnitude" else {}
 
     def decomposed(name):
@@ -60,7 +60,7 @@ def compress(model, sweep, budget, layers=None, basis="kfac", allocate="global",
     changed = {}
     for name, k in ((name, k) for name, k in ranks.items() if k):
         if channels and name.endswith(".w2"):
-            name, kept, (C, _) = name.removesuffix(".w2"), top_k(costs[name], k), moments[name]
+            name, kept, C = name.removesuffix(".w2"), top_k(costs[name], k), moments[name][0]
             keep_channels(model, name, kept, C)
         else:
             usv, scores = decomposed(name)

@@ -7,22 +7,29 @@ from attribution import backward
 from extras.baselines import input_of, watch_inputs
 from model import upcast
 
-DAMPING = 0.03  # fraction of a moment's mean diagonal that is added to it: few tokens leave it singular
+DAMPING = 0.01  # fraction of a moment's mean diagonal that is added to it: few tokens leave it singular
 
 
-def second_moments(model, names, batches, basis="kfac"):
+def second_moments(model, names, batches, basis="kfac", channels=False):
     """{name: (C, H)} of the named matrices, fp32 at least, by one sweep; H None for `whitened`, which needs no loss.
 
     Matrices with one input share one C. No weight's gradient is taken: d is caught on its way down to the lowest one.
+    channels: of each w2 (C, H, gates), gates = E[(x * W^T d)^2] (n,): the Fisher information of a gate on each channel.
     """
     C, H, count = dict.fromkeys(map(input_of, names), 0), dict.fromkeys(names if basis == "kfac" else (), 0), 0
+    gates = {name: 0 for name in names if channels and name.endswith(".w2")}
 
     def add(sums, name, rows):
         rows = upcast(rows.flatten(0, -2))
         sums[name] += rows.mT @ rows
 
-    def on_output(name, module, x, y):
-        y.requires_grad_().register_hook(partial(add, H, name))
+    def on_output(name, module, inputs, y):
+        def on_gradient(d):
+            add(H, name, d)
+            if name in gates:
+                gates[name] += (upcast(inputs[0]) * upcast(d @ module.weight)).square().flatten(0, -2).sum(0)
+
+        y.requires_grad_().register_hook(on_gradient)
 
     hooks = [model.get_submodule(name).register_forward_hook(partial(on_output, name)) for name in H]
     try:
@@ -34,10 +41,10 @@ def second_moments(model, names, batches, basis="kfac"):
     finally:
         for hook in hooks:
             hook.remove()
-    for name, total in [*C.items(), *H.items()]:
+    for name, total in [*C.items(), *H.items(), *gates.items()]:
         if not total.div_(count).isfinite().all():
             raise ValueError(f"a second moment at {name} is not finite; try --dtype bfloat16 or float32")
-    return {name: (C[input_of(name)], H.get(name)) for name in names}
+    return {name: (C[input_of(name)], H.get(name), *([gates[name]] if name in gates else [])) for name in names}
 
 
 def damped(moment):

@@ -26,15 +26,19 @@ def components(W, C=None, H=None):
             Vh if L is None else torch.linalg.solve_triangular(L, Vh, upper=False, left=False))
 
 
-def channel_costs(W, C, H, rounds=16):
+def channel_costs(W, C, H, gates=None, rounds=16):
     """What the loss of each of w2's input channels costs, (n,) fp64, W = w2 (m, n) making good for it as it can.
 
     Optimal brain surgeon [Hassibi and Stork 1993], a sixteenth of the channels at a time. Of those left, channels R
     cost tr(H W_R P^-1 W_R^T), P = (C^-1)_RR, if the rest of W is chosen anew by least squares; one alone costs
     w_c^T H w_c / P_cc, by which each round takes the cheapest. A later one is given no less than an earlier one, so
     that costs do not fall from round to round.
+
+    gates (n,): E[(x_c w_c^T d)^2]. C and H, taken for independent, estimate it by C_cc w_c^T H w_c. Each cost is
+    multiplied by what the estimate misses.
     """
     W, inverse, H = W.double(), torch.linalg.inv(damped(C)), damped(H)
+    missed = 1 if gates is None else gates / (C.diagonal() * (W * (H @ W)).sum(0)).clamp(min=1e-300)
     m, n = W.shape
     costs, left, least = torch.zeros_like(W[0]), torch.arange(n, device=W.device), 0.0
     rounds = min(rounds, n)
@@ -49,7 +53,7 @@ def channel_costs(W, C, H, rounds=16):
         least = costs[left[gone[-1]]]
         W, inverse = (X[:, stay] - X[:, gone] @ solved[:, m:] for X in (W, inverse))
         inverse, left = inverse[stay], left[stay]
-    return costs
+    return costs * missed
 
 
 def keep_channels(model, name, kept, C):

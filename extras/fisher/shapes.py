@@ -27,7 +27,7 @@ def widths(model, sweep, budget, layers=None, multiple=64):
     One ranking of groups of `multiple` channels. ValueError if there is less to remove.
     """
     names = [f"layers.{i}.feed_forward" for i in (range(len(model.layers)) if layers is None else layers)]
-    moments = second_moments(model, [f"{name}.w2" for name in names], sweep("second moments"))
+    moments = second_moments(model, [f"{name}.w2" for name in names], sweep("second moments"), channels=True)
     costs = {name: channel_costs(model.get_submodule(f"{name}.w2").weight, *moments[f"{name}.w2"]) for name in names}
     groups = {name: torch.stack([group.sum() for group in cost.sort(descending=True).values.split(multiple)])
               for name, cost in costs.items()}
@@ -50,7 +50,7 @@ def llama(model, sweep, budget, held_out=None, multiple=64):
     """
     dense = range(len(model.layers))
     wo, w2 = ([f"layers.{i}.{matrix}" for i in dense] for matrix in ("attention.wo", "feed_forward.w2"))
-    moments = second_moments(model, wo + w2, sweep("second moments"))
+    moments = second_moments(model, wo + w2, sweep("second moments"), channels=True)
     whole = torch.stack([sum(output_cost(model, name, moments) for name in names) for names in zip(wo, w2)])
     costs = torch.stack([channel_costs(model.get_submodule(name).weight, *moments[name]) for name in w2])
 
@@ -74,7 +74,7 @@ def llama(model, sweep, budget, held_out=None, multiple=64):
 
 def output_cost(model, name, moments):
     """What is lost, by the moments, if the output of the matrix `name` becomes zero: tr(H W C W^T)."""
-    C, H = moments[name]
+    C, H, *_ = moments[name]
     W = model.get_submodule(name).weight.type_as(C)
     return torch.sum(H @ W * (W @ C)).double()
 

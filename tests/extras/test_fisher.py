@@ -62,6 +62,27 @@ def test_moments_are_those_of_inputs_and_output_gradients():
     assert found["layers.1.attention.wq"][0] is found["layers.1.attention.wv"][0]  # one input, one moment
 
 
+def test_gates_are_exact_where_the_moments_are_an_estimate():
+    """Against autograd: the gradient at a gate of ones on each channel, one for every token. And independent inputs
+    and gradients are priced as without them."""
+    model, name, found = random_model(), "layers.2.feed_forward.w2", []
+    batches = [random_tokens(model, 2, 7), random_tokens(model, 1, 5, seed=3)]
+    C, H, gates = second_moments(model, [name], batches, channels=True)[name]
+
+    def gate(module, args):
+        found.append(torch.ones_like(args[0]).requires_grad_())
+        return args[0] * found[-1]
+    model.get_submodule(name).register_forward_pre_hook(gate)
+    for tokens in batches:
+        F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").backward()
+    assert torch.allclose(gates, torch.cat([g.grad.flatten(0, 1) for g in found]).square().mean(0))
+    W = model.get_submodule(name).weight
+    estimate = C.diagonal() * (W * (damped(H) @ W)).sum(0)
+    assert not torch.allclose(gates, estimate, rtol=0.2)
+    assert torch.allclose(channel_costs(W, C, H, estimate), channel_costs(W, C, H))
+    assert torch.allclose(channel_costs(W, C, H, gates), channel_costs(W, C, H) * gates / estimate)
+
+
 def test_without_output_gradients_no_loss_is_taken(monkeypatch):
     model = random_model()
     tokens = random_tokens(model, 2, 7)

@@ -43,7 +43,7 @@ def test_the_cheapest_groups_go():
     """No other widths that remove as much cost less, by the channels' own prices."""
     model = random_model()
     names = [f"layers.{i}.feed_forward.w2" for i in range(4)]
-    moments = second_moments(model, names, sweep_of(model)("moments"))
+    moments = second_moments(model, names, sweep_of(model)("moments"), channels=True)
     costs = [channel_costs(model.get_submodule(name).weight, *moments[name]).sort(descending=True).values for name in names]
     widths(model, sweep_of(model), 40 * CHANNEL, multiple=8)
     found = channels_of(model)
