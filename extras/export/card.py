@@ -81,7 +81,7 @@ def made(report):
     if "control" in report:
         method = f"a control for comparison: {report['control']}"
     elif "kept" in report:
-        asked = next(f"--{name} {settings[name]}" for name in ("remove", "budget") if settings.get(name))
+        asked = f"--remove {settings['remove']}" if settings.get("remove") else f"--budget {settings['budget']}"
         method = f"second-order pruning, `extras.fisher --shape {settings.get('shape', 'free')} {asked}`"
         method += f"; layers {report['lost']} removed" if report.get("lost") else ""
     elif "matrices" in report:
@@ -92,7 +92,8 @@ def made(report):
         method = report["results"][-1]["method"]
     facts = [f"Method: {method}"]
     if text := report.get("calibration"):
-        facts.append(f"Calibration: {Path(settings['calibration']).name}; {text['protocol']}")
+        names = settings["calibration"].split("+") if "parts" in text else [settings["calibration"]]
+        facts.append(f"Calibration: {' + '.join(Path(name).name for name in names)}; {text['protocol']}")
     if training := report.get("recovery"):
         what, first, last = training["settings"], training["log"][0], training["log"][-1]
         facts.append(f"Then trained: {'adapters' if what['lora'] else 'the factors'}, {last['step']} steps; "

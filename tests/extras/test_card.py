@@ -104,6 +104,16 @@ def test_a_method_of_the_comparison_has_a_row_of_its_own():
     assert "- Base model: `base`\n- Method: llm-pruner\n" in text
 
 
+def test_both_calibration_texts_are_named():
+    """ "A+B" is two texts, and a plus in the name of one file is not."""
+    report = {"settings": {"ckpt": "/a/base", "calibration": "wikitext2+/a/c4.txt"}, "results": [{"method": "svd"}],
+              "calibration": {"parts": [], "protocol": "two protocols"}}
+    assert "- Calibration: wikitext2 + c4.txt; two protocols\n" in card(random_model(), report, "hf", "out")
+    report["calibration"] = {"protocol": "one protocol"}
+    report["settings"]["calibration"] = "/a/b+c.txt"
+    assert "- Calibration: b+c.txt; one protocol\n" in card(random_model(), report, "hf", "out")
+
+
 def test_a_report_of_another_kind_is_one_line(here, monkeypatch, capsys):
     model = compressed(load_checkpoint(TINY))
     save_checkpoint(model, here / "small", {"parameters_after": 1}, load_tokenizer(TINY).files)
