@@ -1,7 +1,7 @@
 """A nemotron-nas folder (DeciLM): Hugging Face's layout with a width for each feed-forward, in `block_configs`.
 
 vLLM, mlx-lm and llama.cpp's converter compute a width from `ffn_mult`: int(2 * ffn_mult * dim / 3), rounded up to a
-multiple of 256. So a width that is no such multiple cannot be said.
+multiple of 256. Other widths cannot be written.
 """
 from pathlib import Path
 

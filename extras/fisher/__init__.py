@@ -10,7 +10,8 @@ The second-order term is the one that grows. Two moments per matrix y = W x esti
     cost of dW   tr(H dW C dW^T)         estimates twice the second-order change of the loss (nats per token)
 
 Assumptions: x and d are independent, tokens are uncorrelated, and the text's own next tokens replace draws from the
-model (the empirical Fisher information). All costs have one unit, so one ranking of cost per parameter distributes the
+model (the empirical Fisher information). A channel's cost is corrected for the first assumption, by the exact
+E[(x_c w_c^T d)^2], w_c its column of w2. All costs have one unit, so one ranking of cost per parameter distributes the
 budget over the whole model. A component is a singular component of a matrix or, in an MLP, a channel: row c of w1 and
 w3, column c of w2.
 """
@@ -37,7 +38,7 @@ def compress(model, sweep, budget, layers=None, basis="kfac", allocate="global",
         raise ValueError("MLPs by channels need basis kfac, allocation global and score magnitude; got "
                          f"{basis}, {allocate}, {score}")
     names = matrix_names(*range(len(model.layers)) if layers is None else layers)
-    if channels:  # w1 and w3 go with their channel, and all that it costs is to be seen at w2
+    if channels:  # rows of w1 and w3 go with their channel, whose cost is counted at w2
         names = [name for name in names if not name.endswith((".w1", ".w3"))]
     moments = second_moments(model, names, sweep("second moments"), basis, channels) if basis != "plain" else {}
     G = weight_gradients(model, names, sweep("attribution")) if score != "magnitude" else {}

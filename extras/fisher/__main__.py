@@ -26,14 +26,14 @@ def main():
           f"{100 * budget / job.before:.1f} % of the model's")
     job.calibrate(tokenizer, a.calibration, a.seed, a.data_dir)
     job.read_texts(tokenizer, a.eval, a.windows, a.data_dir)
-    held_out = a.shape == "llama" and calibration_windows(
+    others = a.shape == "llama" and calibration_windows(  # drawn anew: from a short text they overlap the first ones
         tokenizer, a.calibration, job.samples // 4 + 1, job.seq_len, a.seed + 1, a.data_dir)[0].split(job.size)
     job.evaluate()
     made = {}  # for the report
     with cli.timed(job.seconds, "compression", model.device):
         made["layers"] = find_redundant(model, job.sweep, a.layers)[-1] if a.layers else a.layer_ids
         if a.shape == "llama":
-            made["kept"], made["lost"] = shapes.llama(model, job.sweep, budget, held_out, a.multiple)
+            made["kept"], made["lost"] = shapes.llama(model, job.sweep, budget, others, a.multiple)
         elif a.shape == "widths":
             made["kept"] = shapes.widths(model, job.sweep, budget, made["layers"], a.multiple)
         else:
@@ -65,7 +65,7 @@ def parse():
     either("--budget", type=cli.fraction, help="fraction of all blocks' parameters to remove")
     either("--remove", type=cli.fraction, metavar="P", help="fraction of the whole model's parameters to remove")
     add("--shape", choices=["free", "widths", "llama"], default="free", help="free: low-rank attention and narrower "
-        "MLPs; widths: narrower MLPs alone; llama: MLPs of one width, a plain LLaMA (default: free)")
+        "MLPs; widths: narrower MLPs alone; llama: MLPs of one width, perhaps fewer layers (default: free)")
     add("--multiple", type=cli.positive, metavar="N", help="of which a width is a multiple, with --shape widths or llama "
         "(default: 64, as GPUs and quantised formats want; --format deci needs 256)")
     either = group.add_mutually_exclusive_group().add_argument

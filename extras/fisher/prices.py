@@ -27,15 +27,15 @@ def components(W, C=None, H=None):
 
 
 def channel_costs(W, C, H, gates=None, rounds=16):
-    """What the loss of each of w2's input channels costs, (n,) fp64, W = w2 (m, n) making good for it as it can.
+    """What it costs to remove each input channel of w2, (n,) fp64. The other columns of W = w2 (m, n) are refitted.
 
     Optimal brain surgeon [Hassibi and Stork 1993], a sixteenth of the channels at a time. Of those left, channels R
     cost tr(H W_R P^-1 W_R^T), P = (C^-1)_RR, if the rest of W is chosen anew by least squares; one alone costs
-    w_c^T H w_c / P_cc, by which each round takes the cheapest. A later one is given no less than an earlier one, so
-    that costs do not fall from round to round.
+    w_c^T H w_c / P_cc, by which each round takes the cheapest. A channel of a later round is given no lower cost than
+    one of an earlier round.
 
-    gates (n,): E[(x_c w_c^T d)^2]. C and H, taken for independent, estimate it by C_cc w_c^T H w_c. Each cost is
-    multiplied by what the estimate misses.
+    gates (n,): E[(x_c w_c^T d)^2], exact. C and H, taken for independent, estimate it by C_cc w_c^T H w_c. At the end
+    each cost is multiplied by gates / estimate. None: costs stay as C and H give them.
     """
     W, inverse, H = W.double(), torch.linalg.inv(damped(C)), damped(H)
     missed = 1 if gates is None else gates / (C.diagonal() * (W * (H @ W)).sum(0)).clamp(min=1e-300)

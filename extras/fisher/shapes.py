@@ -4,7 +4,7 @@
     llama    all MLPs have one width, and whole layers may go: a plain, smaller LLaMA
 
 A whole layer costs what is lost if the outputs of its wo and of its w2 become zero, tr(H W C W^T) each. That price is
-rougher than a channel's, so `llama` builds the cheapest shapes and takes the one with the least loss on held-out text.
+rougher than a channel's, so `llama` builds the cheapest shapes and takes the one with the lowest perplexity.
 """
 from copy import deepcopy
 from dataclasses import replace
@@ -18,13 +18,14 @@ from extras.fisher.moments import second_moments
 from extras.fisher.prices import channel_costs, keep_channels
 from extras.fisher.ranking import global_ranks
 
-TRIED = 3  # how many shapes of the cheapest are built
+TRIED = 3  # how many of the cheapest shapes are built
 
 
 def widths(model, sweep, budget, layers=None, multiple=64):
     """Remove at least `budget` parameters from the MLPs of `layers` (None: all), in place: {name: kept channels (k,)}.
 
-    One ranking of groups of `multiple` channels. ValueError if there is less to remove.
+    One ranking of groups of `multiple` channels. Holds the fp32 moments of all these MLPs: 0.6 GB for each of
+    LLaMA-2-7B's. ValueError if there is less to remove.
     """
     names = [f"layers.{i}.feed_forward" for i in (range(len(model.layers)) if layers is None else layers)]
     moments = second_moments(model, [f"{name}.w2" for name in names], sweep("second moments"), channels=True)
@@ -42,11 +43,12 @@ def widths(model, sweep, budget, layers=None, multiple=64):
     return changed
 
 
-def llama(model, sweep, budget, held_out=None, multiple=64):
+def llama(model, sweep, budget, batches=None, multiple=64):
     """Make a plain LLaMA with at least `budget` parameters less, in place: ({name: kept channels}, ids of lost layers).
 
-    held_out: a list of batches (B, T) int64 of text that the sweeps do not read; None takes the sweeps' own. The names
-    are those of the dense model. ValueError if there is less to remove.
+    batches: a list of (B, T) int64, on which the shapes are compared; None takes the sweeps' own. The names are those
+    of the dense model. Holds the fp32 moments of all layers, 0.7 GB for each of LLaMA-2-7B's, and one shape's MLPs.
+    ValueError if there is less to remove.
     """
     dense = range(len(model.layers))
     wo, w2 = ([f"layers.{i}.{matrix}" for i in dense] for matrix in ("attention.wo", "feed_forward.w2"))
@@ -64,9 +66,10 @@ def llama(model, sweep, budget, held_out=None, multiple=64):
 
     shapes = cheapest_shapes(costs, whole, model, budget, multiple)[:TRIED]
     shared = {id(p): p for p in model.parameters()}  # copies share these
-    losses = [perplexity(cut(deepcopy(model, {**shared}), *shape)[0], held_out or sweep("shapes")) for shape in shapes]
+    losses = [perplexity(cut(deepcopy(model, {**shared}), *shape)[0], batches or sweep("shapes")) for shape in shapes]
     for (width, lost), loss in zip(shapes, losses):
-        print(f"width {width:,}, {len(dense) - len(lost)} layers: perplexity {loss:.2f} on {'held-out' if held_out else 'the'} calibration text")
+        print(f"width {width:,}, {len(dense) - len(lost)} layers: perplexity {loss:.2f} on "
+              f"{'other windows of ' * bool(batches)}the calibration text")
     width, lost = shapes[losses.index(min(losses))]
     _, kept = cut(model, width, lost)
     return {name: channels.tolist() for name, channels in kept.items()}, lost

@@ -96,7 +96,7 @@ def test_a_layer_that_does_nothing_goes_whole(monkeypatch):
     assert model.args.hidden_dim == 24 and torch.allclose(model(tokens), logits, atol=1e-9)
 
 
-def test_held_out_text_decides_between_the_cheapest(monkeypatch):
+def test_perplexity_decides_between_the_cheapest(monkeypatch):
     """Prices are estimates: of the shapes that they like best the one with the least loss stays, built on its own."""
     for best in range(3):
         model, losses = random_model(), iter([[1.0, 2.0, 2.0], [2.0, 1.0, 2.0], [2.0, 2.0, 1.0]][best])
@@ -151,7 +151,7 @@ def test_the_command(shape, nowhere, capsys):
     assert 0.2 <= 1 - model.n_params / 886368 < 0.24 and "20.0 % of the model's" in said
     assert f"{100 * model.n_params / 886368:.1f}" in said and "a multiple of 16" in said
     assert all(n % 16 == 0 for n in channels_of(model)) and (len({*channels_of(model)}) == 1) == (shape == "llama")
-    assert ("on held-out calibration text" in said) == ("lost" in report) == (shape == "llama")
+    assert ("on other windows of the calibration text" in said) == ("lost" in report) == (shape == "llama")
 
 
 @pytest.mark.parametrize("words, message", [
