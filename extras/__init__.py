@@ -1,4 +1,4 @@
-"""Commands that go beyond the paper's method, one file each: `python -m extras.NAME`. The core imports none of them."""
+"""Commands that go beyond the paper's method, a file or folder each: `python -m extras.NAME`. The core imports none."""
 import ctypes
 import math
 import os

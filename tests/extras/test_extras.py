@@ -7,7 +7,8 @@ import pytest
 from tests.conftest import ROOT, error_of, run
 from extras import plot, short_names, smollm2, zeroshot
 
-MODULES = sorted(file.stem for file in (ROOT / "extras").glob("[a-z]*.py"))
+DOCUMENTED = {file.stem: file for file in (ROOT / "extras").glob("[a-z]*.py")} | {
+    file.parent.name: file.with_name("__init__.py") for file in (ROOT / "extras").glob("*/__main__.py")}
 
 
 def test_the_core_imports_none_of_them_and_no_optional_package():
@@ -20,10 +21,10 @@ def test_the_core_imports_none_of_them_and_no_optional_package():
 
 def test_each_says_how_it_is_run_and_has_its_place_in_the_readmes():
     first, all_of_them = (ROOT / "README.md").read_text(), (ROOT / "extras/README.md").read_text()
-    assert len(MODULES) == 12
-    for name in MODULES:
+    assert len(DOCUMENTED) == 12
+    for name, file in DOCUMENTED.items():
         command = f"python -m extras.{name}"
-        assert command in (ROOT / f"extras/{name}.py").read_text() and command in all_of_them
+        assert command in file.read_text() and command in all_of_them
         assert f"[{name}](extras/README.md#" in first
 
 
