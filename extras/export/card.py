@@ -87,7 +87,8 @@ def made(report):
     elif "matrices" in report:
         method = ROWS[settings["score"]]
         method += " ([arXiv 2501.00339](https://arxiv.org/abs/2501.00339))" * method.startswith("GRASP")
-        method += f", threshold {settings['threshold']}" if settings["threshold"] else f", ratio {settings['ratio']:.4g}"
+        threshold = settings["threshold"]
+        method += f", threshold {threshold}" if threshold else f", ratio {settings['ratio']:.4g}"
     else:
         method = report["results"][-1]["method"]
     facts = [f"Method: {method}"]

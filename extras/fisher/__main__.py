@@ -20,8 +20,8 @@ def main():
     blocks, job = blocks_params(model), Job(model, a.samples, a.seq_len, a.batch_size)
     budget = round(a.remove * job.before if a.remove else a.budget * blocks)
     if not 0 < budget < blocks:
-        raise ValueError(f"{f'--remove {a.remove}' if a.remove else f'--budget {a.budget}'}: {budget:,} parameters of "
-                         f"the {blocks:,} in the blocks, expected at least 1 and not all")
+        raise ValueError(f"{f'--remove {a.remove}' if a.remove else f'--budget {a.budget}'}: {budget:,} parameters "
+                         f"of the {blocks:,} in the blocks, expected at least 1 and not all")
     print(f"method       {method(a)}; {budget:,} parameters to remove, {100 * budget / blocks:.1f} % of the blocks' and "
           f"{100 * budget / job.before:.1f} % of the model's")
     job.calibrate(tokenizer, a.calibration, a.seed, a.data_dir)
@@ -66,10 +66,11 @@ def parse():
     either("--remove", type=cli.fraction, metavar="P", help="fraction of the whole model's parameters to remove")
     add("--shape", choices=["free", "widths", "llama"], default="free", help="free: low-rank attention and narrower "
         "MLPs; widths: narrower MLPs alone; llama: MLPs of one width, perhaps fewer layers (default: free)")
-    add("--multiple", type=cli.positive, metavar="N", help="of which a width is a multiple, with --shape widths or llama "
-        "(default: 64, as GPUs and quantised formats want; --format deci needs 256)")
+    add("--multiple", type=cli.positive, metavar="N", help="with --shape widths or llama: widths are multiples of N "
+        "(default: 64, as GPUs and quantised formats want; --format deci of extras.export needs 256)")
     either = group.add_mutually_exclusive_group().add_argument
-    either("--layers", type=cli.positive, metavar="N", help="take the budget from the N redundant layers (default: from all)")
+    either("--layers", type=cli.positive, metavar="N",
+           help="take the budget from the N redundant layers (default: from all)")
     either("--layer-ids", type=int, nargs="+", metavar="ID", help="take it from these layers instead")
     add("--basis", choices=fisher.BASES, default="kfac", help="of the decompositions (default: kfac)")
     add("--allocate", choices=["ratio", "global"], default="global", help="one ratio, or one ranking (default: global)")
