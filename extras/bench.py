@@ -31,7 +31,7 @@ from attribution import importance, rank_for_ratio, sigma_gradients, svd, top_k,
 from data.corpus import calibration_windows
 from evaluate import markdown
 from extras import DENSE, keep, open_dense, peak_bytes, reset_peak
-from extras.generate import random_prompt, weight_bytes
+from extras.throughput import random_prompt, weight_bytes
 from grasp import compress, find_redundant
 from model import MATRICES, ModelArgs, Transformer, matrix_names, repeats_heads, upcast
 from runtime import cli

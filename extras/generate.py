@@ -1,30 +1,22 @@
-"""Text from a folder of weights, dense or compressed, and how fast it comes: `python -m extras.generate --ckpt FOLDER`.
+"""Text from a folder of weights, dense or compressed: `python -m extras.generate --ckpt FOLDER`.
 
 The keys (turned) and values of all tokens so far are kept, so that a new token costs one token's work.
 
     cache    for each block (keys, values), each (B, n_kv_heads, max_len, head_dim), in the model's dtype
     start    how many tokens the cache holds before a step
     step     the first is over the whole prompt, start 0, and each later one over one new token
-
---throughput sets dense, dropped and GRASP folders side by side [GRASP Fig. 5]: a row for each batch size, length of
-prompt (random tokens) and folder, all in one dtype. Folders take turns, so that a machine that slows down
-slows them all alike; times are medians of --repeats turns, after one that does not count. All are in memory.
 """
 import argparse
 import itertools
 import math
-import statistics
 import sys
 import time
 from contextlib import redirect_stdout
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from evaluate import markdown
-from extras import check_dtypes, peak_bytes, short_names
-from model import LowRankLinear, apply_rotary, rotary_frequencies
+from model import apply_rotary, rotary_frequencies
 from runtime import cli
 
 
@@ -143,112 +135,24 @@ def write(model, tokenizer, text, max_new_tokens, *sampling):
     print(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s", file=sys.stderr)
 
 
-# ------------------------------------------------------------------------------------------------ throughput
-
-def throughput(models, batch_sizes, lengths, max_new_tokens, repeats, seed):
-    """A Markdown table of models (pairs of name and model), a row for each batch size, prompt length and model."""
-    check_dtypes({name: model.dtype for name, model in models})
-    for (_, model), T in itertools.product(models, lengths):
-        check_length(model, T, max_new_tokens)
-    rows = []
-    for B, T in itertools.product(batch_sizes, lengths):
-        turns = [[] for _ in models]
-        for turn in range(repeats + 1):
-            for (name, model), mine in zip(models, turns):
-                cli.show(f"batch {B}, prompt {T}: {name}, turn {turn}/{repeats}", last=False)
-                mine.append(measure(model, random_prompt(model, B, T, seed), max_new_tokens))
-        for (name, model), (_, *mine) in zip(models, turns):  # the first, to warm up, does not count
-            first, rate, peak = map(statistics.median, zip(*mine))
-            rows.append([name, str(model.dtype)[6:], f"{B}", f"{T}", f"{first:.4f}", f"{rate:,.1f}",
-                         *(f"{size / 2 ** 30:.3f}" for size in (weight_bytes(model), peak)),
-                         f"{multiply_adds(model, T) / 1e6:,.2f}"])
-    cli.show("", last=True)
-    return markdown(["model", "dtype", "batch", "prompt", "first token s", "tokens/s", "weights GiB",
-                     "peak GiB", "M multiply-adds"], rows)
-
-
-def random_prompt(model, B, T, seed):
-    return torch.randint(model.args.vocab_size, (B, T), generator=torch.Generator().manual_seed(seed))
-
-
-def measure(model, prompt, max_new_tokens):
-    """(seconds to the first token, tokens/s of all sequences after it, peak bytes) of greedy decoding.
-
-    On CUDA the peak is this run's, with no other model's weights; elsewhere it is the process's so far.
-    """
-    device, others, seconds = model.device, 0, {}
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        others = torch.cuda.memory_allocated(device) - weight_bytes(model)
-    tokens = generate(model, prompt, max_new_tokens)
-    with cli.timed(seconds, "first", device):
-        next(tokens)
-    with cli.timed(seconds, "rest", device):
-        for _ in tokens:
-            pass
-    rate = len(prompt) * (max_new_tokens - 1) / seconds["rest"]
-    return seconds["first"], rate, peak_bytes(device) - others
-
-
-def weight_bytes(model):
-    return sum(p.numel() * p.element_size() for p in model.parameters())
-
-
-def multiply_adds(model, T):
-    """Multiply-adds for one new token that sees T (itself among them).
-
-    The sizes of all weights it is multiplied by (dense W, or A and B, and the output head), and in each block
-    2 T n_heads head_dim: queries with keys, and probabilities with values. Norms, rotations and softmax are left out.
-    """
-    linear = (m for m in model.modules() if isinstance(m, (nn.Linear, LowRankLinear)))
-    a = model.args
-    return sum(p.numel() for m in linear for p in m.parameters()) + len(model.layers) * 2 * T * a.n_heads * a.head_dim
-
-
 def main():
     a = parse()
-    if not a.throughput:
-        with redirect_stdout(sys.stderr):  # standard output is for the text
-            model, tokenizer = cli.open_checkpoint(a.ckpt[0], a.device, a.dtype)
-        return write(model, tokenizer, a.prompt, a.max_new_tokens, a.temperature, a.top_k, a.top_p, a.seed)
-    models = [(name, cli.open_checkpoint(ckpt, a.device, a.dtype)[0])
-              for name, ckpt in zip(short_names(a.ckpt), a.ckpt)]
-    print("\n" + throughput(models, a.batch_sizes, a.lengths, a.max_new_tokens, a.repeats, a.seed))
-    whose = "the row's own" if models[0][1].device.type == "cuda" else "this process's so far, with all folders"
-    print(f"\ngreedy, {a.max_new_tokens} new tokens after a prompt of random ones (seed {a.seed}); medians of "
-          f"{a.repeats} turn{'s' * (a.repeats > 1)}\ntokens/s: of all sequences, after the first token; peak GiB: "
-          f"{whose}; multiply-adds: of one token that sees as many as the prompt has")
+    with redirect_stdout(sys.stderr):  # standard output is for the text
+        model, tokenizer = cli.open_checkpoint(a.ckpt, a.device, a.dtype)
+    write(model, tokenizer, a.prompt, a.max_new_tokens, a.temperature, a.top_k, a.top_p, a.seed)
 
 
 def parse():
     p = cli.Parser(__doc__)
-    add = cli.model_flags(p, "what to generate", nargs="+", default=[cli.TINY]).add_argument
+    add = cli.model_flags(p, "what to generate").add_argument
     add("--prompt", metavar="TEXT", default="", help="text to continue (default: none but the tokenizer's BOS)")
-    add("--max-new-tokens", type=cli.positive, metavar="N", default=100,
-        help="at most; with --throughput exactly (default: 100)")
+    add("--max-new-tokens", type=cli.positive, metavar="N", default=100, help="at most (default: 100)")
     add("--temperature", type=temperature, metavar="X", default=0.0, help="0 is greedy (default: 0)")
     add("--top-k", type=cli.positive, metavar="K", help="draw among the K most probable (default: all)")
     add("--top-p", type=cli.fraction, metavar="P", help="draw among the fewest that reach P (default: all)")
-    add("--seed", type=cli.seed, default=0, help="of the draws, or of random prompts (default: 0)")
-    add = p.add_argument_group("throughput").add_argument
-    add("--throughput", action="store_true", help="measure instead, one or more folders in one dtype")
-    add("--batch-sizes", type=cli.positive, nargs="+", metavar="B", default=[1, 8],
-        help="sequences at a time (default: 1 8)")
-    add("--lengths", type=cli.positive, nargs="+", metavar="T", default=[32, 128],
-        help="tokens in a prompt (default: 32 128)")
-    add("--repeats", type=cli.positive, metavar="N", default=3, help="turns that count (default: 3)")
+    add("--seed", type=cli.seed, default=0, help="of the draws (default: 0)")
     cli.machine_flags(p)
     a = p.parse_args()
-    mode, foreign = "without --throughput", ("batch_sizes", "lengths", "repeats")
-    if a.throughput:
-        mode, foreign = "with --throughput", ("prompt", "temperature", "top_k", "top_p")
-    for name in foreign:
-        if getattr(a, name) != p.get_default(name):
-            raise ValueError(f"--{name.replace('_', '-')} has no use {mode}")
-    if not a.throughput and len(a.ckpt) > 1:
-        raise ValueError("--ckpt: expected one folder, several only with --throughput")
-    if a.throughput and a.max_new_tokens < 2:
-        raise ValueError("--max-new-tokens 1: expected 2 at least with --throughput, which times those after the first")
     if (a.top_k or a.top_p) and not a.temperature:
         raise ValueError("--top-k, --top-p: nothing is drawn at --temperature 0, the default")
     return a

@@ -28,12 +28,14 @@ def widths(model, sweep, budget, layers=None, multiple=64):
     LLaMA-2-7B's. ValueError if there is less to remove.
     """
     names = [f"layers.{i}.feed_forward" for i in (range(len(model.layers)) if layers is None else layers)]
+    channel, hidden = 3 * model.args.dim, model.args.hidden_dim
+    if budget > (most := len(names) * channel * max(0, hidden - multiple)):
+        raise ValueError(f"cannot remove {budget:,} parameters: {most:,} at most, by MLPs of {multiple} channels")
     moments = second_moments(model, [f"{name}.w2" for name in names], sweep("second moments"), channels=True)
     costs = {name: channel_costs(model.get_submodule(f"{name}.w2").weight, *moments[f"{name}.w2"]) for name in names}
     groups = {name: torch.stack([group.sum() for group in cost.sort(descending=True).values.split(multiple)])
               for name, cost in costs.items()}
-    channel = 3 * model.args.dim
-    sizes = {name: (channel * multiple, channel * len(cost)) for name, cost in costs.items()}
+    sizes = dict.fromkeys(names, (channel * multiple, channel * hidden))
     changed = {}
     for name, k in global_ranks(groups, sizes, budget).items():
         if k:
@@ -50,7 +52,8 @@ def llama(model, sweep, budget, batches=None, multiple=64):
     of the dense model. Holds the fp32 moments of all layers, 0.7 GB for each of LLaMA-2-7B's, and one shape's MLPs.
     ValueError if there is less to remove.
     """
-    dense = range(len(model.layers))
+    dense, hidden = range(len(model.layers)), model.args.hidden_dim
+    cheapest_shapes(torch.zeros(len(dense), hidden), torch.zeros(len(dense)), model, budget, multiple)  # is there one?
     wo, w2 = ([f"layers.{i}.{matrix}" for i in dense] for matrix in ("attention.wo", "feed_forward.w2"))
     moments = second_moments(model, wo + w2, sweep("second moments"), channels=True)
     whole = torch.stack([sum(output_cost(model, name, moments) for name in names) for names in zip(wo, w2)])
@@ -93,7 +96,7 @@ def cheapest_shapes(costs, whole, model, budget, multiple):
     layer, channel, shapes = sum(p.numel() for p in model.layers[0].parameters()), 3 * model.args.dim, []
     for count in range(n):
         left = max(0, budget - count * layer)
-        width = (hidden - -(-left // (channel * (n - count)))) // multiple * multiple
+        width = (hidden - -(-left // (channel * (n - count)))) // multiple * multiple if left else hidden
         if width > 0:
             instead = whole - narrower[:, width]  # what a layer costs beyond its own channels
             lost = instead.argsort()[:count].tolist()

@@ -8,16 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import ROOT, error_of, random_model, random_tokens
 from data.checkpoint import HF_TENSORS
 from data.tokenizer import load_tokenizer
 from extras import generate as command
-from extras.generate import (check_length, empty_cache, generate, multiply_adds, pieces, sample, step, throughput,
-                             weight_bytes)
-from model import LowRankLinear, load_checkpoint, rotary_frequencies, save_checkpoint
+from extras.generate import check_length, empty_cache, generate, pieces, sample, step
+from model import LowRankLinear, load_checkpoint, rotary_frequencies
 from runtime import cli
 from tests.test_model import transformers_model
 
@@ -246,93 +243,11 @@ def test_sampling_flags_reach_the_draws(monkeypatch, capsys):
     assert text() == text("--temperature", 1.5, "--top-k", 1) == text("--temperature", 1.5, "--top-p", 1e-6) != hot
 
 
-# ------------------------------------------------------------------------------------------------ throughput
-
-def test_multiply_adds_by_hand_and_by_torchs_own_count():
-    """dim 16, 4 query heads over 2 of size 4, hidden 24, vocabulary 50."""
-    model = random_model(tied=True)
-    block = 16 * 16 + 2 * 8 * 16 + 16 * 16 + 3 * 24 * 16
-    assert multiply_adds(model, 10) == 4 * (block + 2 * 10 * 16) + 50 * 16
-    model = low_rank_model(tied=True)
-    assert multiply_adds(model, 10) == 4 * (block + 2 * 10 * 16) + 50 * 16 - 8 * 16 + 3 * 24 - 16 * 24 + 3 * 40
-
-    cache, rotary = empty_cache(model, 1, 10), rotary_frequencies(model.args, 10, "cpu")
-    step(model, random_tokens(model, 1, 9), cache, 0, *rotary)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it counts the CPU's fused one as 0
-        step(model, random_tokens(model, 1, 1), cache, 9, *rotary)
-    assert 2 * multiply_adds(model, 10) == counter.get_total_flops()
-
-
-def test_weights_are_counted_in_bytes_and_tied_ones_once():
-    model = random_model(torch.bfloat16, tied=True)
-    assert weight_bytes(model) == 2 * (4 * (16 * 16 + 2 * 8 * 16 + 16 * 16 + 3 * 24 * 16 + 2 * 16) + 16 + 50 * 16)
-
-
-def cells(markdown):
-    """The rows of a table, its head apart."""
-    lines = [line for line in markdown.splitlines() if line.startswith("| ")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "---" not in line][1:]
-
-
-def test_the_folders_take_turns_and_the_first_does_not_count(monkeypatch):
-    a, b, calls = random_model(), random_model(n_layers=2), []
-    times = {id(a): iter([9.0, 3.0, 1.0, 2.0] * 2), id(b): iter([9.0, 6.0, 4.0, 5.0] * 2)}
-
-    def measured(model, prompt, max_new_tokens):
-        calls.append(("ab"[model is b], tuple(prompt.shape), max_new_tokens))
-        seconds = next(times[id(model)])
-        return seconds, 100 / seconds, 2 ** 30
-
-    monkeypatch.setattr(command, "measure", measured)
-    rows = cells(throughput([("dense", a), ("dropped", b)], [1, 2], [6], max_new_tokens=5, repeats=3, seed=0))
-    assert calls == [("a", (1, 6), 5), ("b", (1, 6), 5)] * 4 + [("a", (2, 6), 5), ("b", (2, 6), 5)] * 4
-    medians = {"dense": ["2.0000", "50.0"], "dropped": ["5.0000", "20.0"]}
-    assert [row[:6] for row in rows] == [
-        [name, "float64", B, "6", *medians[name]] for B in "12" for name in medians]
-    assert rows[0][7] == "1.000" and rows[1][8] == f"{multiply_adds(b, 6) / 1e6:.2f}"
-
-
-def test_folders_of_different_dtypes_are_refused_before_anything_is_measured(monkeypatch):
-    """The bytes of one dtype say nothing beside another's: half of them may be the dtype alone."""
-    monkeypatch.setattr(command, "measure", None)
-    models = [("half", random_model(torch.bfloat16)), ("whole", random_model(torch.float32))]
-    with pytest.raises(ValueError) as error:
-        throughput(models, [1], [6], max_new_tokens=5, repeats=3, seed=0)
-    assert str(error.value) == (
-        "--ckpt: folders of different dtypes: half torch.bfloat16, whole torch.float32; pass --dtype for one")
-
-
-def test_one_dtype_for_folders_of_two(tmp_path, monkeypatch, capsys):
-    half = load_checkpoint(ROOT / "data/tiny", torch.bfloat16)
-    save_checkpoint(half, tmp_path / "half", tokenizer=load_tokenizer(ROOT / "data/tiny").files)
-    words = ["--throughput", "--ckpt", ROOT / "data/tiny", tmp_path / "half", "--batch-sizes", 1,
-             "--lengths", 8, "--max-new-tokens", 2, "--repeats", 1]
-    message = error_of(command.main, " ".join(map(str, words)), monkeypatch, capsys)
-    assert "different dtypes: tiny torch.float32, half torch.bfloat16; pass --dtype for one" in message
-    rows = cells(run([*words, "--dtype", "bfloat16"], monkeypatch, capsys).out)
-    assert [row[:2] for row in rows] == [["tiny", "bfloat16"], ["half", "bfloat16"]]
-    assert rows[0][6] == rows[1][6]  # GiB of weights
-
-
-def test_a_table_of_dense_and_dropped(tmp_path, monkeypatch, capsys):
-    model = load_checkpoint(ROOT / "data/tiny")
-    del model.layers[3:5]
-    model.args.n_layers = 6
-    save_checkpoint(model, tmp_path / "dropped", tokenizer=load_tokenizer(ROOT / "data/tiny").files)
-    out, _ = run(["--throughput", "--ckpt", ROOT / "data/tiny", tmp_path / "dropped", "--batch-sizes", 1, 3,
-                  "--lengths", 8, "--max-new-tokens", 4, "--repeats", 2], monkeypatch, capsys)
-    rows = cells(out)
-    assert [row[:4] for row in rows] == [
-        [name, "float32", B, "8"] for B in "13" for name in ("tiny", "dropped")]
-    assert all(float(cell.replace(",", "")) > 0 for row in rows for cell in row[4:])
-    assert float(rows[1][8]) < float(rows[0][8]) and "4 new tokens" in out and "medians of 2 turns" in out
-
-
 # ------------------------------------------------------------------------------------------------ mistakes
 
 @pytest.mark.parametrize("words, message", [
     ("--ckpt nowhere", "nowhere: no such folder"),
-    ("--ckpt a b", "--ckpt: expected one folder, several only with --throughput"),
+    ("--ckpt a b", "unrecognized arguments: b"),
     ("--max-new-tokens 0", "--max-new-tokens: '0', expected"),
     ("--temperature -1", "--temperature: '-1', expected 0 or more"),
     ("--temperature nan", "--temperature: 'nan', expected 0 or more"),
@@ -340,15 +255,9 @@ def test_a_table_of_dense_and_dropped(tmp_path, monkeypatch, capsys):
     ("--temperature 1 --top-k 0", "--top-k: '0', expected"),
     ("--top-k 5", "nothing is drawn at --temperature 0"),
     ("--seed -1", "argument --seed: '-1', expected a whole number from 0 to 2^63 - 1"),
-    ("--repeats 2", "--repeats has no use without --throughput"),
-    ("--throughput --prompt a", "--prompt has no use with --throughput"),
-    ("--throughput --max-new-tokens 1", "expected 2 at least with --throughput"),
-    ("--throughput --lengths 8 200", "a prompt of 200 tokens and 100 new ones: this model's positions end at 256"),
-    ("--throughput --batch-sizes 0", "--batch-sizes: '0', expected"),
 ])
 def test_mistakes_are_one_line(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "measure", None)  # nothing is measured before all is known to be good
     assert message in error_of(command.main, words, monkeypatch, capsys)
 
 

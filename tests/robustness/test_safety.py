@@ -64,7 +64,7 @@ def run_everything():
         extras.controls dropped --ckpt small
         extras.controls svd --ckpt small
         extras.generate --ckpt small --max-new-tokens 3
-        extras.generate --ckpt small --throughput --max-new-tokens 3 --batch-sizes 1 --lengths 4 --repeats 1
+        extras.throughput --ckpt small --eval text --max-new-tokens 3 --batch-sizes 1 --lengths 4 --repeats 1
         extras.plot small --layer-ids 5 --matrix layers.5.attention.wk --seq-len 16 --windows 1
         extras.ablation seeds --layers 1 --seeds 1 2 {quick}
         extras.fisher.__main__ --budget 0.1 {quick}
