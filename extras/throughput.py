@@ -8,13 +8,11 @@ A row for each batch size, length of prompt (random tokens), folder and engine, 
 threads [GRASP Fig. 5]. Every engine decodes greedily with a key/value cache in that dtype. Folders and engines take
 turns, so that a machine that slows down slows them all alike; times are medians of --repeats turns, after one that does
 not count. All are in memory, so there is no column for the peak.
-
-    prefill   from the prompt to the first new token
-    decode    the other new tokens, each a step of its own
 """
 import itertools
 import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version
@@ -150,14 +148,21 @@ def in_llama_cpp(file, dtype, batch, max_len, stack):
     p.n_gpu_layers, p.verbosity, p.cache_ram_mib = 0, 0, 0
     p.cache_type_k = p.cache_type_v = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{GGML_TYPES[dtype]}")
     p.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # a part of it is fp16
-    servers = [xllamacpp.Server(p)]
+    servers = []
     stack.callback(servers.clear)  # a server stops when its last reference goes
+
+    def start():
+        servers.append(xllamacpp.Server(p))
+        run(torch.zeros(1, 1, dtype=torch.int64), 1)
 
     def run(prompt, max_new_tokens):
         times = servers[0].handle_completions({"prompt": prompt.tolist(), "n_predict": max_new_tokens, "temperature": 0,
                                                "ignore_eos": True, "cache_prompt": False})["timings"]
         assert (times["prompt_n"], times["predicted_n"]) == (prompt.shape[1], max_new_tokens)
         return times["prompt_ms"] / 1000, times["predicted_ms"] / 1000  # the first token is in prompt_ms
+
+    with ThreadPoolExecutor(1) as pool:  # where Ctrl-C cannot stop the server before its first answer: it would hang
+        pool.submit(start).result()
     return run
 
 
@@ -174,7 +179,8 @@ def main():
         perplexities[name] = result_row(name, model, texts, cli.batch_size(None, seq_len))["perplexity"]
         protocol[protocols(texts)] = None  # once, unless tokenizers or windows differ
     with ExitStack() as stack:
-        pairs, place, max_len = [], Path(stack.enter_context(TemporaryDirectory())), max(a.lengths) + a.max_new_tokens
+        pairs, max_len = [], max(a.lengths) + a.max_new_tokens
+        place = Path(stack.enter_context(TemporaryDirectory(prefix="grasp-")))
         for (name, (model, tokenizer)), engine in itertools.product(zip(names, opened), a.engines):
             found, folder = (None, None), place / f"{len(pairs)}"
             try:

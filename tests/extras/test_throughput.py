@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import tempfile
-import time
 import urllib.request
 from contextlib import ExitStack
 
@@ -55,12 +54,12 @@ def cells(markdown):
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """Where temporary folders are made: nothing may be left."""
+    """Where temporary folders are made: none of ours may be left (torch makes one of its own)."""
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setattr(sys, "path", sys.path[:])  # transformers adds where it copies code to
     yield tmp_path / "temporary"
-    assert os.listdir(tmp_path / "temporary") == []
+    assert not list((tmp_path / "temporary").glob("grasp-*"))
 
 
 # ------------------------------------------------------------------------------------------------ what is counted
@@ -142,7 +141,10 @@ def test_a_table_of_dense_and_dropped(tmp_path, capsys):
 
 @pytest.fixture
 def answers(monkeypatch):
-    """What transformers' generate and llama.cpp's server have decoded: {engine: [tokens (B, n)]}."""
+    """What transformers' generate and llama.cpp's server have decoded: {engine: [tokens (B, n)]}.
+
+    Without the one token of a server's start.
+    """
     transformers = pytest.importorskip("transformers", reason="pip install -r requirements-test.txt")
     xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp: pip install -r requirements-test.txt")
     found = {"transformers": [], "llama.cpp": []}
@@ -166,7 +168,8 @@ def answers(monkeypatch):
                 rows = json.load(answer)
             rows = sorted(rows, key=lambda row: row["index"]) if isinstance(rows, list) else [rows]
             assert all(row["timings"]["predicted_n"] == question["n_predict"] for row in rows)
-            found["llama.cpp"].append(torch.tensor([row["tokens"] for row in rows]))
+            if question["n_predict"] > 1:
+                found["llama.cpp"].append(torch.tensor([row["tokens"] for row in rows]))
             return rows[0]
 
     monkeypatch.setattr(transformers.GenerationMixin, "generate", generate)
@@ -191,7 +194,7 @@ def test_every_engine_decodes_the_same_tokens(make, layout, answers, place, monk
     assert [row[1] for row in cells(out)] == ["this", "transformers", "llama.cpp"] * 4 and layouts == [layout, "gguf"]
     assert all(float(cell.replace(",", "")) > 0 for row in cells(out) for cell in row[6:])
     expected = [greedy(model, random_prompt(model, B, T, 0), 30) for B in (1, 3) for T in (5, 20) for _ in range(2)]
-    assert all(tokens.unique().numel() > 5 for tokens in expected)
+    assert torch.cat(expected).unique().numel() > 10
     for found in answers.values():  # a turn that does not count, and one that does
         assert len(found) == len(expected) and all(map(torch.equal, found, expected))
 
@@ -234,9 +237,14 @@ def test_what_cannot_be_loaded_is_told_too(answers, place, monkeypatch, capsys):
 def test_as_many_threads_in_llama_cpp_as_in_torch(monkeypatch):
     xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp: pip install -r requirements-test.txt")
     started = []
-    monkeypatch.setattr(xllamacpp, "Server", started.append)
+
+    def refuse(params):
+        started.append(params)
+        raise RuntimeError("not started")
+
+    monkeypatch.setattr(xllamacpp, "Server", refuse)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    with ExitStack() as stack:
+    with ExitStack() as stack, pytest.raises(RuntimeError, match="not started"):
         command.in_llama_cpp("file", torch.float32, 1, 9, stack)
     assert started[0].cpuparams.n_threads == started[0].cpuparams_batch.n_threads == 3
 
@@ -249,6 +257,7 @@ def threads():
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads as Linux lists them")
 def test_no_server_outlives_the_command(place, monkeypatch, capsys):
+    """Nor does one wait for ever that is stopped at once: llama.cpp's would, before its first answer."""
     pytest.importorskip("xllamacpp", reason="llama.cpp: pip install -r requirements-test.txt")
     words = "--engines llama.cpp --batch-sizes 1 2 --lengths 8 --max-new-tokens 2 --repeats 1"
     output_of(command.main, words, capsys)
@@ -260,22 +269,36 @@ def test_no_server_outlives_the_command(place, monkeypatch, capsys):
 
     seen = []
     monkeypatch.setattr(command, "throughput", fail)
-    assert "while it runs" in error_of(command.main, words, monkeypatch, capsys)
-    assert seen[0] > before >= threads()
+    for _ in range(5):
+        assert "while it runs" in error_of(command.main, words, monkeypatch, capsys)
+        assert seen.pop() > before >= threads()
+
+
+# extras.throughput, which prints "there" before each turn
+TOLD = """
+from extras import throughput
+from runtime import cli
+def told(*words, prompt=throughput.random_prompt):
+    print("there")
+    return prompt(*words)
+throughput.random_prompt = told
+cli.command(throughput.main)
+"""
 
 
 @pytest.mark.parametrize("engine", ["transformers", "llama.cpp"])
 def test_ctrl_c_leaves_nothing(engine, tmp_path):
+    """In a later turn: the first imports things, and Ctrl-C in an import may end Python by the signal, not with 130."""
     pytest.importorskip(command.ENGINES[engine][0], reason="pip install -r requirements-test.txt")
-    process = start("-m", "extras.throughput", "--engines", engine, "--repeats", 10 ** 6, cwd=tmp_path,
+    process = start("-c", TOLD, "--engines", engine, "--repeats", 10 ** 6, cwd=tmp_path,
                     env={"TMPDIR": str(tmp_path)}, preexec_fn=obey_all_signals)
-    while not list(tmp_path.glob("*/0/README.md")):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
-    time.sleep(0.5)
+    for _ in range(3):
+        while (line := process.stdout.readline()) != "there\n":
+            assert line, process.communicate()
+    assert list(tmp_path.glob("grasp-*/0/README.md"))
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
-    assert process.returncode == 130 and err.endswith("\ninterrupted\n") and os.listdir(tmp_path) == []
+    assert process.returncode == 130 and err.endswith("\ninterrupted\n") and not list(tmp_path.glob("grasp-*"))
 
 
 # ------------------------------------------------------------------------------------------------ mistakes
