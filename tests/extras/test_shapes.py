@@ -161,7 +161,7 @@ def test_the_command(shape, nowhere, capsys):
     ("--remove 0.2 --shape llama --layers 2", "--layers and --layer-ids are for other shapes"),
     ("--remove 0.2 --shape widths --basis plain", "--basis, --allocate, --mlp and --score are for --shape free"),
     ("--remove 0.2 --shape widths --mlp components", "--mlp and --score are for --shape free"),
-    (f"--remove 0.2 --shape llama --multiple 512 {QUICK} --eval none", "cannot remove 177,274 parameters with MLPs"),
+    (f"--remove 0.85 --shape llama {QUICK} --eval none", "cannot remove 753,413 parameters with MLPs"),
     (f"--remove 0.8 --shape widths {QUICK} --eval none", "cannot remove 709,094 parameters")])
 def test_mistakes_are_one_line(words, message, nowhere, monkeypatch, capsys):
     assert message in error_of(main, words, monkeypatch, capsys)
