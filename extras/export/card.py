@@ -3,9 +3,8 @@ import re
 from pathlib import Path
 
 from evaluate import markdown, protocols
-from extras.export.dense import channels, exported_params
+from extras.export.dense import channels, exported_params, ranks
 from grasp import ROWS
-from model import LowRankLinear
 from runtime.files import error_prefix
 
 TRANSFORMERS = """```python
@@ -117,15 +116,15 @@ def sizes(model, reports, layout):
 
 def changes(model):
     """Which layers have low-rank matrices and narrower feed-forwards."""
-    ranks = {name: m.A.shape[1] for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    low_rank = ranks(model)
     narrow = {i: n for i, n in enumerate(channels(model)) if n < model.args.hidden_dim}
 
     def of(layers, values):
         return f"layers {', '.join(map(str, sorted(layers)))}: {min(values):,} to {max(values):,}"
 
-    if ranks:
-        layers = {int(name.split(".")[1]) for name in ranks}
-        yield f"Low-rank: {len(ranks)} matrices, of {of(layers, ranks.values())} components"
+    if low_rank:
+        layers = {int(name.split(".")[1]) for name in low_rank}
+        yield f"Low-rank: {len(low_rank)} matrices, of {of(layers, low_rank.values())} components"
     if narrow:
         yield f"Narrower feed-forwards: {of(narrow, narrow.values())} of {model.args.hidden_dim:,} channels"
 

@@ -5,8 +5,7 @@ multiple of 256. Other widths cannot be written.
 """
 from pathlib import Path
 
-from extras.export.dense import channels
-from model import LowRankLinear
+from extras.export.dense import channels, ranks
 
 CODE = Path(__file__).with_name("configuration_decilm.py")  # what vLLM and transformers run to read config.json
 MULTIPLE = 256
@@ -14,10 +13,9 @@ MULTIPLE = 256
 
 def refuse_low_rank(model, layout):
     """Raise ValueError if a matrix is low-rank, which `layout` cannot hold."""
-    for name, module in model.named_modules():
-        if isinstance(module, LowRankLinear):
-            raise ValueError(f"--format {layout}: {name} is low-rank, expected dense matrices; use --format hf-lowrank "
-                             "or extras.fisher with --shape widths")
+    if low_rank := ranks(model):
+        raise ValueError(f"--format {layout}: {next(iter(low_rank))} is low-rank, expected dense matrices; use --format "
+                         "hf-lowrank or extras.fisher with --shape widths")
 
 
 def changes(model):

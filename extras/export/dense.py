@@ -33,10 +33,15 @@ def channels(model):
     return [[*block.feed_forward.w2.parameters()][-1].shape[1] for block in model.layers]  # of w2, or of its factor B
 
 
+def ranks(model):
+    """{name: rank} of the low-rank matrices."""
+    return {name: m.A.shape[1] for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
+
+
 def narrowed(model):
     """`model`, with a smaller hidden_dim if all feed-forwards have that width and nothing is low-rank."""
-    widths, dense = {*channels(model)}, not any(isinstance(m, LowRankLinear) for m in model.modules())
-    if dense and len(widths) == 1:
+    widths = {*channels(model)}
+    if len(widths) == 1 and not ranks(model):
         model = copy(model)  # shares the weights
         model.args = replace(model.args, hidden_dim=widths.pop())
     return model

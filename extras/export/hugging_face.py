@@ -7,9 +7,8 @@ import torch
 
 from data.checkpoint import HF_FIELDS, HF_TENSORS, own_storage
 from extras import is_tied
-from extras.export.dense import channels, dense_shapes, dense_weight
+from extras.export.dense import channels, dense_shapes, dense_weight, ranks
 from extras.export.tokenizer import write_tokenizer
-from model import LowRankLinear
 from runtime.files import write_json
 
 CODE = Path(__file__).parent / "modeling_lowrank.py"  # what transformers runs for a low-rank folder
@@ -88,8 +87,8 @@ def hf_config(model, tokenizer):
 
 def low_rank_config(model):
     """What config.json says instead where factors and narrow feed-forwards stay: the code and the table of ranks."""
-    ranks = {their_name(name): m.A.shape[1] for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
-    ranks |= {f"model.layers.{i}.mlp": n for i, n in enumerate(channels(model)) if n < model.args.hidden_dim}
+    table = {their_name(name): k for name, k in ranks(model).items()}
+    table |= {f"model.layers.{i}.mlp": n for i, n in enumerate(channels(model)) if n < model.args.hidden_dim}
     classes = {"AutoConfig": "LowRankConfig", "AutoModel": "LowRankModel", "AutoModelForCausalLM": "LowRankForCausalLM"}
-    return {"architectures": ["LowRankForCausalLM"], "model_type": "llama-lowrank", "ranks": ranks,
+    return {"architectures": ["LowRankForCausalLM"], "model_type": "llama-lowrank", "ranks": table,
             "auto_map": {auto: f"{CODE.stem}.{name}" for auto, name in classes.items()}}

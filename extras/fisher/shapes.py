@@ -14,6 +14,7 @@ from torch import nn
 
 from attribution import top_k
 from evaluate import perplexity
+from extras.baselines import block_params
 from extras.fisher.moments import second_moments
 from extras.fisher.prices import channel_costs, keep_channels
 from extras.fisher.ranking import global_ranks
@@ -68,8 +69,11 @@ def llama(model, sweep, budget, batches=None, multiple=64):
         return model, kept
 
     shapes = cheapest_shapes(costs, whole, model, budget, multiple)[:TRIED]
-    shared = {id(p): p for p in model.parameters()}  # copies share these
-    losses = [perplexity(cut(deepcopy(model, {**shared}), *shape)[0], batches or sweep("shapes")) for shape in shapes]
+    losses = []
+    for shape in shapes:
+        copy = deepcopy(model, {id(p): p for p in model.parameters()})  # shares the weights
+        losses.append(perplexity(cut(copy, *shape)[0], batches or sweep("shapes")))
+        del copy
     for (width, lost), loss in zip(shapes, losses):
         print(f"width {width:,}, {len(dense) - len(lost)} layers: perplexity {loss:.2f} on "
               f"{'other windows of ' * bool(batches)}the calibration text")
@@ -93,7 +97,7 @@ def cheapest_shapes(costs, whole, model, budget, multiple):
     n, hidden = costs.shape
     kept = costs.sort(1, descending=True).values.cumsum(1)
     narrower = kept[:, -1:] - torch.cat([torch.zeros_like(kept[:, :1]), kept], 1)  # [l, w]: of leaving w channels in l
-    layer, channel, shapes = sum(p.numel() for p in model.layers[0].parameters()), 3 * model.args.dim, []
+    layer, channel, shapes = block_params(model), 3 * model.args.dim, []
     for count in range(n):
         left = max(0, budget - count * layer)
         width = (hidden - -(-left // (channel * (n - count)))) // multiple * multiple if left else hidden
