@@ -8,13 +8,12 @@ Each function can be called alone. Those that run a model take token batches (B,
     sigma_grad   dL/d sigma      (r,)                 one number for each singular component u_k, sigma_k, v_k
     importance   I(sigma)        (r,)
     kept         top-k           (k,)                 indices of the components that stay, ascending
-
-[GRASP]: arXiv 2501.00339.  [Gromov]: arXiv 2403.17887.
 """
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -27,36 +26,42 @@ SCORES = ("taylor", "gradient", "magnitude")
 
 
 @torch.no_grad()
-def layer_cosines(model: Transformer, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return (s_l, its standard error over the sequences), each (n_layers,) fp64 [GRASP §2.1, Eq. 1].
+def layer_cosines(model: Transformer, batches: Iterable[Tensor],
+                  enough: Callable[[Tensor, Tensor, int], bool] | None = None) -> tuple[Tensor, Tensor, int]:
+    """Return (s_l, its standard error, each (n_layers,) fp64; the number of sequences) [GRASP §2.1, Eq. 1].
 
     s_l is the mean over all tokens of cos(h_l, h_{l+1}). The last block's output is taken before the final
-    norm. The standard error of one sequence is 0. Raises ValueError if a state is not finite.
+    norm. The error is that over the sequences; that of one is 0. enough: whether to stop, given the three
+    results so far; called after 1, 2, 4, 8 ... batches. Raises ValueError if a state is not finite.
     """
-    total = squares = count = sequences = 0
-    for tokens in batches:
-        tokens, cosines, h = tokens.to(model.device), [], None
+    sums = 0  # (2 n_layers + 2,)
+    for i, tokens in enumerate(batches, 1):
+        tokens = tokens.to(model.device)
         length = (tokens >= 0).sum(1)
-        for h_next in model.residual_stream(tokens.clamp(min=0)):
-            if h is not None:
-                cosines.append((cosine(h, h_next) * (tokens >= 0)).sum(1))  # (B,)
-            h = h_next
-        sums = torch.stack(cosines)                                         # (n_layers, B)
-        total, count = total + sums.sum(1), count + length.sum()
-        squares = squares + (sums ** 2 / length.clamp(min=1)).sum(1)
-        sequences = sequences + (length > 0).sum()
-    count = distributed.all_sum(count)
-    cosines, squares = (distributed.all_sum(t).div_(count).cpu() for t in (total, squares))
+        states = pairwise(model.residual_stream(tokens.clamp(min=0)))
+        c = torch.stack([(cosine(h, h_next) * (tokens >= 0)).sum(1) for h, h_next in states])  # (n_layers, B)
+        counts = torch.stack([length.sum(), (length > 0).sum()])
+        sums = sums + torch.cat([c.sum(1), (c ** 2 / length.clamp(min=1)).sum(1), counts])
+        if enough and i.bit_count() == 1 and enough(*mean_and_error(sums)):
+            break
+    cosines, errors, sequences = mean_and_error(sums)
     if not finite(cosines):
         layer = int(cosines.isfinite().int().argmin())
         raise ValueError(f"the cosine of layer {layer} is not a number in {model.dtype}; try --dtype float32")
-    variance = (squares - cosines ** 2).clamp(min=0)
-    return cosines, (variance / max(1, int(distributed.all_sum(sequences)) - 1)).sqrt()
+    return cosines, errors, sequences
+
+
+def mean_and_error(sums: Tensor) -> tuple[Tensor, Tensor, int]:
+    """The results of layer_cosines from its sums: of cosines, of their squares, of tokens, of sequences."""
+    *sums, tokens, sequences = distributed.all_sum(sums + 0).cpu()
+    cosines, squares = (torch.stack(sums) / tokens).chunk(2)
+    errors = ((squares - cosines ** 2).clamp(min=0) / max(1, int(sequences) - 1)).sqrt()
+    return cosines, errors, int(sequences)
 
 
 @torch.no_grad()
 def angular_distances(model: Transformer, batches: Iterable[Tensor], n: int) -> Tensor:
-    """arccos(cos(h_l, h_{l+n})) / pi, mean over the last tokens: (n_layers - n + 1,) [Gromov §3.2]."""
+    """arccos(cos(h_l, h_{l+n})) / pi, on the last tokens: (n_layers - n + 1,) [arXiv 2403.17887 §3.2]."""
     total = count = 0
     for tokens in batches:
         tokens = tokens.to(model.device)
@@ -67,12 +72,8 @@ def angular_distances(model: Transformer, batches: Iterable[Tensor], n: int) -> 
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine over the last dimension, in fp64 so that squares cannot overflow.
-
-    Equal vectors give 1, and so do two zero vectors. If only one is zero the result is 0.
-    """
-    cosines = F.cosine_similarity(a.double(), b.double(), dim=-1, eps=1e-300)
-    return cosines.masked_fill((a == b).all(-1), 1)
+    """Cosine over the last dimension, in fp64: no square overflows. Equal vectors, zeros too, give 1."""
+    return F.cosine_similarity(a.double(), b.double(), dim=-1, eps=1e-300).masked_fill((a == b).all(-1), 1)
 
 
 def weight_gradients(model: Transformer, names: list[str], batches: Iterable[Tensor]) -> dict[str, Tensor]:
@@ -125,9 +126,8 @@ def backward(model: Transformer, tokens: Tensor, labels: Tensor, scale: float = 
 def svd(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Thin SVD of W (m, n): U (m, r), S (r,) descending, Vh (r, n), in fp32 at least.
 
-    fp32: by the eigenvectors of the smaller Gram matrix, in fp64: W^T W = V S^2 V^T, U = W V / S. This is
-    faster than LAPACK's SVD, which is used for fp64, and if a singular value is at most 1e-5 of the largest:
-    there the columns of U would not be orthogonal.
+    fp32: by eigenvectors of the smaller Gram matrix, in fp64: W^T W = V S^2 V^T, U = W V / S. LAPACK's SVD,
+    which is slower, for fp64 and below 1e-5 of the largest singular value, where U would not be orthogonal.
     """
     W = upcast(W.detach())
     tall = W if W.shape[0] >= W.shape[1] else W.mT

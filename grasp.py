@@ -28,18 +28,35 @@ ROWS = {"taylor": "GRASP", "magnitude": "plain SVD", "gradient": "GRASP, gradien
 Sweep = Callable[[str], Iterable[Tensor]]  # label of its progress line -> fresh iterator over batches (B, T)
 
 
-def find_redundant(model: Transformer, sweep: Sweep, n: int,
-                   contiguous: bool = False) -> tuple[Tensor, Tensor, list[int]]:
-    """Return (cosine of every layer, its standard error, ids of the n redundant layers) [GRASP §2.1].
+def find_redundant(model: Transformer, sweep: Sweep, n: int, contiguous: bool = False,
+                   all_sequences: bool = False) -> tuple[Tensor, Tensor, int, list[int]]:
+    """Return (cosine of every layer, its standard error, how many sequences were read, ids of the n redundant
+    layers) [GRASP §2.1].
 
-    contiguous: the n neighbours with the smallest angular distance between their two ends [Gromov §3.2].
+    Stops once the n layers are known (see `margin`): 4 standard errors, after 32 sequences or more.
+    all_sequences: reads all in any case. contiguous: the n neighbours with the smallest angular distance
+    between their two ends, over all sequences [arXiv 2403.17887 §3.2].
     """
+    def known(cosines, errors, sequences):
+        return sequences >= 32 and margin(cosines, errors, top_k(cosines, n).tolist())[0] > 4
+
     check_layers(model.args.n_layers, n)
-    cosines, errors = layer_cosines(model, sweep("redundancy"))
+    stop = None if all_sequences or contiguous else known
+    cosines, errors, sequences = layer_cosines(model, sweep("redundancy"), stop)
+    redundant = top_k(cosines, n).tolist()
     if contiguous:
         first = int(angular_distances(model, sweep("redundancy"), n).argmin())
-        return cosines, errors, list(range(first, first + n))
-    return cosines, errors, top_k(cosines, n).tolist()
+        redundant = list(range(first, first + n))
+    return cosines, errors, sequences, redundant
+
+
+def margin(cosines: Tensor, errors: Tensor, redundant: list[int]) -> tuple[float, int, int]:
+    """Return (how far apart they are, in standard errors; last redundant layer; first of the others)."""
+    others = [layer for layer in range(len(cosines)) if layer not in redundant]
+    last, first = min(redundant, key=cosines.__getitem__), max(others, key=cosines.__getitem__, default=None)
+    if first is None:
+        return math.inf, last, last
+    return float((cosines[last] - cosines[first]) / math.hypot(errors[last], errors[first])), last, first
 
 
 def compress(model: Transformer, layer_ids: list[int], sweep: Sweep, ratio: float | None = None,
@@ -114,10 +131,10 @@ def main() -> None:
     job.calibrate(tokenizer, a.calibration, a.seed, a.data_dir)
     job.read_texts(tokenizer, a.eval, a.windows, a.data_dir)
 
-    cosines, errors, redundant = None, None, sorted(a.layer_ids or [])
+    cosines, redundant = None, sorted(a.layer_ids or [])
     if not a.layer_ids:
-        cosines, errors, redundant = find_redundant(model, job.sweep, n, a.contiguous)
-        print_cosines(cosines, errors, redundant, a.contiguous)
+        cosines, *found, redundant = find_redundant(model, job.sweep, n, a.contiguous, a.all_sequences)
+        print_cosines(cosines, *found, redundant, a.contiguous)
         check_dense(model, redundant)
     job.evaluate()
     with cli.timed(job.seconds, "compression", model.device):
@@ -133,15 +150,15 @@ def main() -> None:
     print(f"written to {a.out}")
 
 
-def print_cosines(cosines: Tensor, errors: Tensor, redundant: list[int], contiguous: bool) -> None:
+def print_cosines(cosines: Tensor, errors: Tensor, sequences: int, redundant: list[int],
+                  contiguous: bool) -> None:
     """Print each layer's cosine with its standard error, and whether the choice is close."""
     for layer, (cosine, error) in enumerate(zip(cosines.tolist(), errors.tolist())):
         print(f"layer {layer:3}  cosine {cosine:.4f} ± {error:.4f}{'  redundant' * (layer in redundant)}")
-    others = [layer for layer in range(len(cosines)) if layer not in redundant]
-    if others and not contiguous:
-        last, first = min(redundant, key=cosines.__getitem__), max(others, key=cosines.__getitem__)
-        if cosines[last] - cosines[first] < 2 * math.hypot(errors[last], errors[first]):
-            print(f"layers {last} and {first} nearly tie; more --samples or --layer-ids decide between them")
+    print(f"{sequences} sequence{'s' * (sequences > 1)} read for the cosines")
+    far, last, first = margin(cosines, errors, redundant)
+    if far < 2 and not contiguous:
+        print(f"layers {last} and {first} nearly tie; more --samples or --layer-ids decide between them")
 
 
 def print_record(record: dict) -> None:
@@ -157,7 +174,9 @@ def parse() -> argparse.Namespace:
     either("--layers", type=cli.positive, metavar="N",
            help="how many redundant layers to compress (one of --layers, --layer-ids and --remove is needed)")
     either("--layer-ids", type=int, nargs="+", metavar="ID", help="compress these layers instead, from 0 on")
-    group.add_argument("--contiguous", action="store_true", help="take neighbouring layers [Gromov]")
+    group.add_argument("--contiguous", action="store_true", help="take neighbouring layers [arXiv 2403.17887]")
+    group.add_argument("--all-sequences", action="store_true",
+                       help="read all for the cosines, even if fewer decide which layers are redundant")
     either = group.add_mutually_exclusive_group().add_argument
     either("--ratio", type=cli.fraction, help="fraction of each matrix's parameters to keep (default: 0.1)")
     either("--threshold", type=cli.fraction, help="instead: fraction of the sum of scores to keep")

@@ -89,20 +89,23 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def repeats_heads(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether CUDA's fused attention needs as many key/value heads as query heads [pytorch issue 191085].
-
-    Only the flash kernel (half precision, compute capability 8.0) takes fewer. Without a fused kernel,
-    autograd would keep B x heads x T x T probabilities in each block.
-    """
+    """Whether CUDA has no fused kernel for fewer key/value heads than query heads (docs/numerics.md)."""
     return device.type == "cuda" and not (
         dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability(device) >= (8, 0))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = True) -> Tensor:
+    """Attention of q (B, n_heads, T, head_dim) to k, v (B, n_kv_heads, T', head_dim): the shape of q."""
+    if q.shape[1] > k.shape[1] and repeats_heads(q.device, q.dtype):
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True)
 
 
 class Attention(nn.Module):
     """Causal attention with grouped queries, (B, T, dim) -> (B, T, dim) [arXiv 2305.13245]."""
     def __init__(self, args):
         super().__init__()
-        self.head_dim, self.groups = args.head_dim, args.n_heads // args.n_kv_heads
+        self.head_dim = args.head_dim
         self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
         self.wk, self.wv = (nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False) for _ in "kv")
         self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
@@ -110,10 +113,7 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin):
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)  # (B, T, heads, head_dim)
-        if self.groups > 1 and repeats_heads(x.device, x.dtype):
-            k, v = (t.repeat_interleave(self.groups, dim=2) for t in (k, v))
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))             # (B, heads, T, head_dim)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        y = attend(*(t.transpose(1, 2) for t in (q, k, v)))          # (B, n_heads, T, head_dim)
         return self.wo(y.transpose(1, 2).flatten(2))
 
 

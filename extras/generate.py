@@ -14,9 +14,8 @@ import time
 from contextlib import redirect_stdout
 
 import torch
-import torch.nn.functional as F
 
-from model import apply_rotary, rotary_frequencies
+from model import apply_rotary, attend, rotary_frequencies
 from runtime import cli
 
 
@@ -66,20 +65,19 @@ def step(model, tokens, cache, start, cos, sin):
     cos, sin = (angles[start:start + tokens.shape[1]] for angles in (cos, sin))
     h = model.tok_embeddings(tokens)
     for block, (keys, values) in zip(model.layers, cache):
-        h = h + attend(block.attention, block.attention_norm(h), cos, sin, keys, values, start)
+        h = h + attend_cached(block.attention, block.attention_norm(h), cos, sin, keys, values, start)
         h = h + block.feed_forward(block.ffn_norm(h))
     return model.output(model.norm(h[:, -1]))
 
 
-def attend(attention, x, cos, sin, keys, values, start):
+def attend_cached(attention, x, cos, sin, keys, values, start):
     """model.Attention's forward for new tokens x (B, t, dim), which see the cached ones too: (B, t, dim)."""
     end = start + x.shape[1]
     assert start == 0 or end == start + 1  # is_causal takes the first query to stand with the first key
     q, k, v = (w(x).unflatten(-1, (-1, attention.head_dim)) for w in (attention.wq, attention.wk, attention.wv))
     q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
     keys[:, :, start:end], values[:, :, start:end] = k.transpose(1, 2), v.transpose(1, 2)
-    y = F.scaled_dot_product_attention(q.transpose(1, 2), keys[:, :, :end], values[:, :, :end],
-                                       is_causal=start == 0, enable_gqa=True)
+    y = attend(q.transpose(1, 2), keys[:, :, :end], values[:, :, :end], is_causal=start == 0)
     return attention.wo(y.transpose(1, 2).flatten(2))
 
 

@@ -362,9 +362,22 @@ def test_angles_of_equal_vectors_are_zero():
 def test_the_standard_error_is_that_of_the_sequences_means():
     model = random_model()
     tokens = random_tokens(model, 7, 9)
-    cosines, errors = layer_cosines(model, tokens.split(3))
+    cosines, errors, sequences = layer_cosines(model, tokens.split(3))
+    assert sequences == 7
     each = torch.stack([layer_cosines(model, [row[None]])[0] for row in tokens])  # (7, n_layers)
     torch.testing.assert_close(cosines, each.mean(0))
     torch.testing.assert_close(errors, each.std(0) / 7 ** 0.5)
     idle = torch.full_like(tokens[:2], -100)  # what a process without sequences gets
-    torch.testing.assert_close(layer_cosines(model, [tokens, idle]), (cosines, errors))
+    torch.testing.assert_close(layer_cosines(model, [tokens, idle]), (cosines, errors, 7))
+
+
+def test_enough_is_asked_after_powers_of_two_batches():
+    model, seen = random_model(), []
+    batches = random_tokens(model, 14, 9).split(2)
+
+    def enough(cosines, errors, sequences):
+        torch.testing.assert_close((cosines, errors, sequences), layer_cosines(model, batches[:sequences // 2]))
+        seen.append(sequences)
+
+    assert layer_cosines(model, batches, enough)[2] == 14 and seen == [2, 4, 8]
+    assert layer_cosines(model, batches, lambda *results: results[2] > 3)[2] == 4

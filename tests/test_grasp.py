@@ -1,4 +1,6 @@
 """The lesson: compress() is its parts in order, and it changes nothing else."""
+import math
+
 import pytest
 import torch
 
@@ -152,9 +154,36 @@ def test_redundant_layers_alone_or_in_a_row():
             w.weight.data *= 1e-3
     model.layers[5].feed_forward.w2.weight.data *= 0.1
     model.layers[5].attention.wo.weight.data *= 0.1
-    cosines, _, redundant = find_redundant(model, sweep, 2)
+    cosines, *_, redundant = find_redundant(model, sweep, 2)
     assert redundant == [1, 4] and cosines.shape == (6,) and cosines[1] > 0.999
     assert find_redundant(model, sweep, 2, contiguous=True)[-1] == [4, 5]
+
+
+@pytest.mark.parametrize("scale, read", [(1e-3, 32), (0.0, 80)])
+def test_the_redundancy_sweep_stops_once_the_layers_are_known(scale, read):
+    """Layers 1 and 3 hardly change their input. With scale 0, layers 0, 1 and 3 tie: all cosines are 1."""
+    model, _, _ = setup()
+    for layer in (1, 3) if scale else (0, 1, 3):
+        for w in (model.layers[layer].attention.wo, model.layers[layer].feed_forward.w2):
+            w.weight.data *= scale
+    tokens, seen = random_tokens(model, 80, 7), []
+
+    def sweep(label):
+        for batch in tokens.split(4):
+            seen.append(len(batch))
+            yield batch
+
+    *_, sequences, redundant = find_redundant(model, sweep, 2)
+    assert sequences == sum(seen) == read
+    cosines, _, every, same = find_redundant(model, sweep, 2, all_sequences=True)
+    assert every == 80 and redundant == same == top_k(cosines, 2).tolist()
+
+
+def test_the_margin_is_in_standard_errors():
+    cosines, errors = torch.tensor([0.5, 0.9, 0.8]), torch.tensor([0.1, 0.03, 0.04])
+    assert grasp.margin(cosines, errors, [1]) == (pytest.approx(2), 1, 2)
+    assert grasp.margin(cosines, errors, [1, 2]) == (pytest.approx(0.3 / math.hypot(0.04, 0.1)), 2, 0)
+    assert grasp.margin(cosines, errors, [0, 1, 2])[0] == math.inf
 
 
 @pytest.mark.parametrize("score", ["taylor", "gradient"])
@@ -167,7 +196,7 @@ def test_half_precision_weights_keep_their_dtype(score):
 @pytest.mark.parametrize("gap, tied", [(0.001, True), (0.1, False)])
 def test_a_near_tie_is_said(gap, tied, capsys):
     cosines, errors = torch.tensor([0.9, 0.5, 0.9 - gap]), torch.full((3,), 0.004)
-    grasp.print_cosines(cosines, errors, [0], contiguous=False)
+    grasp.print_cosines(cosines, errors, 32, [0], contiguous=False)
     out = capsys.readouterr().out
     assert "layer   0  cosine 0.9000 ± 0.0040  redundant" in out
     assert ("layers 0 and 2 nearly tie" in out) == tied

@@ -159,7 +159,7 @@ def test_a_layer_of_zeros_is_the_most_redundant(dtype):
         model.get_submodule(name).weight.data.zero_()
     before, sweep = model(tokens), lambda label: tokens.split(2)
     for contiguous in (False, True):
-        cosines, _, redundant = find_redundant(model, sweep, 1, contiguous)
+        cosines, *_, redundant = find_redundant(model, sweep, 1, contiguous)
         assert redundant == [2] and cosines[2] == 1
     for settings in ({"ratio": 0.3}, {"threshold": 0.5}):
         list(compress(model, redundant, sweep, **settings))
