@@ -174,7 +174,7 @@ def parse() -> argparse.Namespace:
     either("--layers", type=cli.positive, metavar="N",
            help="how many redundant layers to compress (one of --layers, --layer-ids and --remove is needed)")
     either("--layer-ids", type=int, nargs="+", metavar="ID", help="compress these layers instead, from 0 on")
-    group.add_argument("--contiguous", action="store_true", help="take neighbouring layers [arXiv 2403.17887]")
+    group.add_argument("--contiguous", action="store_true", help="take neighbours [arXiv 2403.17887]")
     group.add_argument("--all-sequences", action="store_true",
                        help="read all for the cosines, even if fewer decide which layers are redundant")
     either = group.add_mutually_exclusive_group().add_argument

@@ -186,14 +186,19 @@ def sequence_length(asked: int | None, default: int, model: Transformer) -> int:
 def batch_size(asked: int | None, seq_len: int, model: Transformer | None = None, layers: int = 0) -> int:
     """Sequences in a micro-batch: as asked, else as many as make 1,024 tokens, for which a CPU is fast.
 
-    On CUDA they make up to 8,192 tokens, as many as fit into free memory in a backward sweep over all
-    layers, beside the gradients of `layers` layers and a chunk of logits.
+    On CUDA as many as fit into free memory. layers: whose gradients are summed.
     """
     if asked or model is None or model.device.type != "cuda":
         return asked or max(1, 1024 // seq_len)
+    return distributed.from_first(lambda: fitting(model, seq_len, layers, free_bytes(model.device)))
+
+
+def fitting(model: Transformer, seq_len: int, layers: int, free: int) -> int:
+    """Sequences that fit into `free` bytes beside the weights, in a backward sweep over all layers: up to
+    8,192 tokens, at least one sequence."""
     fixed = sweep_memory(model, 0, layers)
-    room = (free_bytes(model.device) - fixed) / (sweep_memory(model, 1, layers) - fixed)
-    return distributed.from_first(lambda: max(1, int(min(8192, room)) // seq_len))
+    room = (free - fixed) / (sweep_memory(model, 1, layers) - fixed)
+    return max(1, int(min(8192, room)) // seq_len)
 
 
 def sweep_memory(model: Transformer, tokens: int, layers: int) -> int:

@@ -390,7 +390,7 @@ def test_on_a_gpu_no_more_tokens_than_fit(name, card, capability, monkeypatch):
 
     Where nothing fits, one sequence is chosen.
     """
-    from extras.bench import sweep_bytes
+    from extras.bench.memory import sweep_bytes
     with torch.device("meta"):
         model = Transformer(ModelArgs(**SHAPES[name], head_dim=128, norm_eps=1e-5)).bfloat16()
     free, n, T = card * GIB - 2 * model.n_params, model.args.n_layers, 512

@@ -11,9 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from attribution import layer_cosines, svd, weight_gradients
 from tests.conftest import error_of, random_model, random_tokens
 from data.tokenizer import load_tokenizer
-from extras import bench
-from extras.bench import (GIB, autograd_compress, batched, borrowed, by_shape, in_common, measure, operations,
-                          random_weights, svd_study, time_by_shape, turn)
+from extras.bench import GIB, SHAPES, memory, random_weights, speed, svds
+from extras.bench import report as reports
+from extras.bench import __main__ as command
+from extras.bench.speed import autograd_compress, borrowed, measure, operations, turn
+from extras.bench.svds import batched, by_shape, in_common, svd_study, time_by_shape
 from grasp import compress, find_redundant
 from model import LowRankLinear, load_checkpoint, matrix_names, save_checkpoint
 from runtime import cli
@@ -26,9 +28,10 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Sizes that a test has time for."""
-    monkeypatch.setattr(bench, "PRODUCT", {"cpu": 64, "cuda": 512})
-    monkeypatch.setattr(bench, "SMALLEST", TINY_SHAPE)
-    monkeypatch.setitem(bench.SHAPES, "tinyllama-1.1b", TINY_SHAPE)
+    monkeypatch.setattr(speed, "PRODUCT", {"cpu": 64, "cuda": 512})
+    monkeypatch.setattr(speed, "SMALLEST", TINY_SHAPE)
+    monkeypatch.setattr(command, "SMALLEST", TINY_SHAPE)
+    monkeypatch.setitem(SHAPES, "tinyllama-1.1b", TINY_SHAPE)
 
 
 @pytest.fixture
@@ -36,7 +39,7 @@ def run(nowhere, monkeypatch, capsys):
     """The command: (what it printed, what it wrote with --json)."""
     def run(words):
         monkeypatch.setattr(sys, "argv", ["command", *words.split(), "--json", "a.json"])
-        cli.command(bench.main)
+        cli.command(command.main)
         return capsys.readouterr().out, json.loads((nowhere / "a.json").read_text())
     return run
 
@@ -78,8 +81,8 @@ def test_a_phase_is_the_best_of_its_turns(monkeypatch):
         return next(turns), [1]
 
     rates = iter([10.0, 40.0, 20.0])
-    monkeypatch.setattr(bench, "turn", by_hand)
-    monkeypatch.setattr(bench, "matrix_rate", lambda *words: next(rates))
+    monkeypatch.setattr(speed, "turn", by_hand)
+    monkeypatch.setattr(speed, "matrix_rate", lambda *words: next(rates))
     measured = measure(model, random_tokens(model, 3, 8), 2, 1, 0.5, 2, before=GIB)
     work = operations(model, [1], 3, 8)
     first, second = work["redundancy"] / 40, work["attribution"] / 40
@@ -125,7 +128,7 @@ def test_autograd_of_the_dense_model_keeps_the_same_components(monkeypatch):
     model, seconds = random_model(dim=32, head_dim=8, hidden_dim=56), {}
     windows = random_tokens(model, 5, 12)
     with borrowed(model, [1, 2]):
-        monkeypatch.setattr(bench, "keep", lambda *words: None)  # W goes back: all gradients are the dense model's
+        monkeypatch.setattr(speed, "keep", lambda *words: None)  # W goes back: all gradients are the dense model's
         theirs = autograd_compress(model, [1, 2], lambda label: windows.split(2), 0.3, seconds)
         ours = list(compress(model, [1, 2], lambda label: windows.split(3), 0.3))
     assert {record["name"]: record["kept"] for record in ours} == {name: kept.tolist() for name, kept in theirs.items()}
@@ -137,7 +140,7 @@ def test_autograd_as_published_sees_what_it_replaced(monkeypatch):
     model, dense, last = random_model(), random_model(), "layers.3.feed_forward"
     windows = random_tokens(model, 3, 12)
     kept = autograd_compress(model, [1, 3], lambda label: [windows], 0.5, {})
-    monkeypatch.setattr(bench, "keep", lambda *words: None)
+    monkeypatch.setattr(speed, "keep", lambda *words: None)
     same = autograd_compress(dense, [1, 3], lambda label: [windows], 0.5, {})
     low_rank = {name for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
     assert low_rank == set(kept) == set(matrix_names(1, 3))
@@ -187,10 +190,10 @@ def test_a_way_that_is_wrong_or_fails_shows(monkeypatch):
         return U, S, Vh.flip(0)
 
     model = random_model(torch.float32, dim=32, head_dim=8, hidden_dim=56)
-    monkeypatch.setattr(bench, "ways_to_svd", lambda cuda: {"right": (svd, False), "wrong": (wrong, False),
+    monkeypatch.setattr(svds, "ways_to_svd", lambda cuda: {"right": (svd, False), "wrong": (wrong, False),
                                                             "all": (lambda Ws: [svd(W) for W in Ws], True),
                                                             "fails": (fail, False)})
-    right, bad, together, failed = svd_study(model, [1, 2], lambda label: [random_tokens(model, 2, 12)], 0.3)
+    right, bad, together, failed = svd_study(model, by_shape(model, [1, 2]), lambda label: [random_tokens(model, 2, 12)], 0.3)
     assert right["kept as in fp64 %"] == together["kept as in fp64 %"] == 100 > 50 > bad["kept as in fp64 %"]
     assert failed == {"way": "fails, failed", "seconds": None, "kept as in fp64 %": None}
 
@@ -214,7 +217,7 @@ def test_one_command_prints_and_writes_all(device, run):
     phases = ["phase", "seconds", "floor s", "ratio", "peak GiB", "computed GiB"]
     assert columns(out) == [phases, ["method", "gradients s", "SVD s", "peak GiB"],
                             ["way", "seconds", "kept as in fp64 %"]]
-    assert [row["phase"] for row in report["rows"]] == [*bench.PHASES] and [*report["rows"][0]] == phases
+    assert [row["phase"] for row in report["rows"]] == [*speed.PHASES] and [*report["rows"][0]] == phases
     assert all(row["seconds"] > 0 and row["ratio"] == row["seconds"] / row["floor s"] for row in report["rows"])
     assert report["operations"] == operations(random_model(), report["redundant"], 3, 8) and report["rate"] > 0
     assert [row["method"] for row in report["autograd"]] == ["one sweep", "autograd, as published"]
@@ -225,7 +228,7 @@ def test_one_command_prints_and_writes_all(device, run):
 
 
 def test_the_ways_to_an_svd_alone_are_one_table(run, monkeypatch):
-    monkeypatch.setattr(bench, "measure", None)  # no phase is
+    monkeypatch.setattr(command, "measure", None)  # no phase is
     out, report = run("--shape tinyllama-1.1b --samples 3 --seq-len 8 --layers 2 --ratio 0.5 --svd")
     assert columns(out) == [["way", "seconds", "kept as in fp64 %"]]
     assert "peak" not in out and "turns" not in out
@@ -253,22 +256,23 @@ def test_growth_says_before_its_first_pass_how_long_it_will_take(run, monkeypatc
         work.append(sum(operations(model, [3 * model.args.n_layers // 4], *windows.shape).values()))
         said.append(capsys.readouterr().out)
         figures = dict.fromkeys(["seconds", "ratio", "peak GiB", "computed GiB"], 1.0)
-        return {"rows": [{"phase": phase, **figures} for phase in bench.PHASES]}
+        return {"rows": [{"phase": phase, **figures} for phase in speed.PHASES]}
 
     work, said = [], []
-    monkeypatch.setattr(bench, "measure", measured)
-    monkeypatch.setattr(bench, "matrix_rate", lambda *words: 1e6)
+    monkeypatch.setattr(speed, "measure", measured)
+    monkeypatch.setattr(speed, "matrix_rate", lambda *words: 1e6)
     run("--growth --samples 2 --seq-len 8 --repeats 1")
     line = f"the sweeps take about {1.5 * 2 * sum(work) / 1e6 / 60:.1f} min (1.5 times their floor); "
     assert len(work) == 9 and line in said[0]
 
 
 def test_the_memory_table_names_its_unit_dtype_and_share(monkeypatch, capsys):
-    for words, line in (("", "in GiB; bfloat16 weights; a fifth of the layers redundant"),
-                        ("--layers 7 --dtype float32", "in GiB; float32 weights; 7 layers redundant")):
+    for words, line in (("", "bfloat16 weights; a fifth of the layers redundant"),
+                        ("--layers 7 --dtype float32", "float32 weights; 7 layers redundant")):
         monkeypatch.setattr(sys, "argv", ["bench", "--memory", "8", "--shape", "llama2-7b", *words.split()])
-        cli.command(bench.main)
-        assert capsys.readouterr().out.endswith(f"|\n\n{line}\n")
+        cli.command(command.main)
+        out = capsys.readouterr().out
+        assert "|\n\nin GiB, and tokens of the micro-batch" in out and out.endswith(f"card; {line}\n")
 
 
 @pytest.mark.parametrize("words, message", [
@@ -276,6 +280,7 @@ def test_the_memory_table_names_its_unit_dtype_and_share(monkeypatch, capsys):
     ("--shape llama2-7b --ckpt small", "give one of --ckpt and --shape"),
     ("--growth --layers 2", "have no use with --growth"),
     ("--growth --svd", "have no use with --growth"),
+    ("--report a --shape llama2-7b", "have no use with --growth and --report"),
     ("--layers 9", "this model has 8 layers, 0 to 7; asked for 9"),
     ("--seq-len 257", "--seq-len 257: expected 2 to 256"),
     ("--ratio 2", "--ratio: 2, expected more than 0 and at most 1"),
@@ -287,17 +292,102 @@ def test_mistakes_are_one_line(words, message, nowhere, monkeypatch, capsys):
     model = load_checkpoint(cli.TINY)
     list(compress(model, [3], lambda label: [], 0.1, score="magnitude"))
     save_checkpoint(model, nowhere / "small", tokenizer=load_tokenizer(cli.TINY).files)
-    monkeypatch.setattr(bench, "measure", None)
-    error = error_of(bench.main, words, monkeypatch, capsys)
+    monkeypatch.setattr(command, "measure", None)
+    error = error_of(command.main, words, monkeypatch, capsys)
     assert message in error.replace("'", "")
 
 
 def test_the_memory_of_known_shapes_is_computed_without_weights():
     """LLaMA-2-7B by hand: 6,738,415,616 parameters, of which a block's matrices are 202,375,168."""
-    row, = bench.memory({"llama2-7b": bench.SHAPES["llama2-7b"]}, torch.bfloat16, 7, 512, 8)
+    row, = memory.memory({"llama2-7b": SHAPES["llama2-7b"]}, torch.bfloat16, 7, 512, 8)
     weights, gradients = 6_738_415_616 * 2, 7 * 202_375_168 * 4
     assert row["layers"] == "21-27" and row["weights"] * 2 ** 30 == weights and row["gradients"] * 2 ** 30 == gradients
     shared, largest = 32 * 202_375_168 * 2 + gradients, 11008 * 4096 * (3 * 2 + 4)
     peak, each = row["peak, 1,024 tokens"] * 2 ** 30, row["on each of 8, 1,024 tokens"] * 2 ** 30
     assert weights + gradients < peak < 8 * row["8,192 tokens"] * 2 ** 30
     assert each == pytest.approx(peak - 7 / 8 * shared + largest)
+
+
+HEAD = 3 * 1024 * 2, 12  # the final state and two gradients; log p and two gradients of a chunk, in fp32
+
+
+@pytest.mark.parametrize("shape, weights, matrices, token, dim, chunk, vocab_size", [
+    # a token, from the lowest layer on: norms' inputs and scales, in bf16 q, k, v, output and the SwiGLU, log-sum-exps;
+    # then the inputs of the redundant layers' matrices
+    ("llama2-7b", 6_738_415_616, 202_375_168,
+     11 * (2 * 16_388 + 2 * (4 * 4096 + 3 * 11008) + 128) - 16_388 + 7 * 2 * (2 * 4096 + 11008), 4096, 1024, 32000),
+    ("llama3-8b", 8_030_261_248, 218_103_808,
+     11 * (2 * 16_388 + 2 * (2 * 4096 + 2 * 1024 + 3 * 14336) + 128) - 16_388 + 7 * 2 * (2 * 4096 + 14336),
+     4096, 343, 128256),
+    ("llama2-13b", 13_015_864_320, 317_194_240,
+     14 * (2 * 20_484 + 2 * (4 * 5120 + 3 * 13824) + 160) - 20_484 + 7 * 2 * (2 * 5120 + 13824), 5120, 1024, 32000)])
+def test_the_computed_peak_is_the_sum_made_by_hand(shape, weights, matrices, token, dim, chunk, vocab_size):
+    """bf16, 7 layers from two thirds of the depth on, 2 sequences of 512 tokens: the peak is at the head."""
+    row, = memory.memory({shape: SHAPES[shape]}, torch.bfloat16, 7, 512, 8)
+    state, log_p = HEAD
+    by_hand = 2 * weights + 7 * 4 * matrices + 1024 * token + state * dim + log_p * chunk * vocab_size
+    assert row["peak, 1,024 tokens"] * GIB == by_hand
+
+
+def test_the_chosen_micro_batch_fits_and_is_the_commands_own():
+    """A card of 24 GB holds LLaMA-2-7B and half of the usual micro-batch, but not 13B."""
+    rows = memory.memory({name: SHAPES[name] for name in ("llama2-7b", "llama2-13b")}, torch.bfloat16, 7, 512, 8)
+    assert [[row[f"tokens, {card}"] for card in memory.GPUS] for row in rows] == [[512, 3072, 8192], [None, 512, 5120]]
+    for row, name in zip(rows, ("llama2-7b", "llama2-13b")):
+        model = bench_model(name)
+        for card, size in memory.GPUS.items():
+            if B := (row[f"tokens, {card}"] or 0) // 512:
+                assert sum(memory.sweep_bytes(model, range(21, 28), B, 512).values()) <= size * GIB
+                weights = 2 * model.n_params
+                assert B == cli.fitting(model, 512, 7, size * GIB - weights)
+
+
+def bench_model(name):
+    return memory.meta_model(SHAPES[name], torch.bfloat16)
+
+
+# ------------------------------------------------------------------------------------------------ the report
+
+@pytest.fixture
+def small_report(monkeypatch):
+    """The report's parts in sizes that a test has time for, on the CPU too."""
+    for name, value in {"PHASES": ("tinyllama-1.1b",), "MAIN": "tinyllama-1.1b", "GROUPED": "tinyllama-1.1b",
+                        "SAMPLES": 4, "T": 8, "LAYERS": 2, "RATIO": 0.5, "BATCHES": (8, 16), "FEW": 4, "PROMPT": 4,
+                        "NEW": 3, "BATCH_SIZES": (1, 2), "TESTS": ["tests/test_job.py", "-k", "report"]}.items():
+        monkeypatch.setattr(reports, name, value)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_one_command_measures_everything(device, small_report, nowhere, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["command", "--report", "found", "--device", device])
+    cli.command(command.main)
+    parts = json.loads((nowhere / "found.json").read_text())
+    text = (nowhere / "found.md").read_text()
+    names = ["phases, tinyllama-1.1b", "batches", "generation", "fp32", "tests", "fisher", "svd"]
+    assert [*parts] == ["device", "versions", *names]
+    for name in names:
+        rows = parts[name]["rows"]
+        assert "not measured" not in rows[0] and f"## {name}\n\n| " in text
+        assert all(value > 0 for row in rows for key, value in row.items() if "seconds" in key or "tokens/s" in key)
+    assert [row["phase"] for row in parts["phases, tinyllama-1.1b"]["rows"]][:3] == ["redundancy", "attribution", "SVD"]
+    assert [row["tokens"] for row in parts["batches"]["rows"]] == [8, 16]
+    sizes = {row["model"].partition(",")[0]: row["parameters"] for row in parts["generation"]["rows"]}
+    assert sizes["dense"] > sizes["plain"] >= sizes["GRASP's factors"]
+
+
+def test_a_part_that_fails_or_comes_too_late_says_so(small_report, nowhere, monkeypatch):
+    def fail(device, end):
+        raise RuntimeError("no kernel image is available\nmore lines")
+
+    def late(device, end):
+        assert json.loads((nowhere / "found.json").read_text())["batches"]  # written before the next part starts
+        monkeypatch.setattr(reports.time, "monotonic", lambda: end + 1)
+        return [{"phase": "late"}]
+
+    monkeypatch.setattr(reports, "batches", fail)
+    monkeypatch.setattr(reports, "generation", late)
+    reports.measure_all(torch.device("cpu"), nowhere / "found.json")
+    parts = json.loads((nowhere / "found.json").read_text())
+    assert parts["batches"]["rows"] == [{"not measured": "RuntimeError: no kernel image is available"}]
+    assert parts["generation"]["rows"] == [{"phase": "late"}]
+    assert all(parts[name]["rows"] == [{"not measured": "no time left"}] for name in ("fp32", "tests", "fisher", "svd"))

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from attribution import weight_gradients
 from tests.conftest import random_model, random_tokens
-from extras.bench import sweep_bytes
+from extras.bench.memory import sweep_bytes
 from model import MATRICES, ModelArgs, Transformer
 
 GIB = 2 ** 30
