@@ -22,8 +22,6 @@ from torch import Tensor
 from model import Transformer, finite, upcast
 from runtime import distributed
 
-SCORES = ("taylor", "gradient", "magnitude")
-
 
 @torch.no_grad()
 def layer_cosines(model: Transformer, batches: Iterable[Tensor],
@@ -46,7 +44,7 @@ def layer_cosines(model: Transformer, batches: Iterable[Tensor],
             break
     cosines, errors, sequences = mean_and_error(sums)
     if not finite(cosines):
-        layer = int(cosines.isfinite().int().argmin())
+        layer = cosines.isfinite().tolist().index(False)
         raise ValueError(f"the cosine of layer {layer} is not a number in {model.dtype}; try --dtype float32")
     return cosines, errors, sequences
 
@@ -76,12 +74,13 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     return F.cosine_similarity(a.double(), b.double(), dim=-1, eps=1e-300).masked_fill((a == b).all(-1), 1)
 
 
-def weight_gradients(model: Transformer, names: list[str], batches: Iterable[Tensor]) -> dict[str, Tensor]:
+def weight_gradients(model: Transformer, names: list[str], batches: Iterable[Tensor],
+                     label_shift: int = 1) -> dict[str, Tensor]:
     """{name: G = dL/dW (m, n), fp32 at least} of dense matrices, by one backward sweep over the batches.
 
-    L is the mean negative log-likelihood per predicted token, in nats. Only these matrices require gradients,
-    so autograd stops at the lowest block that holds one. Gradients of the summed NLL are added in fp32, then
-    divided by the number of tokens: none underflows. Raises ValueError if one is not finite.
+    L is the mean negative log-likelihood (nats) of token t + label_shift at position t. Only these matrices
+    require gradients, so autograd stops at the lowest block that holds one. Gradients of the summed NLL are
+    added in fp32, then divided by the number of tokens: none underflows. Raises ValueError if not finite.
     """
     weights = [model.get_submodule(name).weight.requires_grad_(True) for name in names]
     sums = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights]
@@ -95,13 +94,12 @@ def weight_gradients(model: Transformer, names: list[str], batches: Iterable[Ten
     try:
         for tokens in batches:
             tokens = tokens.to(model.device)
-            backward(model, tokens.clamp(min=0), tokens)
-            count += (tokens[:, 1:] >= 0).sum()
+            backward(model, tokens.clamp(min=0), tokens, shift=label_shift)
+            count += (tokens[:, label_shift:] >= 0).sum()
     finally:
         for w, hook in zip(weights, hooks):
             hook.remove()
-            w.requires_grad_(False)
-            w.grad = None
+            w.requires_grad_(False).grad = None
     count = distributed.all_sum(count)
     for name, G in zip(names, sums):
         if not finite(distributed.local(distributed.all_sum(G).div_(count))):
@@ -109,14 +107,14 @@ def weight_gradients(model: Transformer, names: list[str], batches: Iterable[Ten
     return dict(zip(names, sums))
 
 
-def backward(model: Transformer, tokens: Tensor, labels: Tensor, scale: float = 1.0) -> Tensor:
+def backward(model: Transformer, tokens: Tensor, labels: Tensor, scale: float = 1, shift: int = 1) -> Tensor:
     """Add the gradient of scale * NLL to p.grad of each p that requires it; return the summed NLL (nats).
 
     tokens, labels: (B, T) int64; positions whose label is -100 are not predicted.
     """
     h = model.final_state(tokens)
     leaf, total = h.detach().requires_grad_(), 0
-    for nll in model.losses(leaf, labels):  # first through the head, chunk by chunk ...
+    for nll in model.losses(leaf, labels, shift):  # first through the head, chunk by chunk ...
         (scale * nll).backward()
         total += nll.detach()
     h.backward(leaf.grad)                   # ... then through the blocks
@@ -147,14 +145,16 @@ def sigma_gradients(U: Tensor, G: Tensor, Vh: Tensor) -> Tensor:
 
 
 def importance(S: Tensor, sigma_grad: Tensor | None = None, score: str = "taylor") -> Tensor:
-    """The score of every component, (r,). `taylor`: I_k = |sigma_k dL/d sigma_k|, fp64 [GRASP §2.2, Eq. 6].
+    """The score of every component, (r,) [GRASP §2.2, Eq. 6]. `taylor` and `signed` are fp64.
 
-    The absolute value comes last: G is summed over the calibration set first. The first-order term of the
-    group {u_k, sigma_k, v_k} is 3 sigma_k dL/d sigma_k (App. A.1), which gives the same ranking.
-    `gradient`: |dL/d sigma_k|. `magnitude`: sigma_k, i.e. plain SVD, which needs no gradient.
+    taylor      |sigma_k dL/d sigma_k|, summed over the calibration set before the absolute value is taken;
+                the group {u_k, sigma_k, v_k} has 3 times that first-order term (App. A.1): the same ranking
+    signed      -sigma_k dL/d sigma_k, how much the loss would rise without it, to first order
+    gradient    |dL/d sigma_k|;   magnitude    sigma_k, i.e. plain SVD, which needs no gradient
     """
-    if score == "taylor":
-        return (S.double() * sigma_grad).abs()
+    if score in ("taylor", "signed"):
+        rise = -S.double() * sigma_grad
+        return rise.abs() if score == "taylor" else rise
     return sigma_grad.abs() if score == "gradient" else S
 
 

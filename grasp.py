@@ -16,15 +16,16 @@ from collections.abc import Callable, Iterable, Iterator
 
 from torch import Tensor, nn
 
-from attribution import (SCORES, angular_distances, importance, layer_cosines, low_rank_factors,
-                         rank_for_ratio, rank_for_threshold, sigma_gradients, svd, top_k, weight_gradients)
+from attribution import (angular_distances, importance, layer_cosines, low_rank_factors, rank_for_ratio,
+                         rank_for_threshold, sigma_gradients, svd, top_k, weight_gradients)
 from model import LowRankLinear, Transformer, finite, matrix_names, save_checkpoint
 from runtime import cli, distributed
 from runtime.files import check_output, check_space
 from runtime.job import Job
 from runtime.plan import check_dense, check_layers, plan, print_plan
 
-ROWS = {"taylor": "GRASP", "magnitude": "plain SVD", "gradient": "GRASP, gradient"}  # score -> row's name
+SCORES = {  # of importance, and what the table calls a model made by it
+    "taylor": "GRASP", "signed": "GRASP, signed", "gradient": "GRASP, gradient", "magnitude": "plain SVD"}
 Sweep = Callable[[str], Iterable[Tensor]]  # label of its progress line -> fresh iterator over batches (B, T)
 
 
@@ -61,13 +62,14 @@ def margin(cosines: Tensor, errors: Tensor, redundant: list[int]) -> tuple[float
 
 def compress(model: Transformer, layer_ids: list[int], sweep: Sweep, ratio: float | None = None,
              threshold: float | None = None, score: str = "taylor", iterative: bool = False,
-             gradients: dict[str, Tensor] | None = None) -> Iterator[dict]:
+             gradients: dict[str, Tensor] | None = None, label_shift: int = 1) -> Iterator[dict]:
     """Replace the dense matrices of these layers by low-rank ones, in place. Yields a record for each.
 
     This is a generator: nothing happens until it is iterated, e.g. by list(compress(...)).
     ratio: fraction of each matrix's parameters to keep. threshold: instead, fraction of its sum of scores.
     iterative: from the deepest block to the shallowest, the MLP and then the attention, with fresh gradients
     before each [GRASP Alg. 1]. gradients: {name: (m, n)} of the dense model, if they are known already.
+    label_shift: 1, the next token; the authors' code has 2. score: see attribution.importance.
     Record: {name, shape [m, n], rank k, kept (k indices)}. If the factors would not be smaller, the matrix
     stays dense: rank and kept are None. Raises ValueError for arguments out of range.
     """
@@ -81,7 +83,7 @@ def compress(model: Transformer, layer_ids: list[int], sweep: Sweep, ratio: floa
         names = [name for name in group if isinstance(model.get_submodule(name), nn.Linear)]  # still dense
         G = gradients
         if names and G is None and score != "magnitude":
-            G = weight_gradients(model, names, sweep("attribution"))
+            G = weight_gradients(model, names, sweep("attribution"), label_shift)
         weights = (distributed.whole(model.get_submodule(name).weight) for name in names)
         for name, (U, S, Vh) in zip(names, distributed.parallel_map(svd, weights)):
             m, n = len(U), Vh.shape[1]
@@ -106,6 +108,8 @@ def check_settings(sweep: Sweep, ratio: float | None, threshold: float | None, s
         raise ValueError(f"score {score!r}: expected one of {', '.join(SCORES)}")
     if (ratio is None) == (threshold is None) or not 0 < (threshold if ratio is None else ratio) <= 1:
         raise ValueError(f"ratio {ratio}, threshold {threshold}: expected one of them, above 0 and at most 1")
+    if threshold and score == "signed":
+        raise ValueError("threshold: a fraction of a sum of scores, and signed scores may sum to 0")
     if iterative and gradients is not None:
         raise ValueError("iterative takes fresh gradients before each half block: give it no gradients")
     if score != "magnitude" and gradients is None and not callable(sweep):
@@ -121,8 +125,10 @@ def main() -> None:
     asked = f"remove {a.remove}, so {asked}" if a.remove else asked
     which = f"layers {a.layer_ids}" if a.layer_ids else f"{n} layer{'s' * (n > 1)}"
     print(f"method       {asked} of {which}{' in a row' * a.contiguous}, score {a.score}, "
-          f"{'iterative' if a.iterative else 'one-shot'}; to {a.out}, at most "
+          f"label shift {a.label_shift}, {'iterative' if a.iterative else 'one-shot'}; to {a.out}, at most "
           f"{left * model.dtype.itemsize / 2 ** 30:.3f} GiB")
+    if a.label_shift >= job.seq_len:
+        raise ValueError(f"--label-shift {a.label_shift}: expected less than {job.seq_len}, the window")
     if a.layer_ids:
         check_dense(model, sorted(a.layer_ids))
     if a.dry_run:
@@ -138,10 +144,11 @@ def main() -> None:
         check_dense(model, redundant)
     job.evaluate()
     with cli.timed(job.seconds, "compression", model.device):
-        for record in compress(model, redundant, job.sweep, ratio, a.threshold, a.score, a.iterative):
+        for record in compress(model, redundant, job.sweep, ratio, a.threshold, a.score, a.iterative,
+                               label_shift=a.label_shift):
             records.append(record)
             print_record(record)
-    job.evaluate(ROWS[a.score], job.seconds.get("redundancy", 0) + job.seconds["compression"])
+    job.evaluate(SCORES[a.score], job.seconds.get("redundancy", 0) + job.seconds["compression"])
     print(f"\n{job.table()}\nasked: {asked} of layers {redundant}; achieved: {job.achieved()}; "
           f"peak memory {cli.peak_memory()}")
     report = job.made({**vars(a), "ratio": ratio}, cosines=None if cosines is None else cosines.tolist(),
@@ -171,18 +178,18 @@ def parse() -> argparse.Namespace:
     p = cli.Parser(__doc__)
     group = cli.model_flags(p, "what to compress")
     either = group.add_mutually_exclusive_group().add_argument
-    either("--layers", type=cli.positive, metavar="N",
-           help="how many redundant layers to compress (one of --layers, --layer-ids and --remove is needed)")
+    either("--layers", type=cli.positive, metavar="N", help="how many redundant layers to compress")
     either("--layer-ids", type=int, nargs="+", metavar="ID", help="compress these layers instead, from 0 on")
     group.add_argument("--contiguous", action="store_true", help="take neighbours [arXiv 2403.17887]")
-    group.add_argument("--all-sequences", action="store_true",
-                       help="read all for the cosines, even if fewer decide which layers are redundant")
+    group.add_argument("--all-sequences", action="store_true", help="no early stop of the redundancy sweep")
     either = group.add_mutually_exclusive_group().add_argument
     either("--ratio", type=cli.fraction, help="fraction of each matrix's parameters to keep (default: 0.1)")
     either("--threshold", type=cli.fraction, help="instead: fraction of the sum of scores to keep")
     either("--remove", type=cli.fraction, metavar="FRACTION", help="instead: fraction of the whole model's "
            "parameters to remove; without --layers, takes the fewest layers that reach it at ratio 0.1")
     group.add_argument("--score", choices=SCORES, default="taylor", help="of a component (default: taylor)")
+    group.add_argument("--label-shift", type=cli.positive, metavar="N", default=1,
+                       help="position t predicts token t + N (default: 1; the authors' code: 2)")
     group.add_argument("--iterative", action="store_true", help="Algorithm 1's order, half a block at a time")
     cli.calibration_flags(p)
     cli.evaluation_flags(p)

@@ -177,12 +177,12 @@ class Transformer(nn.Module):
         """tokens (B, T) int64 -> logits (B, T, vocab_size)."""
         return self.output(self.norm(self.final_state(tokens)))
 
-    def losses(self, h: Tensor, labels: Tensor) -> Iterator[Tensor]:
+    def losses(self, h: Tensor, labels: Tensor, shift: int = 1) -> Iterator[Tensor]:
         """Yield the summed negative log-likelihood (nats) of the next tokens, head_chunk positions at a time.
 
         h: (B, T, dim), the final state. labels: (B, T), the tokens; positions set to -100 are not predicted.
         """
-        h, labels = h[:, :-1].flatten(0, 1), labels[:, 1:].flatten()  # shifted once: t predicts t + 1
+        h, labels = h[:, :-shift].flatten(0, 1), labels[:, shift:].flatten()  # position t predicts t + shift
         for h_part, label in zip(h.split(self.head_chunk), labels.split(self.head_chunk)):
             yield F.cross_entropy(upcast(self.output(self.norm(h_part))), label,  # logits are freed at once
                                   ignore_index=-100, reduction="sum")

@@ -6,9 +6,13 @@
     calibration  the text by which layers and components are judged                      --calibration wikitext2 c4.txt
     samples      how many windows of it; smaller sets begin larger ones                  --samples 64 128 256 512
     schedule     one-shot, or iterative: half a block at a time, with fresh gradients
-    score        what ranks the components: taylor, gradient, magnitude
     budget       a threshold for each matrix, against one ratio for all, of equal size   --thresholds 0.1 0.2 0.4
     seeds        where the windows lie; their mean and standard deviation                --seeds 42 43 44 45 46
+    score        what ranks the components, each for every ratio and seed                --ratio 0.05 0.1 0.2 0.4
+    labels       as score, each for several distances of the label, too                  --label-shifts 1 2
+
+`score` and `labels` have three rows beside the scores: random components, plain SVD (magnitude), and the redundant
+layers dropped. They print mean and standard deviation over the seeds; --figure FILE draws them.
 
 Every variant starts from the same model: its matrices are put back after each. Variants on the same windows share the
 sweep that finds the layers and the sweep that takes the gradients. Both count in the seconds of each that uses them.
@@ -18,12 +22,17 @@ from functools import partial
 from operator import itemgetter
 from statistics import mean, stdev
 
+import torch
 from torch import nn
 
-from attribution import SCORES, weight_gradients
+from attribution import weight_gradients
+from data import need
 from data.corpus import load_text, random_windows, text_names
+from evaluate import markdown, protocols
 from extras import short_names
-from grasp import compress, find_redundant
+from extras.controls import drop_layers
+from extras.plot import plot_ratios, write
+from grasp import SCORES, compress, find_redundant
 from model import matrix_names
 from runtime import cli
 from runtime.files import write_json
@@ -32,23 +41,38 @@ from runtime.plan import check_layers, held
 
 EQUAL = "equal"                                          # as a ratio: the one that keeps what the variant before kept
 DRAWN_BY = itemgetter("calibration", "samples", "seed")  # the settings that say which windows are drawn
-VALUES = {  # flag: (the study that varies it, its values there, its value in the others)
-    "calibration": ("calibration", ["wikitext2", "ptb"], ["wikitext2"]),
-    "samples": ("samples", [64, 128, 256, 512], [512]),
-    "seeds": ("seeds", [42, 43, 44, 45, 46], [42]),
-    "thresholds": ("budget", [0.1, 0.2, 0.4], [])}
+GRIDS = ("score", "labels")                              # the studies of every score, ratio and seed
+VALUES = {  # flag: (the studies that vary it, its values there, its value in the others)
+    "calibration": (("calibration",), ["wikitext2", "ptb"], ["wikitext2"]),
+    "samples": (("samples",), [64, 128, 256, 512], [512]),
+    "seeds": (("seeds", *GRIDS), [42, 43, 44, 45, 46], [42]),
+    "ratio": (GRIDS, [0.05, 0.1, 0.2, 0.4], [0.1]),
+    "label_shifts": (("labels",), [1, 2], [1]),
+    "thresholds": (("budget",), [0.1, 0.2, 0.4], [])}
 
 
-def studies(calibration, samples, seeds, thresholds):
-    """{study: [(name of a variant, what it changes)]}; the first is what the others are compared with."""
-    pairs = [((f"threshold {t}", {"ratio": None, "threshold": t}), ("ratio", {"ratio": EQUAL})) for t in thresholds]
+def studies(calibration=(), samples=(), seeds=(), thresholds=(), ratios=(), shifts=()):
+    """{study: [(name of a variant, what it changes)]}. Those of one "group" are compared with the first of it."""
+    pairs = [((f"threshold {t}", {"ratio": None, "threshold": t, "group": t}), ("ratio", {"ratio": EQUAL, "group": t}))
+             for t in thresholds]
     return {
         "calibration": [(name, {"calibration": text}) for name, text in zip(short_names(calibration), calibration)],
         "samples": [(f"{count} samples", {"samples": count}) for count in samples],
         "schedule": [("one-shot", {"iterative": False}), ("iterative", {"iterative": True})],
-        "score": [(score, {"score": score}) for score in SCORES],
         "budget": [variant for pair in pairs for variant in pair],
-        "seeds": [(f"seed {s}", {"seed": s}) for s in seeds]}
+        "seeds": [(f"seed {s}", {"seed": s}) for s in seeds],
+        "score": grid(ratios, seeds, [1]), "labels": grid(ratios, seeds, shifts)}
+
+
+def grid(ratios, seeds, shifts):
+    """The variants of the studies `score` and `labels`. What no seed changes is there once."""
+    ranked = [(f"{score}, label shift {shift}", {"score": score, "label_shift": shift})
+              for shift in shifts for score in SCORES if score != "magnitude"]
+    rows = [(name, {**changes, "seed": seed, "ratio": ratio, "group": (seed, ratio)}) for seed in seeds
+            for name, changes in [*ranked, ("random", {"score": "random"})] for ratio in ratios]
+    rows += [("magnitude", {"score": "magnitude", "seed": seed, "ratio": ratio, "group": (seed, ratio)})
+             for seed in seeds[:1] for ratio in ratios]
+    return rows + [("dropped", {"score": "dropped", "seed": seed, "ratio": None, "group": None}) for seed in seeds[:1]]
 
 
 def ablate(job, variants, windows, layers=None, layer_ids=None):
@@ -56,15 +80,15 @@ def ablate(job, variants, windows, layers=None, layer_ids=None):
 
     windows: {DRAWN_BY(settings): (samples, seq_len) int64}. layers: how many redundant ones to find; or layer_ids:
     which they are. Row: that of the table, and the settings, the redundant layers, the matrices as `compress` records
-    them, and the fraction of its components kept `in_common` with the first variant's, a ratio's with its threshold's.
+    them, and the fraction of its components kept `in_common` with the first variant of its group.
     """
-    drawn = row = first = None
-    model = job.model
+    swept, row, firsts, model = None, None, {}, job.model
+    blocks, args = model.layers, model.args
     for name, s in variants:
-        if drawn != DRAWN_BY(s):
-            drawn, G = DRAWN_BY(s), None  # the old windows' gradients make room
-            job.windows = windows[drawn]
-            redundant, dense, G, seconds = look(model, job.sweep, layers, layer_ids)
+        if swept != (DRAWN_BY(s), s["label_shift"]):
+            swept, G = (DRAWN_BY(s), s["label_shift"]), None  # the old windows' gradients make room
+            job.windows = windows[DRAWN_BY(s)]
+            redundant, dense, G, seconds = look(model, job.sweep, layers, layer_ids, s["label_shift"])
         if s["ratio"] == EQUAL:
             shapes = [module.weight.shape for module in dense.values()]
             s = {**s, "ratio": ratio_of_size(shapes, row["parameters"] - model.n_params + held(shapes))}
@@ -73,19 +97,19 @@ def ablate(job, variants, windows, layers=None, layer_ids=None):
         try:
             with cli.timed(seconds, "compression", model.device):
                 records = compress_as(model, redundant, G, job.sweep, s)
-            shared = not s["iterative"] and s["score"] != "magnitude"
+            shared = not s["iterative"] and s["score"] in SCORES and s["score"] != "magnitude"
             row = job.evaluate(name, seconds["redundancy"] + seconds["compression"] + shared * seconds["attribution"])
         finally:
+            model.layers, model.args = blocks, args
             for matrix, module in dense.items():
                 model.set_submodule(matrix, module)
-        leads = first is None or s["threshold"]
-        first = records if leads else first
+        first = firsts.setdefault(s["group"], records)
         row.update(settings=s, redundant=redundant, matrices=records,
-                   in_common=None if leads else in_common(records, first))
+                   in_common=None if records is first else in_common(records, first))
         yield row
 
 
-def look(model, sweep, layers, layer_ids):
+def look(model, sweep, layers, layer_ids, label_shift=1):
     """Run both sweeps: (redundant layers, {name: dense matrix}, {name: G (m, n)}, seconds of the sweeps).
 
     Raises ValueError if none of those layers' matrices is dense.
@@ -98,15 +122,25 @@ def look(model, sweep, layers, layer_ids):
     if not dense:
         raise ValueError(f"layers {redundant} are low-rank already; give the dense checkpoint, or other --layer-ids")
     with cli.timed(seconds, "attribution", model.device):
-        G = weight_gradients(model, list(dense), sweep("attribution"))
+        G = weight_gradients(model, list(dense), sweep("attribution"), label_shift)
     return redundant, dense, G, seconds
 
 
 def compress_as(model, redundant, G, sweep, s):
-    """Run grasp.compress with the settings s. One-shot uses the given gradients G (m, n) of the dense model."""
-    records = []
-    for record in compress(model, redundant, sweep, s["ratio"], s["threshold"], s["score"], s["iterative"],
-                           gradients=None if s["iterative"] else G):
+    """Run grasp.compress with the settings s. One-shot uses the given gradients G (m, n) of the dense model.
+
+    Score `random`: u_k^T R v_k of a matrix R of Gaussian numbers is one independent number for each component.
+    Score `dropped`: the layers go.
+    """
+    score, records = s["score"], []
+    if score == "dropped":
+        drop_layers(model, redundant)
+        return records
+    if score == "random":
+        generator = torch.Generator().manual_seed(s["seed"])
+        score, G = "gradient", {name: torch.randn(g.shape, generator=generator).to(g) for name, g in G.items()}
+    for record in compress(model, redundant, sweep, s["ratio"], s["threshold"], score, s["iterative"],
+                           None if s["iterative"] else G, s["label_shift"]):
         cli.show(record["name"], last=False)  # the evaluation that follows takes the line away
         records.append(record)
     return records
@@ -142,30 +176,60 @@ def spread(rows, texts):
         f"{text} {mean(column):.2f} and {stdev(column):.2f}" for text, column in columns.items())
 
 
+def by_ratio(rows, text):
+    """{name: {ratio: (mean, standard deviation, 0 for one seed)}} of the perplexities of a grid's rows on a text."""
+    found = {}
+    for row in rows:
+        found.setdefault(row["model"], {}).setdefault(row["settings"]["ratio"], []).append(row["perplexity"][text])
+    return {name: {ratio: (mean(values), stdev(values) if len(values) > 1 else 0.0) for ratio, values in ratios.items()}
+            for name, ratios in found.items()}
+
+
+def grid_table(rows, texts, ratios):
+    """A row for each score: mean and standard deviation of each ratio on each text; then the dropped layers."""
+    head, cells, found = ["score"], {}, {text: by_ratio(rows, text) for text in texts}
+    for text, ratio in ((text, ratio) for text in texts for ratio in ratios):
+        head.append(f"{text}, {ratio}")
+        for name, values in found[text].items():
+            if ratio in values:
+                middle, deviation = values[ratio]
+                cells.setdefault(name, [name]).append(f"{middle:.2f}" + f" ± {deviation:.2f}" * bool(deviation))
+    dropped = ", ".join(f"{text} {found[text]['dropped'][None][0]:.2f}" for text in texts)
+    return f"{markdown(head, list(cells.values()))}\n\nthe layers dropped: {dropped}"
+
+
 def main():
     a = parse()
     model, tokenizer = cli.open_checkpoint(a.ckpt, a.device, a.dtype)
     n = a.layers or len(a.layer_ids)
     check_layers(model.args.n_layers, a.layers, a.layer_ids)
     job = Job(model, max(a.samples), a.seq_len, a.batch_size, n)
-    base = {"calibration": a.calibration[0], "samples": a.samples[0], "seed": a.seeds[0], "score": "taylor",
-            "iterative": False, "ratio": a.ratio, "threshold": None}
+    base = {"calibration": a.calibration[0], "samples": a.samples[0], "seed": a.seeds[0], "score": "taylor", "group":
+            None, "iterative": False, "ratio": a.ratio[0], "threshold": None, "label_shift": a.label_shifts[0]}
     variants = [(name, {**base, **changes}) for name, changes in
-                studies(a.calibration, a.samples, a.seeds, a.thresholds)[a.study]]
+                studies(a.calibration, a.samples, a.seeds, a.thresholds, a.ratio, a.label_shifts)[a.study]]
     tokens, job.calibration = read_calibration(a.calibration, tokenizer, a.data_dir)
     windows = {DRAWN_BY(s): random_windows(tokens[s["calibration"]], s["samples"], job.seq_len, s["seed"])[0]
                for _, s in variants}
     job.read_texts(tokenizer, a.eval, a.windows, a.data_dir)
-    fixed = {"budget": f"ratio {a.ratio}", "samples": f"{a.samples[0]} samples", "seeds": f"seed {a.seeds[0]}",
+    fixed = {"budget": f"ratio {a.ratio[0]}", "samples": f"{a.samples[0]} samples", "seeds": f"seed {a.seeds[0]}",
              "score": "score taylor", "schedule": "one-shot"}
+    if a.study in GRIDS:
+        fixed = {"samples": fixed["samples"], "schedule": "one-shot", "seeds": f"{len(a.seeds)} seeds"}
     print(f"study        {a.study}, {len(variants)} variants, each of {n} layer{'s' * (n > 1)}; "
           f"{', '.join(fixed[s] for s in fixed if s != a.study)}; windows of {job.seq_len}, batches of {job.size}\n")
     job.evaluate()
     for row in ablate(job, variants, windows, a.layers, a.layer_ids):
         print(describe(row))
-    print("\n" + job.table())
+    grid_rows = job.rows[1:]
+    print("\n" + (f"{grid_table(grid_rows, job.texts, a.ratio)}\n\n{protocols(job.texts)}" if a.study in GRIDS
+                  else job.table()))
     if a.study == "seeds":
         print(spread(job.rows[1:], job.texts))
+    if a.figure:
+        curves = {text: by_ratio(grid_rows, text) for text in job.texts}
+        write(a.figure, plot_ratios(curves, job.rows[0]["perplexity"], a.ckpt.name))
+        print(f"written to {a.figure}")
     if a.json:
         write_json(a.json, job.report(vars(a)))
 
@@ -186,7 +250,10 @@ def parse():
     add = cli.model_flags(p, "what to compress").add_argument
     add("--layers", type=cli.positive, metavar="N", help="how many redundant layers to compress")
     add("--layer-ids", type=int, nargs="+", metavar="ID", help="compress these layers instead")
-    add("--ratio", type=cli.fraction, help="fraction of each matrix's parameters to keep (default: 0.1)")
+    add("--ratio", type=cli.fraction, nargs="+", metavar="FRACTION", help="of each matrix's parameters to keep (default: "
+        "0.1; studies score, labels: 0.05 0.1 0.2 0.4)")
+    add("--label-shifts", type=cli.positive, nargs="+", metavar="N", help="study labels: position t predicts token t + N "
+        "(default: 1 2)")
     add("--thresholds", type=cli.fraction, nargs="+", metavar="FRACTION", help="study budget: fraction of the sum of "
         "scores that the kept components reach (default: 0.1 0.2 0.4)")
     add = p.add_argument_group("calibration").add_argument  # as cli.calibration_flags, with several values
@@ -195,18 +262,20 @@ def parse():
     add("--samples", type=cli.positive, nargs="+", metavar="N", help="sequences (default: 512; study samples: 64 128 "
         "256 512)")
     add("--seq-len", type=cli.positive, metavar="T", help="tokens in each (default: 512, or all positions)")
-    add("--seeds", type=cli.seed, nargs="+", metavar="SEED", help="of the windows' random offsets (default: 42; study "
-        "seeds: 42 43 44 45 46)")
+    add("--seeds", type=cli.seed, nargs="+", metavar="SEED", help="of the windows' random offsets (default: 42; studies "
+        "seeds, score, labels: 42 43 44 45 46)")
     cli.evaluation_flags(p)
-    p.add_argument_group("output").add_argument("--json", type=cli.json_file, metavar="FILE",
-                                                help="write layers, components and results there too")
+    add = p.add_argument_group("output").add_argument
+    add("--json", type=cli.json_file, metavar="FILE", help="write layers, components and results there too")
+    add("--figure", type=cli.json_file, metavar="FILE", help="studies score, labels: draw them there (PNG)")
     cli.machine_flags(p, batches=True)
     a = p.parse_args()
     if (a.layers is None) == (a.layer_ids is None):
         raise ValueError("give one of --layers N and --layer-ids ID ...")
     if a.ratio and a.study == "budget":
         raise ValueError("--ratio: the budget study finds its ratios itself, by --thresholds")
-    a.ratio = a.ratio or 0.1
+    if a.figure and (a.study not in GRIDS or not need("matplotlib", "--figure")):
+        raise ValueError(f"--figure: for the studies {' and '.join(GRIDS)}")
     for flag in VALUES:
         setattr(a, flag, values(flag, getattr(a, flag), a.study, a.ckpt))
     return a
@@ -214,16 +283,17 @@ def parse():
 
 def values(flag, given, study, ckpt):
     """The values of one flag of VALUES in a study: as given, or the defaults. Raises ValueError for a wrong number."""
-    varies, several, one = VALUES[flag]
+    vary, several, one = VALUES[flag]
     if flag == "calibration" and cli.made_on_embedded(ckpt):
         several, one = [], ["embedded"]  # the embedded model has but one text
-    chosen = given or (several if study == varies else one)
-    if study != varies and len(chosen) != len(one):
-        raise ValueError(f"--{flag} {chosen}: the {varies} study varies it, the {study} study takes "
+    chosen = given or (several if study in vary else one)
+    name = flag.replace("_", "-")
+    if study not in vary and len(chosen) != len(one):
+        raise ValueError(f"--{name} {chosen}: the {vary[0]} study varies it, the {study} study takes "
                          f"{len(one) or 'none'}")
-    fewest = 1 if flag == "thresholds" else 2
-    if study == varies and (len(chosen) < fewest or len(set(chosen)) < len(chosen)):
-        raise ValueError(f"--{flag}: the {study} study takes at least {fewest}, each once; got {chosen or 'none'}")
+    fewest = 1 if study in GRIDS or flag == "thresholds" else 2
+    if study in vary and (len(chosen) < fewest or len(set(chosen)) < len(chosen)):
+        raise ValueError(f"--{name}: the {study} study takes at least {fewest}, each once; got {chosen or 'none'}")
     return chosen
 
 

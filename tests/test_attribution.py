@@ -32,14 +32,14 @@ class Spectral(nn.Module):
         return F.linear(x, self.U @ torch.diag(self.S) @ self.Vh)
 
 
-def autograd_sigma_gradients(model, names, tokens):
+def autograd_sigma_gradients(model, names, tokens, shift=1):
     """{name: dL/d sigma} by autograd, from the logits and a loss written out here: an independent check."""
     old = {name: model.get_submodule(name) for name in names}
     for name, linear in old.items():
         model.set_submodule(name, Spectral(linear.weight))
     log_p = torch.log_softmax(model(tokens), dim=-1)
     B, T = tokens.shape
-    nll = -sum(log_p[b, t, tokens[b, t + 1]] for b in range(B) for t in range(T - 1)) / (B * (T - 1))
+    nll = -sum(log_p[b, t, tokens[b, t + shift]] for b in range(B) for t in range(T - shift)) / (B * (T - shift))
     nll.backward()
     gradients = {name: model.get_submodule(name).S.grad for name in names}
     for name, module in old.items():
@@ -57,11 +57,13 @@ def test_sigma_gradients_of_one_matrix_are_autograds():
         assert torch.allclose(sigma_gradients(layer.U, G, layer.Vh), layer.S.grad, rtol=0, atol=1e-12)
 
 
-def test_sigma_gradients_through_the_whole_model_are_autograds():
+@pytest.mark.parametrize("shift", [1, 2, 5])
+def test_sigma_gradients_through_the_whole_model_are_autograds(shift):
+    """shift: position t predicts token t + shift. The authors' code shifts the labels twice."""
     model = random_model()
     tokens = random_tokens(model, 3, 12)
-    truth = autograd_sigma_gradients(model, NAMES, tokens)
-    G = weight_gradients(model, NAMES, tokens.split(2))
+    truth = autograd_sigma_gradients(model, NAMES, tokens, shift)
+    G = weight_gradients(model, NAMES, tokens.split(2), shift)
     for name in NAMES:
         U, _, Vh = svd(model.get_submodule(name).weight)
         assert truth[name].abs().max() > 1e-4

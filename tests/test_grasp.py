@@ -45,7 +45,7 @@ def test_iterative_goes_deepest_first_with_fresh_gradients(monkeypatch):
     model, tokens, sweep = setup()
     calls = []
 
-    def spy(model, names, batches):
+    def spy(model, names, batches, label_shift):
         calls.append((names, sum(isinstance(m, LowRankLinear) for m in model.modules())))
         return weight_gradients(model, names, batches)
 
@@ -54,6 +54,23 @@ def test_iterative_goes_deepest_first_with_fresh_gradients(monkeypatch):
     attention, mlp = MATRICES[:4], MATRICES[4:]
     expected = [(2, mlp, 0), (2, attention, 3), (0, mlp, 7), (0, attention, 10)]
     assert calls == [([f"layers.{layer}.{m}" for m in half], done) for layer, half, done in expected]
+
+
+def test_signed_keeps_what_would_raise_the_loss():
+    """taylor keeps a component whose loss would fall without it, signed does not."""
+    S, gradient = torch.tensor([4.0, 2.0, 1.0]), torch.tensor([1.0, -1.0, -1.5])
+    assert importance(S, gradient, "signed").tolist() == [-4, 2, 1.5]
+    assert top_k(importance(S, gradient, "signed"), 2).tolist() == [1, 2]
+    assert top_k(importance(S, gradient), 2).tolist() == [0, 1]
+
+
+def test_the_label_shift_reaches_the_gradients():
+    model, tokens, sweep = setup()
+    names = matrix_names(1, 3)
+    G = weight_gradients(model, names, [tokens], label_shift=2)
+    given, shifted, other = ([record["kept"] for record in compress(setup()[0], [1, 3], sweep, 0.4, **how)]
+                             for how in ({"gradients": G}, {"label_shift": 2}, {}))
+    assert given == shifted != other
 
 
 def test_magnitude_takes_no_gradients_and_keeps_the_largest():
@@ -110,7 +127,7 @@ def test_gradients_can_be_given():
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"score": "taylr"}, "score 'taylr': expected one of taylor, gradient, magnitude"),
+    ({"score": "taylr"}, "score 'taylr': expected one of taylor, signed, gradient, magnitude"),
     ({"ratio": 10}, "ratio 10, .*expected .*above 0 and at most 1"),
     ({"ratio": -1}, "ratio -1, .*expected .*above 0 and at most 1"),
     ({"ratio": None, "threshold": 0}, "threshold 0: expected .*above 0 and at most 1"),
@@ -122,6 +139,7 @@ def test_gradients_can_be_given():
     ({"layer_ids": []}, r"asked for \[\]"),
     ({"sweep": [1, 2]}, "sweep is a list, expected a function"),
     ({"sweep": None}, "sweep is a NoneType, expected a function"),
+    ({"ratio": None, "threshold": 0.5, "score": "signed"}, "signed scores may sum to 0"),
     ({"iterative": True, "gradients": {}}, "iterative takes fresh gradients"),
 ])
 def test_arguments_out_of_range_are_refused(changes, message):

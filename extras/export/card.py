@@ -4,7 +4,7 @@ from pathlib import Path
 
 from evaluate import markdown, protocols
 from extras.export.dense import channels, exported_params, ranks
-from grasp import ROWS
+from grasp import SCORES
 from runtime.files import error_prefix
 
 TRANSFORMERS = """```python
@@ -84,7 +84,7 @@ def made(report):
         method = f"second-order pruning, `extras.fisher --shape {settings.get('shape', 'free')} {asked}`"
         method += f"; layers {report['lost']} removed" if report.get("lost") else ""
     elif "matrices" in report:
-        method = ROWS[settings["score"]]
+        method = SCORES[settings["score"]]
         method += " ([arXiv 2501.00339](https://arxiv.org/abs/2501.00339))" * method.startswith("GRASP")
         threshold = settings["threshold"]
         method += f", threshold {threshold}" if threshold else f", ratio {settings['ratio']:.4g}"

@@ -1,10 +1,9 @@
 """The command `python -m extras.fisher`."""
-from attribution import SCORES
 from data.corpus import calibration_windows
 from extras import DENSE, fisher, open_dense
 from extras.baselines import blocks_params
 from extras.fisher import shapes
-from grasp import find_redundant
+from grasp import SCORES, find_redundant
 from model import save_checkpoint
 from runtime import cli
 from runtime.files import check_output

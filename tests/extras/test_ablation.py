@@ -3,6 +3,7 @@ import json
 import re
 import shutil
 import sys
+from collections import Counter
 from contextlib import nullcontext
 from functools import partial
 
@@ -14,11 +15,13 @@ import grasp
 from tests.conftest import ROOT, error_of, job_of, random_model, random_tokens
 from data.corpus import random_windows
 from extras import ablation
+from extras.controls import drop_layers
 from extras.ablation import ablate, held, in_common, ratio_of_size, spread, studies
+from model import load_checkpoint
 from runtime import cli, job
 
 BASE = {"calibration": "a", "samples": 4, "seed": 42, "score": "taylor", "iterative": False, "ratio": 0.4,
-        "threshold": None}
+        "threshold": None, "label_shift": 1, "group": None}
 
 
 def setup():
@@ -35,18 +38,19 @@ def variants(changes):
 def test_each_variant_is_grasp_alone_on_a_fresh_model():
     model, windows, texts = setup()
     changes = [{}, {"score": "gradient"}, {"score": "magnitude"}, {"iterative": True}, {"calibration": "b"},
-               {"ratio": None, "threshold": 0.3}, {}]
+               {"ratio": None, "threshold": 0.3}, {"label_shift": 2}, {"score": "signed"}, {}]
     rows = list(ablate(job_of(model, texts), variants(changes), windows, layers=2))
     for row, change in zip(rows, changes):
         s = {**BASE, **change}
         alone, _, _ = setup()
         sweep = partial(cli.batches, windows[s["calibration"], 4, 42], 2)
         *_, redundant = grasp.find_redundant(alone, sweep, 2)
-        records = list(grasp.compress(alone, redundant, sweep, s["ratio"], s["threshold"], s["score"], s["iterative"]))
+        records = list(grasp.compress(alone, redundant, sweep, s["ratio"], s["threshold"], s["score"], s["iterative"],
+                                        label_shift=s["label_shift"]))
         assert row["redundant"] == redundant and row["matrices"] == records and row["settings"] == s
         assert row["parameters"] == alone.n_params < model.n_params
         assert row["perplexity"]["text"] == evaluate.perplexity(alone, texts["text"][0].split(2))
-    assert len({row["perplexity"]["text"] for row in rows}) == 6  # the last is the first again
+    assert len({row["perplexity"]["text"] for row in rows}) == 8  # the last is the first again
     assert rows[-1]["perplexity"] == rows[0]["perplexity"]
 
 
@@ -101,7 +105,7 @@ def test_what_is_swept_once_counts_in_the_seconds_of_each_that_uses_it(monkeypat
 def test_fewer_samples_are_the_first_of_more():
     tokens = torch.arange(9000)
     more, _ = random_windows(tokens, 512, 16, 42)
-    for name, change in studies([], [64, 128, 256], [], [])["samples"]:
+    for name, change in studies(samples=[64, 128, 256])["samples"]:
         fewer, _ = random_windows(tokens, change["samples"], 16, 42)
         assert name == f"{len(fewer)} samples" and torch.equal(fewer, more[:len(fewer)])
 
@@ -117,7 +121,7 @@ def test_the_ratio_of_a_size_by_hand():
 def test_threshold_and_ratio_are_compared_at_equal_size():
     """No other ratio comes nearer to what the threshold kept."""
     model, windows, texts = setup()
-    pairs = [(name, {**BASE, **change}) for name, change in studies([], [], [], [0.3, 0.5])["budget"]]
+    pairs = [(name, {**BASE, **change}) for name, change in studies(thresholds=[0.3, 0.5])["budget"]]
     rows = list(ablate(job_of(model, texts), pairs, windows, layers=2))
     assert [row["model"].split()[0] for row in rows] == ["threshold", "ratio"] * 2
     shapes = 2 * [p.shape for name, p in model.layers[0].named_parameters() if "norm" not in name]
@@ -172,7 +176,6 @@ def report(main, words, monkeypatch, file):
     ("calibration --samples 4 --calibration embedded README.md", ["embedded", "README.md"]),
     ("samples --samples 4 8", ["4 samples", "8 samples"]),
     ("schedule --samples 4", ["one-shot", "iterative"]),
-    ("score --samples 4", ["taylor", "gradient", "magnitude"]),
     ("budget --samples 4 --thresholds 0.4", ["threshold 0.4", "ratio"]),
     ("seeds --samples 4", ["seed 42", "seed 43", "seed 44", "seed 45", "seed 46"])])
 def test_a_table_for_each_study(words, names, tmp_path, monkeypatch, capsys):
@@ -186,6 +189,46 @@ def test_a_table_for_each_study(words, names, tmp_path, monkeypatch, capsys):
         assert re.search(rf"\| {row['model']} +\| +{row['parameters']:,} .* {perplexity:.2f} \|", out)
     assert out.count("  layers [") == len(names) and [p.name for p in tmp_path.iterdir()] == ["a.json"]
     assert ("standard deviation" in out) == words.startswith("seeds")
+
+
+def test_the_grid_of_scores_ratios_and_seeds(tmp_path, monkeypatch, capsys):
+    """Each cell is the mean over the seeds of what grasp.py gives; plain SVD and dropped layers have no seeds."""
+    monkeypatch.chdir(ROOT)
+    found = report(ablation.main, "labels --samples 4 --layer-ids 3 5 --ratio 0.1 0.4 --seeds 1 2 --label-shifts 1 2 "
+                   f"--json {tmp_path}/a.json --figure {tmp_path}/a.png", monkeypatch, tmp_path / "a.json")
+    rows, out = found["results"][1:], capsys.readouterr().out
+    ranked = [f"{score}, label shift {shift}" for shift in (1, 2) for score in ("taylor", "signed", "gradient")]
+    counts = Counter(row["model"] for row in rows)
+    assert counts == {**dict.fromkeys([*ranked, "random"], 4), "magnitude": 2, "dropped": 1}
+    assert all(row["redundant"] == [3, 5] for row in rows)
+    for name in ranked:
+        of = [row for row in rows if row["model"] == name and row["settings"]["ratio"] == 0.4]
+        low, high = (row["perplexity"]["embedded"] for row in of)
+        assert f"| {name}" in out and f"{(low + high) / 2:.2f} ± {abs(low - high) / 2 ** 0.5:.2f}" in out
+    dropped, = (row for row in rows if row["model"] == "dropped")
+    assert f"the layers dropped: embedded {dropped['perplexity']['embedded']:.2f}" in out
+    model = load_checkpoint(cli.TINY)
+    drop_layers(model, [3, 5])
+    assert dropped["parameters"] == model.n_params and not dropped["matrices"]
+    assert {row["parameters"] for row in rows if row["settings"]["ratio"] == 0.1} == {
+        row["parameters"] for row in rows if row["model"] == "magnitude" and row["settings"]["ratio"] == 0.1}
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_random_components_are_as_many_and_follow_the_seed():
+    model, windows, texts = setup()
+    first, again, other = (row["matrices"] for row in ablate(job_of(model, texts), variants(
+        [{"score": "random", "seed": seed} for seed in (1, 1, 2)]), {("a", 4, 1): windows["a", 4, 42],
+                                                                     ("a", 4, 2): windows["a", 4, 42]}, layer_ids=[1, 2]))
+    assert first == again != other and [r["rank"] for r in first] == [r["rank"] for r in other]
+    shares = [r["kept"].count(0) for r in first + other]
+    assert 0 < sum(shares) < len(shares)  # the largest singular value has no advantage
+
+
+def test_mean_and_deviation_by_ratio_by_hand():
+    rows = [{"model": name, "settings": {"ratio": ratio}, "perplexity": {"ptb": value}}
+            for name, ratio, value in (("a", 0.1, 2.0), ("a", 0.1, 4.0), ("a", 0.2, 3.0), ("b", None, 7.0))]
+    assert ablation.by_ratio(rows, "ptb") == {"a": {0.1: (3, 2 ** 0.5), 0.2: (3, 0)}, "b": {None: (7, 0)}}
 
 
 def test_a_row_is_the_row_of_the_command_grasp(nowhere, monkeypatch, capsys):
@@ -208,6 +251,10 @@ def test_a_row_is_the_row_of_the_command_grasp(nowhere, monkeypatch, capsys):
     ("score --layers 9", "this model has 8 layers, 0 to 7; asked for 9"),
     ("score --layer-ids 8", "this model has 8 layers, 0 to 7; asked for [8]"),
     ("score --layer-ids 3 3", "expected different ones of them"),
+    ("score --layers 2 --label-shifts 1 2", "--label-shifts [1, 2]: the labels study varies it, the score study takes 1"),
+    ("samples --layers 2 --ratio 0.1 0.2", "--ratio [0.1, 0.2]: the score study varies it, the samples study takes 1"),
+    ("labels --layers 2 --seeds 1 1", "--seeds: the labels study takes at least 1, each once; got [1, 1]"),
+    ("samples --layers 2 --figure a.png", "--figure: for the studies score and labels"),
     ("score --layers 2 --samples 4 8", "--samples [4, 8]: the samples study varies it, the score study takes 1"),
     ("score --layers 2 --thresholds 0.1", "--thresholds [0.1]: the budget study varies it, the score study takes none"),
     ("score --layers 2 --json no/such/file", "no/such/file: cannot be written"),
@@ -235,6 +282,6 @@ def test_texts_that_the_study_compares_are_never_replaced(nowhere, monkeypatch, 
 
 
 def test_files_of_one_name_are_two_variants():
-    names = [name for name, _ in studies(["a/text", "b/text"], [], [], [])["calibration"]]
+    names = [name for name, _ in studies(["a/text", "b/text"])["calibration"]]
     assert names == ["a/text", "b/text"]
-    assert [name for name, _ in studies(["a/text", "ptb"], [], [], [])["calibration"]] == ["text", "ptb"]
+    assert [name for name, _ in studies(["a/text", "ptb"])["calibration"]] == ["text", "ptb"]
