@@ -14,6 +14,10 @@ model (the empirical Fisher information). A channel's cost is corrected for the 
 E[(x_c w_c^T d)^2], w_c its column of w2. All costs have one unit, so one ranking of cost per parameter distributes the
 budget over the whole model. A component is a singular component of a matrix or, in an MLP, a channel: row c of w1 and
 w3, column c of w2.
+
+Published before or beside it: the basis that both moments make (GFWSVD, arXiv 2505.17974; OBD-LLM, 2604.00821, at equal
+ranks; IO-SVD, 2605.15626, with one first-order ranking), and rows and columns pruned by K-FAC (LLM Surgeon, 2312.17244).
+New here is one price for singular components and channels, in one ranking.
 """
 from attribution import importance, sigma_gradients, top_k, weight_gradients
 from extras import keep
