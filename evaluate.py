@@ -95,7 +95,7 @@ def main() -> None:
     cli.model_flags(p, "what to evaluate")
     cli.evaluation_flags(p).add_argument("--seq-len", type=cli.positive, metavar="T", help=(
         "tokens in a window (default: 2048, or the model's maximum if less)"))
-    p.add_argument_group("output").add_argument("--json", type=cli.json_file, metavar="FILE", help=(
+    p.add_argument_group("output").add_argument("--json", metavar="FILE", help=(
         "also write the results to this file"))
     cli.machine_flags(p, batches=True, several=True)
     a = p.parse_args()
@@ -103,7 +103,7 @@ def main() -> None:
     seq_len = cli.sequence_length(a.seq_len, 2048, model)
     texts = evaluation_windows(a.eval, tokenizer, seq_len, a.windows, a.data_dir)
     with cli.timed(seconds, "evaluation"):
-        row = result_row(a.ckpt.name, model, texts, cli.batch_size(a.batch_size, seq_len, model))
+        row = result_row(a.ckpt.name, model, texts, cli.batch_size(a.batch_size, seq_len))
     row["seconds"] = seconds["evaluation"]
     print(f"\n{table([row], texts, model.n_params_dense)}\npeak memory {cli.peak_memory()}")
     if a.json and not distributed.index():

@@ -20,9 +20,9 @@ from attribution import (SCORES, angular_distances, importance, layer_cosines, l
                          rank_for_ratio, rank_for_threshold, sigma_gradients, svd, top_k, weight_gradients)
 from model import LowRankLinear, Transformer, finite, matrix_names, save_checkpoint
 from runtime import cli, distributed
-from runtime.files import check_output, check_space
+from runtime.files import check_output, check_space, optional_json
 from runtime.job import Job
-from runtime.plan import check_dense, check_layers, plan, print_plan
+from runtime.plan import check_dense, check_layers, plan
 
 ROWS = {"taylor": "GRASP", "magnitude": "plain SVD", "gradient": "GRASP, gradient"}  # score -> row's name
 Sweep = Callable[[str], Iterable[Tensor]]  # label of its progress line -> fresh iterator over batches (B, T)
@@ -99,17 +99,15 @@ def main() -> None:
     a, records = parse(), []
     model, tokenizer = cli.open_checkpoint(a.ckpt, a.device, a.dtype, a.shard)
     n, ratio, left = plan(model, a.layers, a.layer_ids, a.ratio, a.remove)
-    job = Job(model, a.samples, a.seq_len, a.batch_size, n)
+    job = Job(model, a.samples, a.seq_len, a.batch_size)
     asked = f"threshold {a.threshold}" if a.threshold else f"ratio {ratio}"
     asked = f"remove {a.remove}, so {asked}" if a.remove else asked
     which = f"layers {a.layer_ids}" if a.layer_ids else f"{n} layer{'s' * (n > 1)}"
     print(f"method       {asked} of {which}{' in a row' * a.contiguous}, score {a.score}, "
           f"{'iterative' if a.iterative else 'one-shot'}; to {a.out}, at most "
-          f"{left * model.dtype.itemsize / 2 ** 30:.3f} GiB")
+          f"{left:,} parameters, {left * model.dtype.itemsize / 2 ** 30:.3f} GiB")
     if a.layer_ids:
         check_dense(model, sorted(a.layer_ids))
-    if a.dry_run:
-        return print_plan(model, (a.layer_ids or [0])[0], ratio, left, job.size * job.seq_len, n)
     check_space(a.out, left * model.dtype.itemsize)
     job.calibrate(tokenizer, a.calibration, a.seed, a.data_dir)
     job.read_texts(tokenizer, a.eval, a.windows, a.data_dir)
@@ -128,7 +126,7 @@ def main() -> None:
     print(f"\n{job.table()}\nasked: {asked} of layers {redundant}; achieved: {job.achieved()}; "
           f"peak memory {cli.peak_memory()}")
     report = job.made({**vars(a), "ratio": ratio}, cosines=None if cosines is None else cosines.tolist(),
-                      redundant=redundant, matrices=records, input=cli.earlier_report(a.ckpt))
+                      redundant=redundant, matrices=records, input=optional_json(a.ckpt / "report.json"))
     save_checkpoint(model, a.out, report, tokenizer.files, a.overwrite)
     print(f"written to {a.out}")
 
@@ -167,8 +165,7 @@ def parse() -> argparse.Namespace:
     group.add_argument("--iterative", action="store_true", help="Algorithm 1's order, half a block at a time")
     cli.calibration_flags(p)
     cli.evaluation_flags(p)
-    cli.output_flags(p, "grasp").add_argument(
-        "--dry-run", action="store_true", help="print ranks, parameters and memory, and stop")
+    cli.output_flags(p, "grasp")
     cli.machine_flags(p, batches=True, several=True)
     a = p.parse_args()
     if a.layer_ids and a.contiguous:
@@ -176,8 +173,7 @@ def parse() -> argparse.Namespace:
     if not (a.layers or a.layer_ids or a.remove):
         raise ValueError("one of --layers N, --layer-ids ID ... and --remove FRACTION is needed")
     a.ratio = None if a.threshold or a.remove else a.ratio or 0.1
-    if not a.dry_run:
-        check_output(a.out, a.overwrite, [a.ckpt])
+    check_output(a.out, a.overwrite)
     return a
 
 

@@ -270,7 +270,7 @@ def write_folder(path: str | Path, params: dict, weights: dict[str, Tensor], rep
                  tokenizer: dict[str, bytes] | None = None, overwrite: bool = False) -> None:
     """Write params.json, consolidated.00.pth, report.json and the tokenizer's files, atomically."""
     check_output(path, overwrite)
-    with atomic_write(path) as folder:
+    with error_prefix(f"{path}: not written"), atomic_write(path) as folder:
         folder.mkdir()
         torch.save({name: own_storage(t) for name, t in weights.items()}, folder / "consolidated.00.pth")
         (folder / "params.json").write_text(json.dumps(params, indent=1) + "\n")

@@ -147,7 +147,7 @@ def main():
     model, tokenizer = cli.open_checkpoint(a.ckpt, a.device, a.dtype)
     n = a.layers or len(a.layer_ids)
     check_layers(model.args.n_layers, a.layers, a.layer_ids)
-    job = Job(model, max(a.samples), a.seq_len, a.batch_size, n)
+    job = Job(model, max(a.samples), a.seq_len, a.batch_size)
     base = {"calibration": a.calibration[0], "samples": a.samples[0], "seed": a.seeds[0], "score": "taylor",
             "iterative": False, "ratio": a.ratio, "threshold": None}
     variants = [(name, {**base, **changes}) for name, changes in
@@ -198,7 +198,7 @@ def parse():
     add("--seeds", type=cli.seed, nargs="+", metavar="SEED", help="of the windows' random offsets (default: 42; study "
         "seeds: 42 43 44 45 46)")
     cli.evaluation_flags(p)
-    p.add_argument_group("output").add_argument("--json", type=cli.json_file, metavar="FILE",
+    p.add_argument_group("output").add_argument("--json", metavar="FILE",
                                                 help="write layers, components and results there too")
     cli.machine_flags(p, batches=True)
     a = p.parse_args()

@@ -434,7 +434,7 @@ def main():
     before = resident if model.device.type == "cpu" else 0
     n, T = a.layers or max(1, model.args.n_layers // 4), cli.sequence_length(a.seq_len, 512, model)
     check_layers(model.args.n_layers, n)
-    size = min(cli.batch_size(a.batch_size, T, model, n), a.samples)
+    size = min(cli.batch_size(a.batch_size, T), a.samples)
     text = "as grasp.py takes them" if tokenizer else "random"
     peak = "of each phase" if resets or not before else "of the process so far"
     turns = f"\nturns        {a.repeats}, the best one counts; peak GiB {peak}" * (a.autograd or not a.svd)
@@ -454,9 +454,9 @@ def open_weights(ckpt, shape, smallest, device, dtype):
     """(the dense model that the flags name, its tokenizer or None); smallest: the one that --growth starts from."""
     if smallest or shape:
         sizes, usual = (SHAPES[shape], torch.bfloat16) if shape else (SMALLEST, torch.float32)
-        device, why = cli.pick_device(device)
+        device = cli.pick_device(device)
         model = random_weights(sizes, cli.DTYPES.get(dtype, usual), device)
-        cli.introduce(f"{shape or 'the smallest'}, random weights", model, why, "by default, or as asked")
+        cli.introduce(f"{shape or 'the smallest'}, random weights", model)
         return model, None
     return open_dense(ckpt, device, dtype)
 
@@ -473,7 +473,7 @@ def parse():
     add("--growth", action="store_true", help="instead: small random models, as tokens, layers and width grow")
     add("--memory", type=cli.positive, metavar="GPUS", help="instead: compute the GiB that known shapes need")
     cli.calibration_flags(p, samples=16)
-    p.add_argument_group("output").add_argument("--json", type=cli.json_file, metavar="FILE",
+    p.add_argument_group("output").add_argument("--json", metavar="FILE",
                                                 help="write all figures there too")
     cli.machine_flags(p, batches=True)
     a = p.parse_args()

@@ -224,7 +224,7 @@ def parse():
     cli.calibration_flags(p, samples=32)
     cli.evaluation_flags(p)
     add = p.add_argument_group("output").add_argument
-    add("--json", type=cli.json_file, metavar="FILE", help="write everything there too, after every row")
+    add("--json", metavar="FILE", help="write everything there too, after every row")
     add("--keep", type=Path, metavar="DIR", help="write the model of every row that a folder can hold into DIR, a new one")
     cli.machine_flags(p, batches=True)
     a = p.parse_args()

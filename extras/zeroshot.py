@@ -377,7 +377,7 @@ def parse() -> argparse.Namespace:
         type=partial(cli.between, kind=int, low=-1, high=1000, expected="a whole number from 0 to 1,000"))
     add("--metric", metavar="NAME", help="where a task has it (default: acc, exact_match or its first)")
     add("--limit", type=cli.positive, metavar="N", help="only each task's first N records (default: all)")
-    add("--json", type=cli.json_file, metavar="FILE", help="also write the results there, after each folder")
+    add("--json", metavar="FILE", help="also write the results there, after each folder")
     cli.machine_flags(p).add_argument("--batch-size", type=cli.positive, metavar="N",
                                       help="sequences in a batch (default: of 1,024 tokens)")
     a = p.parse_args()

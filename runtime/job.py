@@ -1,6 +1,8 @@
 """What the commands that compress share: the texts of a run, its sweeps, its table and its report."""
+import platform
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from data.corpus import calibration_windows
@@ -17,16 +19,13 @@ class Job:
     of an evaluation. windows (samples, seq_len) int64, calibration: after `calibrate`. texts: after
     `read_texts`.
     """
-    def __init__(self, model: Transformer, samples: int, seq_len: int | None, batch_size: int | None,
-                 layers: int | None = None):
-        """layers: how many layers' gradients are summed. None: a sweep needs more memory than that, and
-        CUDA takes 1,024 tokens too."""
+    def __init__(self, model: Transformer, samples: int, seq_len: int | None, batch_size: int | None):
         self.model, self.before, self.dense = model, model.n_params, model.n_params_dense
         self.rows, self.seconds = [], {}
         self.samples, self.seq_len = samples, cli.sequence_length(seq_len, 512, model)
         self.eval_len = cli.sequence_length(None, 2048, model)
-        size = cli.batch_size(batch_size, self.seq_len, model if layers else None, layers or 0)
-        self.size, self.eval_size = min(size, samples), cli.batch_size(batch_size, self.eval_len, model)
+        self.size = min(samples, cli.batch_size(batch_size, self.seq_len))
+        self.eval_size = cli.batch_size(batch_size, self.eval_len)
 
     def calibrate(self, tokenizer: Tokenizer, text: str, seed: int, data_dir: str | None) -> None:
         """Read the calibration set and print what it is."""
@@ -61,7 +60,8 @@ class Job:
         """What report.json says of any run. settings: of the command. more: its own fields."""
         return {"settings": {**settings, "seq_len": self.seq_len, "device": str(self.model.device),
                              "dtype": str(self.model.dtype)},
-                "versions": cli.versions(), "calibration": self.calibration,
+                "versions": {"python": platform.python_version(), "torch": torch.__version__},
+                "calibration": self.calibration,
                 "protocol": {label: protocol for label, (_, protocol) in self.texts.items()},
                 "results": self.rows, **more}
 

@@ -1,5 +1,5 @@
-"""What a run would do, known before it: how many layers, which ratio, how large, how much memory."""
-from bisect import bisect_right
+"""What a run will do, known before it: how many layers, which ratio, how many parameters."""
+import math
 from collections.abc import Iterable
 
 import torch
@@ -7,7 +7,6 @@ from torch import nn
 
 from attribution import rank_for_ratio
 from model import Transformer, matrix_names
-from runtime.cli import sweep_memory
 
 
 def check_layers(count: int, layers: int | None, layer_ids: list[int] | None = None) -> None:
@@ -37,48 +36,30 @@ def parameters_left(model: Transformer, layer_ids: Iterable[int], ratio: float |
 
 
 def check_dense(model: Transformer, layer_ids: list[int]) -> None:
-    """Raise ValueError if nothing in these layers is dense; print which of them are low-rank already."""
-    done = [layer for layer in layer_ids if not dense_matrices(model, [layer])]
-    if done == layer_ids:
-        raise ValueError(f"--ckpt: layers {done} are low-rank already; ask for more layers or others")
-    if done:
-        print(f"layers {done} are low-rank already, and count among the {len(layer_ids)}")
+    """Raise ValueError if nothing in these layers is dense."""
+    if not dense_matrices(model, layer_ids):
+        raise ValueError(f"--ckpt: layers {layer_ids} are low-rank already; ask for more layers or others")
 
 
 def plan(model: Transformer, layers: int | None, layer_ids: list[int] | None, ratio: float | None,
          remove: float | None) -> tuple[int, float | None, int]:
     """Return (how many layers to compress, ratio, how many parameters the model will have at most).
 
-    remove: fraction of the model's parameters that goes. It sets the ratio, in millionths. If the layers are
-    not given either, it takes the fewest that reach it at ratio 0.1. All layers of a dense model are alike:
-    it does not matter which they will be.
+    remove: fraction of the model's parameters that goes. It sets the ratio. If the layers are not given
+    either, it takes the fewest that reach it at ratio 0.1. All layers of a dense model are alike: it does not
+    matter which they will be.
     """
     n, count = layers or len(layer_ids or []), model.args.n_layers
-    target, dense = (1 - (remove or 0)) * model.n_params, model.n_params == model.n_params_dense
+    removed, dense = (remove or 0) * model.n_params, model.n_params == model.n_params_dense
     if remove and not (layer_ids or dense):
         raise ValueError("--remove needs --layer-ids on a compressed folder, whose layers are not alike")
-    n = n or next((i for i in range(1, count) if parameters_left(model, range(i), 0.1) <= target), count)
+    if not n:
+        n = min(count, math.ceil(removed / (model.n_params - parameters_left(model, [0], 0.1))))
     check_layers(count, n, layer_ids)
+    ids = layer_ids or range(n)
     if remove:
-        ids, millionths = layer_ids or range(n), range(1, 10 ** 6)
-        fitting = bisect_right(millionths, target, key=lambda i: parameters_left(model, ids, i / 10 ** 6))
-        if not fitting:
+        before = held(dense_matrices(model, ids).values())
+        if removed >= before:
             raise ValueError(f"--remove {remove}: {n} of {count} layers cannot lose that many parameters")
-        ratio = fitting / 10 ** 6
-    return n, ratio, parameters_left(model, layer_ids or range(n), ratio if layer_ids or dense else None)
-
-
-def print_plan(model: Transformer, layer: int, ratio: float | None, left: int, tokens: int,
-               layers: int) -> None:
-    """Print what a run would do: the ranks of one layer, the parameters and the memory that it needs."""
-    if ratio is None:
-        print("the ranks depend on the scores: with --threshold they are not known before the run")
-    for name, (m, n) in dense_matrices(model, [layer]).items() if ratio else ():
-        smaller = held([(m, n)], ratio) < m * n
-        rank = f"rank {rank_for_ratio(m, n, ratio)}" if smaller else "stays dense"
-        print(f"{name.removeprefix(f'layers.{layer}.'):<16} [{m}, {n}]  {rank}")
-    most = "at most " * (left == model.n_params)  # with a threshold, or on a compressed folder
-    memory = sweep_memory(model, tokens, layers) + model.n_params * model.dtype.itemsize
-    print(f"{most}{left:,} parameters would be left of {model.n_params:,}, "
-          f"{100 * (1 - left / model.n_params):.1f} % removed\n"
-          f"memory needed: at most {memory / 2 ** 30:.2f} GiB")
+        ratio = math.floor(10 ** 6 * (1 - removed / before)) / 10 ** 6  # ranks are rounded down: enough goes
+    return n, ratio, parameters_left(model, ids, ratio if layer_ids or dense else None)

@@ -12,10 +12,8 @@ import torch
 import evaluate
 import grasp
 from tests.conftest import ROOT, error_of, output_of, random_model, run, start
-from model import ModelArgs, Transformer
 from runtime import cli
-from runtime.cli import (TINY, batch_size, batches, introduce, open_checkpoint, peak_memory, pick_device,
-                         sequence_length, timed)
+from runtime.cli import TINY, batch_size, batches, open_checkpoint, peak_memory, pick_device, sequence_length, timed
 
 QUICK = ["--layers", "2", "--samples", "6", "--seq-len", "64", "--windows", "4", "--ratio", "0.2"]
 
@@ -69,7 +67,7 @@ def test_the_embedded_model_by_any_path_and_layers_by_hand(nowhere, capsys):
 
 def test_dtype_is_the_dtype_of_the_written_weights(nowhere, capsys):
     out = output_of(grasp.main, [*QUICK, "--dtype", "bfloat16", "--eval", "none"], capsys)
-    assert "dtype bfloat16 (as asked)" in out and "ppl" not in out
+    assert "device       cpu, dtype bfloat16\n" in out and "ppl" not in out
     table = torch.load(nowhere / "tiny-grasp/consolidated.00.pth", weights_only=True)
     assert {t.dtype for t in table.values()} == {torch.bfloat16}
 
@@ -86,20 +84,26 @@ def test_one_seed_gives_identical_folders(job, nowhere, capsys):
     assert a == b
 
 
-@pytest.mark.parametrize("report, embedded", [
-    (None, False), ({}, False), ({"settings": 3, "parameters_after": 1}, False),
-    ({"settings": {"ckpt": "/a/smollm2", "calibration": "embedded"}, "parameters_after": 1}, False),
-    ({"settings": {"ckpt": str(TINY)}, "parameters_after": 1}, True),
-    ({"settings": {"ckpt": "/elsewhere/data/tiny"}, "parameters_after": 1}, True),  # of another clone
-    ({"settings": {"ckpt": "small"}, "parameters_after": 1, "input": {"settings": {"ckpt": str(TINY)}}}, True)])
-def test_a_folder_made_from_the_embedded_model_takes_its_text(report, embedded, tmp_path, monkeypatch):
-    if report is not None:
-        (tmp_path / "report.json").write_text(json.dumps(report))
-    assert cli.made_on_embedded(tmp_path) == embedded
+def test_a_folder_made_from_the_embedded_model_takes_its_text(tmp_path):
+    """It is known by the bytes of its tokenizer."""
     parser = cli.Parser("A command.")
     cli.model_flags(parser, "model")
     cli.evaluation_flags(parser)
-    assert parser.parse_args(["--ckpt", str(tmp_path)]).eval == (["embedded"] if embedded else ["wikitext2", "ptb"])
+
+    def texts():
+        return parser.parse_args(["--ckpt", str(tmp_path)]).eval
+
+    assert texts() == ["wikitext2", "ptb"]
+    shutil.copy(TINY / "tokenizer.model", tmp_path)
+    assert texts() == ["embedded"]
+    another_tokenizer(tmp_path)
+    assert texts() == ["wikitext2", "ptb"]
+
+
+def another_tokenizer(folder):
+    """Change the bytes of a SentencePiece model but not what it does: an unknown field (200), empty."""
+    with open(folder / "tokenizer.model", "ab") as file:
+        file.write(b"\xc2\x0c\x00")
 
 
 @pytest.mark.parametrize("main", [grasp.main, evaluate.main])
@@ -112,8 +116,8 @@ def test_help_shows_the_flags_in_groups(capsys):
     titles = ["what to compress:", "calibration:", "evaluation:", "output:", "machine:"]
     assert [line for line in shown.splitlines() if line in titles] == titles
     groups = shown.split("what to compress:")[1].split("\n\n")
-    compress, calibration, evaluation, output, machine, example = groups
-    assert example == "example: python grasp.py --ckpt FOLDER --layers 7 --ratio 0.1\n"
+    compress, calibration, evaluation, output, machine = groups
+    assert "\n    python grasp.py --ckpt FOLDER --layers 7 --ratio 0.1\n" in shown
     for flags, group in (("--ckpt --layers --ratio", compress), ("--samples --seed", calibration),
                          ("--eval --windows --data-dir", evaluation), ("--out --overwrite", output),
                          ("--device --dtype --batch-size", machine)):
@@ -127,7 +131,7 @@ def test_flags_reach_the_method(nowhere, monkeypatch, capsys):
         return json.loads((nowhere / "tiny-grasp/report.json").read_text())
 
     plain, seed, magnitude = map(report, ("", "--seed 7", "--score magnitude"))
-    assert plain["versions"]["torch"] == torch.__version__ and plain["input"] is None
+    assert plain["versions"]["torch"] == torch.__version__ and plain["input"] == {}
     assert plain["calibration"]["offsets"] != seed["calibration"]["offsets"]
     assert plain["cosines"] != sorted(plain["cosines"]) and plain["redundant"] != [0, 1]
     assert all(m["kept"] == list(range(m["rank"])) for m in magnitude["matrices"])
@@ -189,19 +193,6 @@ def test_a_link_gives_its_own_name_to_the_output(nowhere, capsys):
     assert (nowhere / "mine-grasp/report.json").is_file()  # and it was calibrated on the embedded text
 
 
-@pytest.mark.parametrize("files, commit", [
-    ({}, None), ({"HEAD": "abc123"}, "abc123"), ({"HEAD": "ref: refs/heads/main"}, None),
-    ({"HEAD": "ref: refs/heads/main", "refs/heads/main": "abc123\n"}, "abc123"),
-    ({"HEAD": "ref: refs/heads/main",
-      "packed-refs": "# pack-refs\n9 refs/heads/x\nabc123 refs/heads/main\n"}, "abc123")])
-def test_a_report_has_the_commit_where_there_is_one(files, commit, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "TINY", tmp_path / "data/tiny")
-    for name, content in files.items():
-        (tmp_path / ".git" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / ".git" / name).write_text(content)
-    assert cli.versions()["commit"] == commit
-
-
 # --------------------------------------------------------------------------------------------------- mistakes
 
 def test_a_stack_trace_on_request(tmp_path):
@@ -240,8 +231,7 @@ def test_a_stack_trace_on_request(tmp_path):
     ("--layers 2 --seq-len 257", "--seq-len 257: expected 2 to 256 (the model's positions)"),
     ("--layers 2 --seq-len 1", "--seq-len 1: expected 2 to 256"),
     ("--layers 2 --batch-size 0", "--batch-size: '0', expected"),
-    ("--layers 2 --no-such-flag", "unrecognized arguments: --no-such-flag"),
-    ("--layers 2 --samplse 3", "unrecognized arguments: --samplse 3; did you mean --samples?"),
+    ("--layers 2 --no-such-flag", "unrecognized arguments: --no-such-flag\n"),
     ("--layers 2 --remove 0.1 --ratio 0.1", "argument --ratio: not allowed with argument --remove"),
     ("--layers 2 --ckpt meta/Small",
      "Small: no such folder; from the hub: hf download meta/Small --local-dir Small"),
@@ -265,7 +255,7 @@ def test_a_stack_trace_on_request(tmp_path):
     ("--layers 2 --data-dir nowhere --eval ptb", "--data-dir nowhere: no such folder"),
     ("--layers 2 --out empty", "empty: exists; choose another, or overwrite it"),
     ("--layers 2 --out empty --overwrite", "empty: --overwrite replaces only a folder"),
-    ("--layers 2 --ckpt bare --out ./bare", "--out bare: is the input"),
+    ("--layers 2 --ckpt bare --out ./bare", "bare: exists; choose another, or overwrite it"),
     ("--layers 2 --out no/such/parent", "no/such; create it first"),
 ])
 def test_mistakes_are_one_line_and_write_nothing(words, message, nowhere, monkeypatch, capsys):
@@ -283,15 +273,10 @@ def test_mistakes_are_one_line_and_write_nothing(words, message, nowhere, monkey
     ("--data", "--data: expected at least one argument"),
     ("--seq-len 999", "--seq-len 999: expected 2 to 256"),
     ("--windows 0", "--windows: '0', expected"),
-    ("--data embedded --json no/such/file", "no/such/file: cannot be written"),
+    ("--data embedded --json .", ".: not a file"),
 ])
 def test_mistakes_of_evaluate(words, message, nowhere, monkeypatch, capsys):
     assert message in error_of(evaluate.main, words, monkeypatch, capsys)
-
-
-def test_json_that_cannot_be_written_is_refused_before_the_work(nowhere, monkeypatch, capsys):
-    monkeypatch.setattr(os, "access", lambda folder, mode: False)  # root may write anywhere
-    assert "e.json: cannot be written" in error_of(evaluate.main, "--json e.json", monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("main, words, file", [
@@ -305,6 +290,7 @@ def test_without_data_or_network_a_real_model_is_refused(main, words, file, nowh
     The error says how to get the text.
     """
     shutil.copytree(TINY, nowhere / "model")
+    another_tokenizer(nowhere / "model")
     before = sorted(nowhere.rglob("*"))
     line = error_of(main, f"--ckpt model {words}", monkeypatch, capsys)
     assert line.startswith(f"error: {file}: ") and f"DIR/{file}" in line
@@ -346,9 +332,9 @@ def test_a_cuda_device_has_a_number(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(torch.device(device).index))
     monkeypatch.setattr(torch, "empty", lambda *_, device: SimpleNamespace(device=torch.device(device)))
-    assert pick_device("auto") == ("cuda:0", "auto: CUDA is here")
+    assert pick_device("auto") == "cuda:0"
     monkeypatch.setenv("LOCAL_RANK", "2")
-    assert pick_device("cuda") == ("cuda:2", "as asked") and chosen == [0, 2]
+    assert pick_device("cuda") == "cuda:2" and chosen == [0, 2]
 
 
 def test_sequence_length_fits_the_model():
@@ -363,63 +349,3 @@ def test_sequence_length_fits_the_model():
 def test_batches_cover_the_windows_in_order():
     windows = torch.arange(14).view(7, 2)
     assert torch.equal(torch.cat(list(batches(windows, 3, "test"))), windows)
-
-
-GIB = 2 ** 30
-SHAPES = {
-    "LLaMA-2-7B": dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, hidden_dim=11008, vocab_size=32000),
-    "Llama-3-8B": dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, hidden_dim=14336, vocab_size=128256),
-    "LLaMA-2-13B": dict(dim=5120, n_layers=40, n_heads=40, n_kv_heads=40, hidden_dim=13824, vocab_size=32000),
-}
-
-
-def on_a_gpu(model, free, monkeypatch, capability=(8, 0)):
-    """Let the model seem to be on a GPU that has so many bytes free, one GiB of them in torch's cache."""
-    monkeypatch.setattr(Transformer, "device", property(lambda self: torch.device("cuda:0")))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free - GIB, 80 * GIB))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * GIB)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * GIB)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-
-
-@pytest.mark.parametrize("capability", [(8, 0), (7, 5)])  # with the second, grouped heads are repeated
-@pytest.mark.parametrize("card", [24, 40, 80])
-@pytest.mark.parametrize("name", SHAPES)
-def test_on_a_gpu_no_more_tokens_than_fit(name, card, capability, monkeypatch):
-    """A sweep with the chosen micro-batch fits into the free memory, whichever layers are redundant.
-
-    Where nothing fits, one sequence is chosen.
-    """
-    from extras.bench import sweep_bytes
-    with torch.device("meta"):
-        model = Transformer(ModelArgs(**SHAPES[name], head_dim=128, norm_eps=1e-5)).bfloat16()
-    free, n, T = card * GIB - 2 * model.n_params, model.args.n_layers, 512
-    if free < 0:
-        return  # the weights alone need more
-    on_a_gpu(model, free, monkeypatch, capability)
-    size = batch_size(None, T, model, 7)
-    assert T <= size * T <= 8192
-    for layers in (range(7), range(n - 7, n), range(9, 16), range(0, n, n // 6), [0, 1, 2, 3, 4, 5, n - 1]):
-        need = sweep_bytes(model, layers, size, T)
-        assert size == 1 or need["gradients"] + need["activations"] <= free, layers
-
-
-def test_on_a_large_gpu_micro_batches_are_larger(monkeypatch, capsys):
-    """The free memory is printed with the device."""
-    model = random_model()
-    on_a_gpu(model, 60 * GIB, monkeypatch)
-    assert batch_size(None, 512, model, 2) == 16 and batch_size(3, 512, model, 2) == 3
-    introduce("model", model, "as asked", "as asked")
-    assert "memory       60.0 GiB are free beside the weights" in capsys.readouterr().out
-    assert batch_size(None, 512, random_model(), 2) == 16
-    on_a_gpu(model, GIB // 1000, monkeypatch)
-    assert batch_size(None, 512, model, 2) == 1 and batch_size(None, 2048, model, 2) == 1
-
-
-def test_a_low_rank_layer_does_not_hide_the_gradients_of_the_dense_ones(monkeypatch):
-    with torch.device("meta"):
-        model = Transformer(ModelArgs(**SHAPES["LLaMA-2-7B"], head_dim=128, norm_eps=1e-5)).bfloat16()
-    on_a_gpu(model, 12 * GIB, monkeypatch)
-    dense = batch_size(None, 512, model, 7)
-    model.layers[0] = torch.nn.Identity()  # without parameters
-    assert batch_size(None, 512, model, 7) == dense < batch_size(None, 512, model, 1)

@@ -35,16 +35,6 @@ def test_sizes_come_from_the_model_and_the_flags():
         Job(model, 3, 129, None)
 
 
-def test_on_cuda_only_a_sweep_of_gradients_takes_more_than_1024_tokens(monkeypatch):
-    """A command that keeps moments or states beside them passes no layers."""
-    asked = []
-    monkeypatch.setattr(cli, "batch_size", lambda size, length, model=None, layers=0: asked.append(
-        (model is not None, layers)) or 1)
-    Job(random_model(), 9, 8, None)
-    Job(random_model(), 9, 8, None, layers=2)
-    assert asked == [(False, 0), (True, 0), (True, 2), (True, 0)]  # the second of each pair is for evaluations
-
-
 def test_rows_are_of_the_model_as_it_is_at_that_moment():
     model, windows = random_model(), random_tokens(random_model(), 3, 12)
     job = job_of(model, {"text": (windows, None)})
@@ -61,7 +51,7 @@ def test_the_report_says_what_ran(capsys):
     job.evaluate()
     report = job.report({"samples": 6, "seq_len": None}, more=1)
     assert report["settings"] == {"samples": 6, "seq_len": 64, "device": "cpu", "dtype": "torch.float32"}
-    assert report["results"] == job.rows and report["more"] == 1 and len(report["calibration"]["offsets"]) == 6
+    assert report["versions"]["torch"] == torch.__version__ and report["results"] == job.rows and report["more"] == 1 and len(report["calibration"]["offsets"]) == 6
     assert report["protocol"]["embedded"]["windows"] == 3 and "parameters_after" not in report
     made = job.made({})
     assert made["parameters_before"] == made["parameters_after"] == 886_368 and made["seconds"] is job.seconds

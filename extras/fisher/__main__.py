@@ -7,7 +7,7 @@ from extras.fisher import shapes
 from grasp import find_redundant
 from model import save_checkpoint
 from runtime import cli
-from runtime.files import check_output
+from runtime.files import check_output, optional_json
 from runtime.job import Job
 from runtime.plan import check_layers
 
@@ -45,7 +45,7 @@ def main():
     gone = job.before - model.n_params
     print(f"\n{job.table()}\nasked: {budget:,} parameters less; achieved: {job.achieved()}, "
           f"{100 * gone / blocks:.1f} % of the blocks'")
-    report = job.made(vars(a), **made, input=cli.earlier_report(a.ckpt))
+    report = job.made(vars(a), **made, input=optional_json(a.ckpt / "report.json"))
     save_checkpoint(model, a.out, report, tokenizer.files, a.overwrite)
     print(f"written to {a.out}")
 
@@ -93,7 +93,7 @@ def parse():
         raise ValueError("--multiple is for --shape widths or llama")
     a.mlp = a.mlp or ("channels" if free else "components")
     a.multiple = a.multiple or 64
-    check_output(a.out, a.overwrite, [a.ckpt])
+    check_output(a.out, a.overwrite)
     return a
 
 
