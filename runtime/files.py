@@ -76,8 +76,7 @@ def error_prefix(what: str | Path) -> Iterator[None]:
 def read_bytes(file: str | Path) -> bytes:
     """The content of a file. Raises OSError, and ValueError for a Git LFS pointer."""
     refuse_pointer(file)
-    with error_prefix(file):
-        return Path(file).read_bytes()
+    return Path(file).read_bytes()
 
 
 def refuse_pointer(file: str | Path) -> None:

@@ -59,8 +59,8 @@ def card(model, report, layout, name, source=None):
 
 
 def chain(report):
-    """A report and those of the folders before, the oldest first. Another program's report.json is ignored."""
-    return [*chain(report.get("input")), report] if report and "parameters_after" in report else []
+    """A report and those of the folders before, the oldest first."""
+    return [*chain(report.get("input")), report] if report else []
 
 
 def base_model(model, reports, source):
