@@ -96,10 +96,10 @@ def nowhere(tmp_path, monkeypatch):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(corpus, "CACHE", tmp_path / "no-cache")
 
-    def refuse(url):
+    def refuse(*_, **__):
         raise OSError("no network")
 
-    monkeypatch.setattr(corpus, "fetch", refuse)
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
     return tmp_path
 
 

@@ -97,9 +97,8 @@ def start(words, folder, **how):
 
 
 def ended(process):
-    """The exit code and what stderr says, but for the line that tells of a download."""
+    """The exit code and what stderr says."""
     _, err = process.communicate()
-    err = re.sub("downloading .*\n", "", err)
     return f"{process.returncode} {err.strip()}".strip()
 
 
