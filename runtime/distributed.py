@@ -6,9 +6,8 @@ holds some rows.
 """
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextlib import contextmanager
-from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -86,24 +85,6 @@ def all_sum(t: Tensor) -> Tensor:
 def mean(numbers: Tensor, n: Tensor) -> Tensor:
     """The sum of numbers over the sum of n, over all processes, on the CPU."""
     return (all_sum(numbers) / all_sum(n)).cpu()
-
-
-def parallel_map(function: Callable, tensors: Iterable[Tensor]) -> Iterator:
-    """Yield function(t), a tuple of tensors, for each t in order; processes share the work, all get all."""
-    if count() == 1:
-        yield from map(function, tensors)
-        return
-    tensors = iter(tensors)
-    while batch := list(islice(tensors, count())):
-        mine = function(batch[index()]) if index() < len(batch) else ()
-        for owner, t in enumerate(batch):
-            kinds = [[(part.shape, part.dtype) for part in mine]]
-            dist.broadcast_object_list(kinds, owner, device=torch.device("cpu"))
-            result = ([part.contiguous() for part in mine] if owner == index() else
-                      [torch.empty(shape, dtype=dtype, device=t.device) for shape, dtype in kinds[0]])
-            for part in result:
-                dist.broadcast(part, owner)
-            yield result
 
 
 def split_linears(module: nn.Module, device: str, dtype: torch.dtype) -> None:

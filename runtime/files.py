@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 
 OURS = ("params.json", "consolidated.00.pth", "report.json")  # in every folder that is written
 
@@ -43,11 +44,7 @@ def check_output(path: str | Path, overwrite: bool = False) -> None:
     overwrite: whether a folder that this project wrote is replaced, whatever else is in it.
     """
     path = Path(path)
-    parent = path.absolute().parent
-    if not parent.is_dir():
-        raise FileNotFoundError(f"{path}: cannot be written, there is no folder {parent}; create it first")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"{path}: cannot be written, {parent} is read-only")
+    TemporaryFile(dir=path.absolute().parent).close()  # the folder is there and can be written to
     if os.path.lexists(path) and not overwrite:
         raise FileExistsError(f"{path}: exists; choose another, or overwrite it (with --overwrite)")
     if os.path.lexists(path) and not all((path / name).is_file() for name in OURS):

@@ -90,16 +90,11 @@ def smollm2():
 
 @pytest.fixture
 def nowhere(tmp_path, monkeypatch):
-    """An empty folder to work in, without data and without a network."""
+    """An empty folder to work in, without data."""
     monkeypatch.chdir(tmp_path)
     for variable in ("GRASP_DATA", "GRASP_DEBUG"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(corpus, "CACHE", tmp_path / "no-cache")
-
-    def refuse(*_, **__):
-        raise OSError("no network")
-
-    monkeypatch.setattr("urllib.request.urlopen", refuse)
     return tmp_path
 
 

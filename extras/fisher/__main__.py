@@ -12,8 +12,7 @@ from grasp import find_redundant
 from model import save_checkpoint
 from runtime import cli
 from runtime.files import check_output, optional_json
-from runtime.job import Job
-from runtime.plan import check_layers
+from runtime.job import Job, check_layers
 
 
 def main():
@@ -50,7 +49,7 @@ def main():
     gone = job.before - model.n_params
     print(f"\n{job.table()}\nasked: {budget:,} parameters less; achieved: {job.achieved()}, "
           f"{100 * gone / blocks:.1f} % of the blocks'")
-    report = job.made(vars(a), **made, input=optional_json(a.ckpt / "report.json"))
+    report = job.report(vars(a), **made, input=optional_json(a.ckpt / "report.json"))
     save_checkpoint(model, a.out, report, tokenizer.files, a.overwrite)
     print(f"written to {a.out}")
 

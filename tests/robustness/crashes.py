@@ -47,15 +47,15 @@ TEMPORARY = ".partial-"  # in the names of runtime/files.py's temporary folders
 ERROR = "2 error: .*"  # one line: a dot is no newline
 # states before and after, its files' pages, temporary paths, seconds from the handlers to the last of them
 Command = namedtuple("Command", "words before whole pages writes seconds")
-DOWNLOAD = """import sys, time, evaluate, data.corpus as corpus
+DOWNLOAD = """import sys, time, extras.texts as texts
 def slowly(path, content):
     with open(path, "wb") as file:
         for start in range(0, len(content), 2 ** 14):
             time.sleep(file.write(content[start:start + 2 ** 14]) / 2 ** 21)
-corpus.Path.write_bytes = slowly
-corpus.CACHE, corpus.WIKITEXT, corpus.SHA256["wikitext-2-raw/wiki.test.raw"] = (
-    corpus.Path("there"), *sys.argv.pop(1).split())
-evaluate.cli.command(evaluate.main)"""
+texts.Path.write_bytes = slowly
+texts.NAMES = ["wikitext-2-raw/wiki.test.raw"]
+texts.WIKITEXT, texts.SHA256[texts.NAMES[0]] = sys.argv.pop(1).split()
+texts.cli.command(texts.main)"""
 
 
 class Slow(SimpleHTTPRequestHandler):
@@ -82,7 +82,7 @@ def commands(work):
     url, digest = f"http://127.0.0.1:{server.server_port}/text.zip", hashlib.sha256(text.encode()).hexdigest()
     export = ["-m", "extras.export", "--ckpt", small, "--out", "there/out", "--format"]
     return {"grasp": grasp, "grasp --overwrite": [*grasp, "--overwrite"],
-            "download": ["-c", DOWNLOAD, f"{url} {digest}", "--data", "wikitext2", "--windows", 1],
+            "download": ["-c", DOWNLOAD, f"{url} {digest}", "there"],
             "evaluate --json": [ROOT / "evaluate.py", "--windows", 1, "--json", "there/out.json"],
             "recover": ["-m", "extras.recover", "--ckpt", small, "--data", records, "--out", "there/out", "--held-out",
                         2, "--batch-size", 2, "--micro-batch", 2, "--epochs", 1, "--save-every", 1],

@@ -89,16 +89,6 @@ pathlib.Path.write_bytes = slow
 model, tokenizer = random_model(), {"tokenizer.model": b""}
 cli.command(lambda: save_checkpoint(model, "out", {"new": 1}, tokenizer, overwrite=True))
 """
-SLOW_REMOVAL = """
-import time
-import shutil
-remove = shutil.rmtree
-def slowly(path, **how):
-    print("removing", flush=True)
-    time.sleep(0.5)
-    remove(path, **how)
-shutil.rmtree = slowly
-"""
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -115,12 +105,3 @@ def test_a_signal_during_an_overwrite_keeps_the_old_folder(number, tmp_path):
     save_checkpoint(random_model(), tmp_path / "out", {"new": 1}, overwrite=True)
     assert names(tmp_path) == ["out"] and read_json(tmp_path / "out/report.json") == {"new": 1}
     assert load_checkpoint(tmp_path / "out").n_params == random_model().n_params
-
-
-def test_a_second_signal_does_not_interrupt_the_clean_up(tmp_path):
-    process = started(SLOW_REMOVAL + WRITING, tmp_path)
-    process.send_signal(signal.SIGINT)
-    assert process.stdout.readline() == "removing\n"
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode == 130 and names(tmp_path) == []
