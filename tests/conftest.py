@@ -98,6 +98,12 @@ def nowhere(tmp_path, monkeypatch):
     return tmp_path
 
 
+def another_tokenizer(folder):
+    """Change the bytes of a SentencePiece model but not what it does: an unknown field (200), empty."""
+    with open(Path(folder) / "tokenizer.model", "ab") as file:
+        file.write(b"\xc2\x0c\x00")
+
+
 def start(*words, cwd, env=None, **how):
     """Start `python WORDS` in the folder `cwd`, with this project on its path. Returns a Popen with pipes.
 

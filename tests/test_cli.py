@@ -9,7 +9,7 @@ import torch
 
 import evaluate
 import grasp
-from tests.conftest import ROOT, error_of, output_of, random_model, run, start
+from tests.conftest import ROOT, another_tokenizer, error_of, output_of, random_model, run, start
 from runtime import cli
 from runtime.cli import TINY, batch_size, batches, open_checkpoint, pick_device, sequence_length, timed
 
@@ -95,12 +95,6 @@ def test_a_folder_made_from_the_embedded_model_takes_its_text(tmp_path):
     assert texts() == ["embedded"]
     another_tokenizer(tmp_path)
     assert texts() == ["wikitext2", "ptb"]
-
-
-def another_tokenizer(folder):
-    """Change the bytes of a SentencePiece model but not what it does: an unknown field (200), empty."""
-    with open(folder / "tokenizer.model", "ab") as file:
-        file.write(b"\xc2\x0c\x00")
 
 
 @pytest.mark.parametrize("main", [grasp.main, evaluate.main])
