@@ -5,7 +5,6 @@
 text -> one stream of tokens -> windows that do not overlap -> exp of the mean negative log-likelihood (NLL)
 """
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,7 +44,7 @@ def evaluation_windows(names: list[str], tokenizer: Tokenizer, seq_len: int, lim
     """The windows of each text (limit: only the first ones), with the protocol of its perplexity."""
     texts = {}
     for name in names:
-        text, source = distributed.from_first(partial(load_text, name, "test", data_dir))
+        text, source = load_text(name, "test", data_dir)
         tokens = tokenizer.stream(text)
         with error_prefix(name):
             windows = consecutive_windows(tokens, seq_len, limit)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from data.tokenizer import Tokenizer
-from runtime import distributed
 from runtime.files import error_prefix, read_bytes
 
 CACHE = Path.home() / ".cache/grasp"  # where python -m extras.texts puts them
@@ -120,7 +119,7 @@ def embedded_text(use: str) -> str:
 def calibration_windows(tokenizer: Tokenizer, name: str, samples: int, seq_len: int, seed: int,
                         data_dir: str | None = None) -> tuple[Tensor, dict]:
     """Return (windows (samples, seq_len) int64 at random offsets of a training text, a report)."""
-    text, source = distributed.from_first(partial(load_text, name, "train", data_dir))
+    text, source = load_text(name, "train", data_dir)
     tokens = tokenizer.stream(text)
     windows, offsets = random_windows(tokens, samples, seq_len, seed)
     return windows, {

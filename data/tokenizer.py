@@ -69,8 +69,7 @@ def load_tokenizer(folder: str | Path, rows: int | None = None) -> Tokenizer:
     is not installed.
     """
     folder = Path(folder)
-    files = {f.name: read_bytes(f) for name in FILES
-             for f in sorted(folder.glob(name)) if f.is_file()}
+    files = {f.name: read_bytes(f) for name in FILES for f in sorted(folder.glob(name)) if f.is_file()}
     name = next((name for name in files if name.startswith(("tokenizer.json", "tokenizer.model"))), None)
     if name is None:
         raise FileNotFoundError(f"{folder}: no tokenizer; looked for tokenizer.model and .json")

@@ -19,6 +19,7 @@ from data.corpus import text_names
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import Transformer, load_checkpoint
 from runtime import distributed
+from runtime.files import error_prefix
 
 TINY = Path(__file__).resolve().parent.parent / "data" / "tiny"  # the embedded model
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
@@ -145,12 +146,10 @@ def pick_device(device: str) -> str:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if not re.fullmatch(r"cpu|cuda:\d+", device):
         raise ValueError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
-    try:
+    with error_prefix(f"--device {device}"):
         torch.empty(0, device=device)
         if device != "cpu":
             torch.cuda.set_device(device)  # new streams and collective operations take the current one
-    except (RuntimeError, AssertionError, ValueError) as e:
-        raise ValueError(f"--device {device}: {str(e).splitlines()[0]}") from None
     return device
 
 
@@ -168,7 +167,7 @@ def introduce(name: str | Path, model: Transformer) -> None:
 def sequence_length(asked: int | None, default: int, model: Transformer) -> int:
     """The --seq-len asked for, or the default cut to the model's positions. ValueError if it does not fit."""
     limit = model.args.max_seq_len
-    if limit and limit < 2 or asked and (asked < 2 or limit and asked > limit):
+    if asked and (asked < 2 or limit and asked > limit):
         raise ValueError(f"--seq-len {asked}: expected 2 to {limit or 'any number'} (the model's positions)")
     return asked or min(default, limit or default)
 

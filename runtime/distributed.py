@@ -6,7 +6,6 @@ holds some rows.
 """
 import os
 import sys
-from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
@@ -49,14 +48,6 @@ def lost(error: Exception) -> bool:
     return store is not None and (isinstance(error, dist.DistError) or "by peer" in str(error))
 
 
-def from_first(function: Callable):
-    """The result of function() in process 0, sent to all. The others do not call it."""
-    result = [None if index() else function()]
-    if store:
-        dist.broadcast_object_list(result, 0, device=torch.device("cpu"))
-    return result[0]
-
-
 def local_batches(windows: Tensor, size: int) -> list[Tensor]:
     """This process's micro-batches of windows (n, T), up to `size` sequences each.
 
@@ -91,10 +82,7 @@ def split_linears(module: nn.Module, device: str, dtype: torch.dtype) -> None:
     """Let each process hold only its rows of the module's linear layers, gathered for each use (FSDP2)."""
     if store is None:
         raise ValueError("--shard divides the weights among processes: start them with torchrun")
-    try:
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, share_comm_ctx
-    except ImportError:
-        raise ValueError(f"--shard needs torch 2.10 or later, this is {torch.__version__}") from None
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, share_comm_ctx  # torch 2.10
     mesh = dist.init_device_mesh(torch.device(device).type, (count(),))
     wide = MixedPrecisionPolicy(reduce_dtype=torch.promote_types(dtype, torch.float32))
     linears = [m for m in module.modules() if isinstance(m, nn.Linear)]
