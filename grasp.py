@@ -96,6 +96,7 @@ def check_settings(sweep: Sweep, ratio: float | None, threshold: float | None, s
 
 def main() -> None:
     a, records = parse(), []
+    earlier = optional_json(a.ckpt / "report.json")  # of the run that made the folder, if one did
     model, tokenizer = cli.open_checkpoint(a.ckpt, a.device, a.dtype, a.shard)
     check_layers(model.args.n_layers, a.layers, a.layer_ids)
     check_space(a.out, model.n_params * model.dtype.itemsize)
@@ -124,7 +125,7 @@ def main() -> None:
     job.evaluate(ROWS[a.score], job.seconds.get("redundancy", 0) + job.seconds["compression"])
     print(f"\n{job.table()}\nasked: {asked} of layers {redundant}; achieved: {job.achieved()}")
     report = job.report({**vars(a), "ratio": ratio}, cosines=None if cosines is None else cosines.tolist(),
-                        redundant=redundant, matrices=records, input=optional_json(a.ckpt / "report.json"))
+                        redundant=redundant, matrices=records, input=earlier)
     save_checkpoint(model, a.out, report, tokenizer.files, a.overwrite)
     print(f"written to {a.out}")
 

@@ -17,6 +17,7 @@ from runtime.job import Job, check_layers
 
 def main():
     a = parse()
+    earlier = optional_json(a.ckpt / "report.json")
     model, tokenizer = open_dense(a.ckpt, a.device, a.dtype)
     if a.layers or a.layer_ids:
         check_layers(model.args.n_layers, a.layers, a.layer_ids)
@@ -49,7 +50,7 @@ def main():
     gone = job.before - model.n_params
     print(f"\n{job.table()}\nasked: {budget:,} parameters less; achieved: {job.achieved()}, "
           f"{100 * gone / blocks:.1f} % of the blocks'")
-    report = job.report(vars(a), **made, input=optional_json(a.ckpt / "report.json"))
+    report = job.report(vars(a), **made, input=earlier)
     save_checkpoint(model, a.out, report, tokenizer.files, a.overwrite)
     print(f"written to {a.out}")
 
