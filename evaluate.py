@@ -5,7 +5,6 @@
 text -> one stream of tokens -> windows that do not overlap -> exp of the mean negative log-likelihood (NLL)
 """
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,7 +44,7 @@ def evaluation_windows(names: list[str], tokenizer: Tokenizer, seq_len: int, lim
     """The windows of each text (limit: only the first ones), with the protocol of its perplexity."""
     texts = {}
     for name in names:
-        text, source = distributed.from_first(partial(load_text, name, "test", data_dir))
+        text, source = load_text(name, "test", data_dir)
         tokens = tokenizer.stream(text)
         with error_prefix(name):
             windows = consecutive_windows(tokens, seq_len, limit)
@@ -105,7 +104,7 @@ def main() -> None:
     with cli.timed(seconds, "evaluation"):
         row = result_row(a.ckpt.name, model, texts, cli.batch_size(a.batch_size, seq_len, model))
     row["seconds"] = seconds["evaluation"]
-    print(f"\n{table([row], texts, model.n_params_dense)}\npeak memory {cli.peak_memory()}")
+    print(f"\n{table([row], texts, model.n_params_dense)}")
     if a.json and not distributed.index():
         write_json(a.json, {**row, "protocol": {label: protocol for label, (_, protocol) in texts.items()}})
 

@@ -20,9 +20,8 @@ from attribution import (angular_distances, importance, layer_cosines, low_rank_
                          rank_for_threshold, sigma_gradients, svd, top_k, weight_gradients)
 from model import LowRankLinear, Transformer, finite, matrix_names, save_checkpoint
 from runtime import cli, distributed
-from runtime.files import check_output, check_space
-from runtime.job import Job
-from runtime.plan import check_dense, check_layers, plan, print_plan
+from runtime.files import check_output, check_space, optional_json
+from runtime.job import Job, check_dense, check_layers, ratio_that_removes
 
 SCORES = {  # of importance, and what the table calls a model made by it
     "taylor": "GRASP", "signed": "GRASP, signed", "gradient": "GRASP, gradient", "magnitude": "plain SVD"}
@@ -84,8 +83,8 @@ def compress(model: Transformer, layer_ids: list[int], sweep: Sweep, ratio: floa
         G = gradients
         if names and G is None and score != "magnitude":
             G = weight_gradients(model, names, sweep("attribution"), label_shift)
-        weights = (distributed.whole(model.get_submodule(name).weight) for name in names)
-        for name, (U, S, Vh) in zip(names, distributed.parallel_map(svd, weights)):
+        for name in names:
+            U, S, Vh = svd(distributed.whole(model.get_submodule(name).weight))
             m, n = len(U), Vh.shape[1]
             sigma_grad = None if score == "magnitude" else sigma_gradients(U, distributed.whole(G[name]), Vh)
             scores = importance(S, sigma_grad, score)
@@ -118,30 +117,30 @@ def check_settings(sweep: Sweep, ratio: float | None, threshold: float | None, s
 
 def main() -> None:
     a, records = parse(), []
+    earlier = optional_json(a.ckpt / "report.json")  # of the run that made the folder, if one did
     model, tokenizer = cli.open_checkpoint(a.ckpt, a.device, a.dtype, a.shard)
-    n, ratio, left = plan(model, a.layers, a.layer_ids, a.ratio, a.remove)
-    job = Job(model, a.samples, a.seq_len, a.batch_size, n)
+    check_layers(model.args.n_layers, a.layers, a.layer_ids)
+    check_space(a.out, model.n_params * model.dtype.itemsize)
+    job = Job(model, a.samples, a.seq_len, a.batch_size, a.layers or len(a.layer_ids))
+    ratio = a.ratio
     asked = f"threshold {a.threshold}" if a.threshold else f"ratio {ratio}"
-    asked = f"remove {a.remove}, so {asked}" if a.remove else asked
-    which = f"layers {a.layer_ids}" if a.layer_ids else f"{n} layer{'s' * (n > 1)}"
+    asked = f"remove {a.remove}" if a.remove else asked
+    which = f"layers {a.layer_ids}" if a.layer_ids else f"{a.layers} layer{'s' * (a.layers > 1)}"
     print(f"method       {asked} of {which}{' in a row' * a.contiguous}, score {a.score}, "
-          f"label shift {a.label_shift}, {'iterative' if a.iterative else 'one-shot'}; to {a.out}, at most "
-          f"{left * model.dtype.itemsize / 2 ** 30:.3f} GiB")
+          f"label shift {a.label_shift}, {'iterative' if a.iterative else 'one-shot'}; to {a.out}")
     if a.label_shift >= job.seq_len:
         raise ValueError(f"--label-shift {a.label_shift}: expected less than {job.seq_len}, the window")
-    if a.layer_ids:
-        check_dense(model, sorted(a.layer_ids))
-    if a.dry_run:
-        return print_plan(model, (a.layer_ids or [0])[0], ratio, left, job.size * job.seq_len, n)
-    check_space(a.out, left * model.dtype.itemsize)
     job.calibrate(tokenizer, a.calibration, a.seed, a.data_dir)
     job.read_texts(tokenizer, a.eval, a.windows, a.data_dir)
 
     cosines, redundant = None, sorted(a.layer_ids or [])
     if not a.layer_ids:
-        cosines, *found, redundant = find_redundant(model, job.sweep, n, a.contiguous, a.all_sequences)
+        cosines, *found, redundant = find_redundant(model, job.sweep, a.layers, a.contiguous, a.all_sequences)
         print_cosines(cosines, *found, redundant, a.contiguous)
-        check_dense(model, redundant)
+    check_dense(model, redundant)
+    if a.remove:
+        ratio = ratio_that_removes(model, redundant, a.remove)
+        asked += f", so ratio {ratio}"
     job.evaluate()
     with cli.timed(job.seconds, "compression", model.device):
         for record in compress(model, redundant, job.sweep, ratio, a.threshold, a.score, a.iterative,
@@ -149,10 +148,9 @@ def main() -> None:
             records.append(record)
             print_record(record)
     job.evaluate(SCORES[a.score], job.seconds.get("redundancy", 0) + job.seconds["compression"])
-    print(f"\n{job.table()}\nasked: {asked} of layers {redundant}; achieved: {job.achieved()}; "
-          f"peak memory {cli.peak_memory()}")
-    report = job.made({**vars(a), "ratio": ratio}, cosines=None if cosines is None else cosines.tolist(),
-                      redundant=redundant, matrices=records, input=cli.earlier_report(a.ckpt))
+    print(f"\n{job.table()}\nasked: {asked} of layers {redundant}; achieved: {job.achieved()}")
+    report = job.report({**vars(a), "ratio": ratio}, cosines=None if cosines is None else cosines.tolist(),
+                        redundant=redundant, matrices=records, input=earlier)
     save_checkpoint(model, a.out, report, tokenizer.files, a.overwrite)
     print(f"written to {a.out}")
 
@@ -177,7 +175,7 @@ def print_record(record: dict) -> None:
 def parse() -> argparse.Namespace:
     p = cli.Parser(__doc__)
     group = cli.model_flags(p, "what to compress")
-    either = group.add_mutually_exclusive_group().add_argument
+    either = group.add_mutually_exclusive_group(required=True).add_argument
     either("--layers", type=cli.positive, metavar="N", help="how many redundant layers to compress")
     either("--layer-ids", type=int, nargs="+", metavar="ID", help="compress these layers instead, from 0 on")
     group.add_argument("--contiguous", action="store_true", help="take neighbours [arXiv 2403.17887]")
@@ -185,25 +183,22 @@ def parse() -> argparse.Namespace:
     either = group.add_mutually_exclusive_group().add_argument
     either("--ratio", type=cli.fraction, help="fraction of each matrix's parameters to keep (default: 0.1)")
     either("--threshold", type=cli.fraction, help="instead: fraction of the sum of scores to keep")
-    either("--remove", type=cli.fraction, metavar="FRACTION", help="instead: fraction of the whole model's "
-           "parameters to remove; without --layers, takes the fewest layers that reach it at ratio 0.1")
+    either("--remove", type=cli.fraction, metavar="FRACTION",
+           help="instead: fraction of the whole model's parameters to remove")
     group.add_argument("--score", choices=SCORES, default="taylor", help="of a component (default: taylor)")
     group.add_argument("--label-shift", type=cli.positive, metavar="N", default=1,
                        help="position t predicts token t + N (default: 1; the authors' code: 2)")
     group.add_argument("--iterative", action="store_true", help="Algorithm 1's order, half a block at a time")
     cli.calibration_flags(p)
     cli.evaluation_flags(p)
-    cli.output_flags(p, "grasp").add_argument(
-        "--dry-run", action="store_true", help="print ranks, parameters and memory, and stop")
+    cli.output_flags(p, "grasp")
     cli.machine_flags(p, batches=True, several=True)
     a = p.parse_args()
     if a.layer_ids and a.contiguous:
         raise ValueError("--contiguous finds the layers itself: it goes with --layers, not with --layer-ids")
-    if not (a.layers or a.layer_ids or a.remove):
-        raise ValueError("one of --layers N, --layer-ids ID ... and --remove FRACTION is needed")
-    a.ratio = None if a.threshold or a.remove else a.ratio or 0.1
-    if not a.dry_run:
-        check_output(a.out, a.overwrite, [a.ckpt])
+    a.ratio = None if a.threshold else a.ratio or 0.1
+    check_settings(print, a.ratio, a.threshold, a.score, a.iterative, None)
+    check_output(a.out, a.overwrite)
     return a
 
 

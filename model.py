@@ -258,8 +258,8 @@ def save_checkpoint(model: Transformer, path: str | Path, report: dict | None = 
                     tokenizer: dict[str, bytes] | None = None, overwrite: bool = False) -> None:
     """Write `model` in Meta's layout, atomically. report: for report.json. tokenizer: its files.
 
-    Raises FileExistsError unless overwrite, OSError (no space left, read-only), and ValueError for weights
-    that are not finite, or that load_checkpoint could not read.
+    Raises FileExistsError unless overwrite, OSError or ValueError if a file cannot be written, and ValueError
+    for weights that are not finite, or that load_checkpoint could not read.
     """
     ranks = {name: m.A.shape[1] for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
     widths = {name: [*m.w2.parameters()][-1].shape[1]  # of w2, or of its factor B

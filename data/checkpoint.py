@@ -2,13 +2,12 @@
 
     Meta            params.json + consolidated.NN.pth, one file for each model-parallel shard
     Mistral         the same, or consolidated.safetensors
-    Hugging Face    config.json + model.safetensors, or the files that model.safetensors.index.json names
+    Hugging Face    config.json + model.safetensors, or its parts; or the same as pytorch_model.bin
     compressed      Meta's, with a table of ranks in params.json
 
 The format is detected from the files; the folder's name does not matter.
 """
 import json
-import warnings
 import zipfile
 from pathlib import Path
 
@@ -20,6 +19,11 @@ from runtime import distributed
 from runtime.files import atomic_write, check_output, error_prefix, read_json, refuse_pointer
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+LAYOUTS = {  # hyper-parameters: weights, the first that is there
+    "config.json": ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin"),
+    "params.json": ("consolidated*.pth", "consolidated*.safetensors"),
+}
 
 HF_FIELDS = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
              "n_kv_heads": "num_key_value_heads", "hidden_dim": "intermediate_size",
@@ -40,15 +44,14 @@ def read_folder(folder: Path) -> tuple[dict, dict[str, int], list[dict[str, Tens
     ranks: {matrix: rank} and {feed-forward: its channels} of a compressed folder. shards: {name: tensor}, one
     for each model-parallel shard. Raises FileNotFoundError and ValueError with the file or tensor at fault.
     """
-    hugging_face, files = weight_files(folder)
-    file = folder / ("config.json" if hugging_face else "params.json")
-    shards = [read_tensors(f) for f in files]
+    config, files = weight_files(folder)
+    hugging_face, shards = config == "config.json", [read_tensors(f) for f in files]
     if hugging_face:
         shards = [merge_hf(dict(zip(files, shards)))]
-    params, embedding = read_json(file), shards[0].get("tok_embeddings.weight")
+    params, embedding = read_json(folder / config), shards[0].get("tok_embeddings.weight")
     with error_prefix(folder):
-        if embedding is None or embedding.ndim != 2:
-            raise ValueError("the token embeddings are missing, or not a matrix")
+        if embedding is None:
+            raise ValueError("the token embeddings are missing")
         head, tied = shards[0].get("output.weight"), hugging_face and params.get("tie_word_embeddings")
         if hugging_face and head is None and not tied:
             raise ValueError("tensor lm_head.weight is missing, and tie_word_embeddings is not true")
@@ -57,7 +60,7 @@ def read_folder(folder: Path) -> tuple[dict, dict[str, int], list[dict[str, Tens
             raise ValueError("tie_word_embeddings is true, but lm_head.weight is not embed_tokens.weight")
         if equal:
             shards[0].pop("output.weight", None)
-    with error_prefix(file):
+    with error_prefix(folder / config):
         args, ranks = read_args(params, hugging_face, shards), params.get("ranks") or {}
         ranks = {name: number(ranks, name) for name in ranks}
         found = sum(name.endswith(".attention_norm.weight") for name in shards[0])
@@ -66,42 +69,20 @@ def read_folder(folder: Path) -> tuple[dict, dict[str, int], list[dict[str, Tens
     return args, ranks, shards, hugging_face
 
 
-def weight_files(folder: Path) -> tuple[bool, list[Path]]:
-    """Return (whether the folder is read as Hugging Face's, its files of weights).
+def weight_files(folder: Path) -> tuple[str, list[Path]]:
+    """Return (the name of the file of hyper-parameters, the files of weights).
 
-    If both layouts are there, Hugging Face's is read, as transformers does. A single file beats an index.
+    If both layouts are there, Hugging Face's is read, as transformers does. One file of all weights beats
+    its parts.
     """
     if not folder.is_dir():
-        found = "a file, expected a folder" if folder.exists() else "no such folder"
-        org = folder.parent
-        hint = f"; from the hub: hf download {org.name}/{folder.name} --local-dir {folder.name}" * (
-            not org.exists() and org.parent.exists())  # it looks like ORG/NAME
-        raise FileNotFoundError(f"{folder}: {found}{hint}")
-    config = (folder / "config.json").is_file()
-    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")) if config else ():
-        if (file := folder / f"{stem}{suffix}").is_file():
-            return True, [file]
-        if (index := folder / f"{stem}{suffix}.index.json").is_file():
-            with error_prefix(f"{index}: weight_map"):
-                files = [folder / name for name in sorted({*read_json(index)["weight_map"].values()})]
-            for missing in (f for f in files if f.parent != folder or not f.is_file()):
-                raise FileNotFoundError(f"{folder}: no {missing.name}, which {index.name} names")
-            return True, files
-    for pattern in ("model-*.safetensors", "pytorch_model-*.bin") if config else ():  # without an index
-        if files := [f for f in sorted(folder.glob(pattern)) if f.is_file()]:
-            return True, files
-    found = [f for f in sorted(folder.glob("consolidated*")) if f.is_file()]
-    raw = [f for f in found if f.suffix == ".pth"] or [f for f in found if f.suffix == ".safetensors"]
-    if (folder / "snapshots").is_dir():
-        raise FileNotFoundError(f"{folder}: a cache of the hub; name a folder in its snapshots/")
-    if not raw or not (folder / "params.json").is_file():
-        raise FileNotFoundError(
-            f"{folder}: no checkpoint here; looked for config.json with model*.safetensors or "
-            "pytorch_model*.bin (Hugging Face), and params.json with consolidated.* (Meta, Mistral)")
-    for i, f in enumerate(raw if len(raw) > 1 else []):
-        if f.name != f"consolidated.{i:02}{f.suffix}":
-            raise FileNotFoundError(f"{folder}: found {f.name}, expected consolidated.{i:02}{f.suffix}")
-    return False, raw
+        raise FileNotFoundError(f"{folder}: no such folder")
+    for config, patterns in LAYOUTS.items():
+        for pattern in patterns if (folder / config).is_file() else ():
+            if files := [f for f in sorted(folder.glob(pattern)) if f.is_file()]:
+                return config, files
+    looked_for = "; ".join(f"{config} with {' or '.join(patterns)}" for config, patterns in LAYOUTS.items())
+    raise FileNotFoundError(f"{folder}: no checkpoint here; looked for {looked_for}")
 
 
 def merge_hf(files: dict[Path, dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -119,7 +100,7 @@ def merge_hf(files: dict[Path, dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """{name: memory-mapped tensor} of a .pth or .safetensors file. Only dense float tensors are accepted."""
+    """{name: memory-mapped tensor} of a .pth or .safetensors file. Only float tensors are accepted."""
     refuse_pointer(file)
     with error_prefix(f"{file}: not readable as plain tensors (truncated, corrupt, or other objects)"):
         if file.suffix != ".safetensors":
@@ -128,11 +109,10 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             with need("safetensors", f"reading {file}").safe_open(file, framework="pt") as f:
                 tensors = {name: f.get_tensor(name) for name in f.keys()}
         for name, t in tensors.items():
-            if not (isinstance(name, str) and isinstance(t, Tensor) and t.layout == torch.strided
-                    and t.dtype in FLOATS and t.numel() and not t.is_nested):
-                raise ValueError(f"{name} is not a dense tensor in one of {', '.join(map(str, FLOATS))}")
-    computed = ("rope.freqs", "rotary_emb.inv_freq")  # not parameters
-    return {name: t for name, t in tensors.items() if not name.endswith(computed)}
+            if t.dtype not in FLOATS:
+                raise ValueError(f"{name} is {t.dtype}, expected one of {', '.join(map(str, FLOATS))}")
+        computed = ("rope.freqs", "rotary_emb.inv_freq")  # not parameters
+        return {name: t for name, t in tensors.items() if not name.endswith(computed)}
 
 
 def read_pth(file: Path) -> dict[str, Tensor]:
@@ -142,20 +122,10 @@ def read_pth(file: Path) -> dict[str, Tensor]:
     """
     with zipfile.ZipFile(file) as archive:
         records = sorted(archive.infolist(), key=lambda record: record.header_offset)
-        sizes = [record.file_size for record in records if "/data/" in record.filename]
-        if any(record.compress_type for record in records):
-            raise ValueError("a record is compressed")
+        sizes = [record.compress_size for record in records if "/data/" in record.filename]
         if not distributed.index() and (bad := archive.testzip()):
             raise ValueError(f"wrong CRC-32 of {bad}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as e:
-            if "WeightsUnpickler error: " not in str(e):
-                raise
-            reason = str(e).partition("WeightsUnpickler error: ")[2].partition(" was not an allowed")[0]
-            raise ValueError(reason) from None  # the rest says how to run the code inside
+    tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors.values()}
     if [storages[place] for place in sorted(storages)] != sizes:  # in the file's order
         raise ValueError("the sizes of the tensors' storages are not those of the archive's records")
@@ -180,9 +150,6 @@ def check_supported(p: dict, hugging_face: bool) -> None:
                  "attention_bias", "mlp_bias", "hidden_act"):
         if p.get(name) and (name, p[name]) != ("hidden_act", "silu"):
             raise ValueError(f"{name} is {p[name]!r}, which is an unsupported architecture")
-    for name in ("use_scaled_rope", "tie_word_embeddings"):
-        if p.get(name) not in (None, True, False):
-            raise ValueError(f"{name} is {p[name]!r}, expected true or false")
 
 
 def read_args(p: dict, hugging_face: bool, shards: list[dict[str, Tensor]]) -> dict:
@@ -193,9 +160,6 @@ def read_args(p: dict, hugging_face: bool, shards: list[dict[str, Tensor]]) -> d
     check_supported(p, hugging_face)
     dim, n_heads, n_layers = get("dim"), get("n_heads"), get("n_layers")
     n_kv_heads, head_dim = get("n_kv_heads", n_heads), get("head_dim", dim // n_heads)
-    if n_heads % n_kv_heads or head_dim % 2:
-        raise ValueError(f"{n_heads} query heads, {n_kv_heads} key/value heads, head size {head_dim}: the "
-                         "first must be a multiple of the second, the last even")
     rows, width = shards[0]["tok_embeddings.weight"].shape
     vocab_size = rows * (len(shards) if width == dim else 1)
     hidden, multiple = get("ffn_dim_multiplier", 1.0, float) * int(2 * 4 * dim / 3), get("multiple_of", 256)
@@ -229,10 +193,7 @@ def read_rope(p: dict, hugging_face: bool, factor: float) -> tuple[dict | None, 
     defaults = {"factor": p.get("rope_scaling_factor") or factor, "low_freq_factor": 1.0,
                 "high_freq_factor": p.get("rope_high_freq_factor") or 4.0,
                 "original_max_position_embeddings": p.get("max_position_embeddings", 8192.0)}
-    scaling = {name: number(rope, name, default, float) for name, default in defaults.items()}
-    if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
-        raise ValueError(f"low_freq_factor must be less than high_freq_factor, found {scaling}")
-    return scaling, theta
+    return {name: number(rope, name, default, float) for name, default in defaults.items()}, theta
 
 
 def pair_rows(W: Tensor, head_dim: int) -> Tensor:
@@ -250,8 +211,6 @@ def gather(shards: list[dict[str, Tensor]], name: str, shape: torch.Size, head_d
     parts = [shard[name] for shard in shards if name in shard]
     if len(parts) < len(shards):
         raise ValueError(f"tensor {name} is missing")
-    if len({(part.dtype, part.ndim) for part in parts}) > 1:
-        raise ValueError(f"tensor {name} differs in dtype or dimensions between the shards")
     tensor = parts[0]
     if len(parts) > 1 and len(shape) == 2:
         by_columns = name.endswith(("wo.weight", "w2.weight"))
@@ -261,8 +220,7 @@ def gather(shards: list[dict[str, Tensor]], name: str, shape: torch.Size, head_d
     elif not all(torch.equal(tensor, part) for part in parts[1:]):
         raise ValueError(f"tensor {name} differs between the shards")
     if tensor.shape != shape:
-        found = " and ".join(str(tuple(part.shape)) for part in parts)
-        raise ValueError(f"tensor {name} is {found}, expected {tuple(shape)}")
+        raise ValueError(f"tensor {name} is {tuple(tensor.shape)}, expected {tuple(shape)}")
     return pair_rows(tensor, head_dim) if head_dim and name.endswith(("wq.weight", "wk.weight")) else tensor
 
 
@@ -270,7 +228,7 @@ def write_folder(path: str | Path, params: dict, weights: dict[str, Tensor], rep
                  tokenizer: dict[str, bytes] | None = None, overwrite: bool = False) -> None:
     """Write params.json, consolidated.00.pth, report.json and the tokenizer's files, atomically."""
     check_output(path, overwrite)
-    with atomic_write(path) as folder:
+    with error_prefix(f"{path}: not written"), atomic_write(path) as folder:
         folder.mkdir()
         torch.save({name: own_storage(t) for name, t in weights.items()}, folder / "consolidated.00.pth")
         (folder / "params.json").write_text(json.dumps(params, indent=1) + "\n")

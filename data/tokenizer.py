@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from data import need
-from runtime.files import TOKENIZER_FILES, error_prefix, optional_json, read_bytes
+from runtime.files import error_prefix, optional_json, read_bytes
 
 # Llama 3 splits text by this pattern before it merges bytes; its file does not hold it.
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+"
@@ -31,7 +31,8 @@ LLAMA3_SPECIAL = {"<|begin_of_text|>": 0, "<|end_of_text|>": 1, "<|start_header_
 # Where no file says which tokens end a text, those with these names do.
 ENDS = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<|eot_id|>", "<|im_end|>")
 
-LARGEST = 2 ** 25  # bytes; Llama 3's tokenizer.json has 17 million
+FILES = ("tokenizer.json", "tokenizer.model", "tokenizer.model.v*", "tokenizer_config.json",
+         "added_tokens.json", "special_tokens_map.json", "generation_config.json", "chat_template.*")
 
 
 @dataclass
@@ -68,22 +69,20 @@ def load_tokenizer(folder: str | Path, rows: int | None = None) -> Tokenizer:
     is not installed.
     """
     folder = Path(folder)
-    files = {f.name: read_bytes(f, LARGEST) for name in TOKENIZER_FILES
-             for f in sorted(folder.glob(name)) if f.is_file()}
+    files = {f.name: read_bytes(f) for name in FILES for f in sorted(folder.glob(name)) if f.is_file()}
     name = next((name for name in files if name.startswith(("tokenizer.json", "tokenizer.model"))), None)
     if name is None:
-        tekken = "; tekken.json is not supported" * (folder / "tekken.json").is_file()
-        raise FileNotFoundError(f"{folder}: no tokenizer; looked for tokenizer.model and .json{tekken}")
+        raise FileNotFoundError(f"{folder}: no tokenizer; looked for tokenizer.model and .json")
     file, content = folder / name, files[name]
     first_line = content.split(b"\n", 1)[0].split()
     if content.lstrip()[:1] == b"{":
-        kind, read = "a tokenizer.json", read_json_tokenizer
+        read = read_json_tokenizer
     elif len(first_line) == 2 and first_line[1].isdigit():
-        kind, read = "lines of base64 and rank", read_tiktoken
+        read = read_tiktoken
     else:
-        kind, read = "a SentencePiece model, nor lines of base64 and rank, nor JSON", read_sentencepiece
+        read = read_sentencepiece
     config, added, named = read_added_tokens(folder)
-    with error_prefix(f"{file}: not {kind}"):
+    with error_prefix(f"{file}: not readable as a tokenizer"):
         tokenizer = read(file, content, added, named)
     if read is not read_json_tokenizer:  # which says this itself
         tokenizer.before *= config.get("add_bos_token") is not False
@@ -181,13 +180,9 @@ def read_tiktoken(file: Path, content: bytes, added: dict[int, dict], named: lis
 
 def read_json_tokenizer(file: Path, content: bytes, added: dict[int, dict], named: list[str]) -> Tokenizer:
     tokenizers = need("tokenizers", f"reading {file}")
-    if re.search(rb'"continuing_subword_prefix"\s*:\s*"[^"]', content):  # the library may abort the process
-        raise ValueError("a continuing_subword_prefix, which no Llama tokenizer has")
     model = tokenizers.Tokenizer.from_buffer(content)
     model.no_truncation()
     model.no_padding()
-    if hasattr(model.model, "dropout"):
-        model.model.dropout = None  # would leave out merges at random
     known = {token.content for token in model.get_added_tokens_decoder().values()}
     for i, token in added.items():
         if token["content"] in known and "lstrip" not in token:  # added_tokens.json does not know the flags

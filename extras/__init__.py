@@ -2,14 +2,16 @@
 import ctypes
 import math
 import os
+import resource
+import sys
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from attribution import low_rank_factors
+from attribution import low_rank_factors, rank_for_ratio
 from model import LowRankLinear, matrix_names, upcast
-from runtime.cli import open_checkpoint, resident_bytes
+from runtime.cli import open_checkpoint
 from runtime.files import optional_json
 
 
@@ -34,6 +36,11 @@ def product(factors):
     return (upcast(factors.A) @ upcast(factors.B)).type_as(factors.A)
 
 
+def held(shapes, ratio=None):
+    """The parameters in matrices of these shapes, dense or, with a ratio, as grasp.compress leaves them."""
+    return sum(m * n if ratio is None else min(m * n, rank_for_ratio(m, n, ratio) * (m + n)) for m, n in shapes)
+
+
 def is_tied(model):
     """Whether the output head is the embeddings."""
     return model.output.weight is model.tok_embeddings.weight
@@ -43,7 +50,7 @@ def peak_bytes(device: torch.device) -> int:
     """Peak memory: allocated on a CUDA device, else resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resident_bytes()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def reset_peak(device: torch.device) -> bool:

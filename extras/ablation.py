@@ -29,15 +29,14 @@ from attribution import weight_gradients
 from data import need
 from data.corpus import load_text, random_windows, text_names
 from evaluate import markdown, protocols
-from extras import short_names
+from extras import held, short_names
 from extras.controls import drop_layers
 from extras.plot import plot_ratios, write
 from grasp import SCORES, compress, find_redundant
 from model import matrix_names
 from runtime import cli
 from runtime.files import write_json
-from runtime.job import Job
-from runtime.plan import check_layers, held
+from runtime.job import Job, check_layers
 
 EQUAL = "equal"                                          # as a ratio: the one that keeps what the variant before kept
 DRAWN_BY = itemgetter("calibration", "samples", "seed")  # the settings that say which windows are drawn

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from evaluate import markdown, protocols, result_row
-from extras import DENSE, fisher, open_dense, peak_bytes, reset_peak
+from extras import DENSE, fisher, held, open_dense, peak_bytes, reset_peak
 from extras.ablation import ratio_of_size
 from extras.baselines import block_params, blocks_params
 from extras.baselines.decomposition import asvd, fwsvd, plain_svd, svd_llm
@@ -36,8 +36,7 @@ from grasp import compress, find_redundant
 from model import load_checkpoint, save_checkpoint
 from runtime import cli
 from runtime.files import check_output, write_json
-from runtime.job import Job
-from runtime.plan import check_layers, dense_matrices, held, parameters_left
+from runtime.job import Job, check_layers, dense_matrices
 
 BLOCKS = {"shortgpt": shortgpt, "sleb": sleb, "laco": laco, "linearpatch": linearpatch, "replaceme": replaceme}
 CLOSE = 0.005  # of the budget: off by more than that is said
@@ -104,7 +103,8 @@ def budget_of(model, n, ratio, part=None):
     """How many parameters to remove: as GRASP does from n layers at `ratio`; or the fraction `part` of all blocks'."""
     if part:
         return round(part * blocks_params(model))
-    return model.n_params - parameters_left(model, range(n), ratio)  # all layers are alike
+    shapes = dense_matrices(model, range(n)).values()  # all layers are alike
+    return held(shapes) - held(shapes, ratio)
 
 
 def run(name, method, job, budget, before=None):
@@ -203,7 +203,7 @@ def keep_folder(job, a, tokenizer):
     path = a.keep / job.rows[-1]["method"].replace(", ", "-").replace(" ", "-")
     a.keep.mkdir(exist_ok=True)
     try:
-        save_checkpoint(job.model, path, job.made(vars(a), results=job.rows[-1:]), tokenizer.files)
+        save_checkpoint(job.model, path, job.report(vars(a), results=job.rows[-1:]), tokenizer.files)
         print(f"written to {path}")
     except ValueError as e:
         print(e)

@@ -6,7 +6,6 @@
     svd       plain SVD: the largest singular values of each matrix, as many as the compressed folder kept
     random    the same shapes and norms in random directions: where recovery training would start without GRASP
 """
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,7 +59,7 @@ def main():
         raise ValueError("--dense has no use with random, which draws in the place of the compressed folder's factors")
     report = read_report(a.ckpt)
     out = a.out or Path(f"{a.ckpt.name}-{a.kind}")
-    check_output(out, a.overwrite, [a.ckpt, a.dense and Path(os.path.realpath(a.dense))])
+    check_output(out, a.overwrite)
     if a.kind == "random":
         model, tokenizer = cli.open_checkpoint(a.ckpt, a.device, a.dtype)
     else:

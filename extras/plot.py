@@ -269,7 +269,7 @@ def main():
     for name in a.matrix:
         model.to(torch.promote_types(model.dtype, torch.float32))
         print(f"{name}  in {str(model.dtype)[6:]}: half precision would round small changes away")
-        result = zero_groups(model, name, windows, cli.batch_size(a.batch_size, seq_len, model))
+        result = zero_groups(model, name, windows, cli.batch_size(a.batch_size, seq_len))
         result["rank_correlation"] = {by: rank_correlation(result[by], result["change"])
                                       for by in ("predicted", "score", "sigma")}
         print(f"{name}  perplexity {result['perplexity']:.4f}; rank correlation with its change: "

@@ -22,7 +22,7 @@ from attribution import backward
 from extras import linear, peak_bytes
 from model import LowRankLinear, matrix_names, save_checkpoint, upcast
 from runtime import cli
-from runtime.files import atomic_write, check_output, optional_json
+from runtime.files import atomic_write, check_output, error_prefix, optional_json
 
 # Alpaca's own two templates (github.com/tatsu-lab/stanford_alpaca): models tuned on it know these words.
 WRITE = "Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
@@ -210,7 +210,7 @@ def train(model, factors, examples, held_out, settings, state_file, save_every):
             mark(step + 1, speed)
             state = {"step": step + 1, "log": log, "settings": s, "optimizer": optimizer.state_dict(),
                      "factors": {name: p.detach() for name, p in factors.items()}}
-            with atomic_write(state_file) as new:
+            with error_prefix(state_file), atomic_write(state_file) as new:
                 torch.save(state, new)
     return log
 
@@ -288,7 +288,7 @@ def parse():
         raise ValueError(f"--lr {a.lr}: expected more than 0 and less than 1")
     if not a.data.is_file():
         raise FileNotFoundError(f"--data {a.data}: no such file")
-    check_output(a.out, a.overwrite, [a.ckpt])
+    check_output(a.out, a.overwrite)
     return a
 
 

@@ -1,11 +1,8 @@
 """What the commands share: flags, device and dtype, timing, progress, errors of one line."""
 import argparse
-import atexit
-import difflib
+import filecmp
 import os
-import platform
 import re
-import resource
 import signal
 import sys
 import time
@@ -22,7 +19,7 @@ from data.corpus import text_names
 from data.tokenizer import Tokenizer, load_tokenizer
 from model import Transformer, load_checkpoint
 from runtime import distributed
-from runtime.files import check_parent, optional_json
+from runtime.files import error_prefix
 
 TINY = Path(__file__).resolve().parent.parent / "data" / "tiny"  # the embedded model
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
@@ -32,26 +29,23 @@ EMBEDDED = "with the embedded model: embedded"
 class Parser(argparse.ArgumentParser):
     """ArgumentParser that raises ValueError instead of exiting. The functions below add groups of flags.
 
-    doc: a module's docstring, of which --help shows the first line and the line with an example.
+    doc: a module's docstring, of which --help shows the first two paragraphs.
     """
     def __init__(self, doc: str):
-        example = re.search(r"python .+?(?=`|  | or,|$)", doc, re.MULTILINE)
-        super().__init__(description=doc.splitlines()[0], epilog=example and f"example: {example[0]}",
-                         allow_abbrev=False)
-        self.texts, self.suffix = {}, None  # {flag: its default}, of the default --out
+        super().__init__(description="\n\n".join(doc.split("\n\n")[:2]), allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.texts = {}     # {flag: (default with the embedded model, default with others)}
+        self.suffix = None  # of the default --out
 
     def error(self, message: str):
-        wrong = (message.partition("unrecognized arguments: ")[2].split() or [""])[0]
-        close = difflib.get_close_matches(wrong, self._option_string_actions, 1, 0.75)
-        raise ValueError(message + (f"; did you mean {close[0]}?" if close else ""))
+        raise ValueError(message)
 
     def parse_args(self, *words) -> argparse.Namespace:
         """Parse the command line and fill in the defaults that depend on --ckpt. Raises ValueError."""
         a = super().parse_args(*words)
-        for flag, default in self.texts.items():
+        for flag, (embedded, other) in self.texts.items():
             if getattr(a, flag) is None:
-                tiny = "embedded" if isinstance(default, str) else ["embedded"]
-                setattr(a, flag, tiny if made_on_embedded(a.ckpt) else default)
+                setattr(a, flag, embedded if made_on_embedded(a.ckpt) else other)
             elif getattr(a, flag) == ["none"]:
                 setattr(a, flag, [])
         if self.suffix:
@@ -69,10 +63,11 @@ def model_flags(parser: Parser, title: str, **ckpt):
 
 
 def calibration_flags(parser: Parser, samples: int = 512):
-    group, parser.texts["calibration"] = parser.add_argument_group("calibration"), "wikitext2"
+    group = parser.add_argument_group("calibration")
+    parser.texts["calibration"] = "embedded", "wikitext2"
     add = group.add_argument
     add("--calibration", metavar="TEXT",
-        help=f"{text_names('train')} or a file, A+B for half of each (default: wikitext2; {EMBEDDED})")
+        help=f"{text_names('train')} or a file (default: wikitext2; {EMBEDDED})")
     add("--samples", type=positive, metavar="N", default=samples, help=f"sequences (default: {samples})")
     add("--seq-len", type=positive, metavar="T", help="tokens in each (default: 512, or the model's maximum)")
     add("--seed", type=seed, default=42, help="seed of all random choices (default: 42)")
@@ -80,7 +75,8 @@ def calibration_flags(parser: Parser, samples: int = 512):
 
 
 def evaluation_flags(parser: Parser):
-    group, parser.texts["eval"] = parser.add_argument_group("evaluation"), ["wikitext2", "ptb"]
+    group = parser.add_argument_group("evaluation")
+    parser.texts["eval"] = ["embedded"], ["wikitext2", "ptb"]
     add = group.add_argument
     add("--eval", "--data", nargs="+", metavar="TEXT",
         help=f"{text_names('test')} or files; the word none skips it (default: wikitext2 ptb; {EMBEDDED})")
@@ -105,8 +101,8 @@ def machine_flags(parser: Parser, batches: bool = False, several: bool = False):
     add("--dtype", default="auto", choices=["auto", *DTYPES],
         help="dtype of the weights (default: the checkpoint's own)")
     if batches:
-        add("--batch-size", type=positive, metavar="N", help="sequences at a time (default: as many as "
-            "make 1,024 tokens; on CUDA up to 8,192, as memory allows)")
+        add("--batch-size", type=positive, metavar="N",
+            help="sequences at a time (default: 1,024 tokens; on CUDA up to 8,192, as memory allows)")
     if several:
         add("--shard", action="store_true", help="split the matrices over the processes (FSDP2)")
     return group
@@ -125,49 +121,50 @@ fraction = partial(between, kind=float, low=0, high=1, expected="more than 0 and
 
 
 def json_file(name: str) -> Path:
-    if Path(name).exists() and not Path(name).is_file():
-        raise argparse.ArgumentTypeError(f"{name}: not a file")
-    check_parent(Path(os.path.realpath(name)))
+    if Path(name).is_dir() or not os.access(Path(name).absolute().parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{name}: cannot be written")
     return Path(name)
+
+
+def made_on_embedded(ckpt: Path) -> bool:
+    """Whether a folder has the embedded model's tokenizer: it is that model, or was made from it."""
+    file = ckpt / "tokenizer.model"
+    return file.is_file() and filecmp.cmp(file, TINY / "tokenizer.model", shallow=False)
 
 
 def open_checkpoint(ckpt: Path, device: str, dtype: str,
                     split: bool = False) -> tuple[Transformer, Tokenizer]:
     """Load model and tokenizer, and print what they are and where they run. device, dtype: as their flags."""
-    device, why = pick_device(device)
+    device = pick_device(device)
     _, files = weight_files(ckpt)
     adapter = ", without the adapter beside them" * (ckpt / "adapter_config.json").is_file()
     print(f"reading      {', '.join(file.name for file in files)} of {ckpt}{adapter}")
     model = load_checkpoint(ckpt, DTYPES.get(dtype), device, split)
-    introduce(ckpt, model, why, "that of the embeddings" if dtype == "auto" else "as asked")
+    introduce(ckpt, model)
     return model, load_tokenizer(ckpt, model.args.vocab_size)
 
 
-def pick_device(device: str) -> tuple[str, str]:
-    """Return (the device that --device names, the reason). Under torchrun each process has its own GPU."""
-    why = "as asked"
+def pick_device(device: str) -> str:
+    """The device that --device names, with its number. Under torchrun each process has its own GPU."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        why = f"auto: {'CUDA is' if device == 'cuda' else 'no CUDA'} here"
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if not re.fullmatch(r"cpu|cuda:\d+", device):
         raise ValueError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
-    try:
+    with error_prefix(f"--device {device}"):
         torch.empty(0, device=device)
         if device != "cpu":
             torch.cuda.set_device(device)  # new streams and collective operations take the current one
-    except (RuntimeError, AssertionError, ValueError) as e:
-        raise ValueError(f"--device {device}: {str(e).splitlines()[0]}") from None
-    return device, why
+    return device
 
 
-def introduce(name: str | Path, model: Transformer, why: str, whose: str) -> None:
-    """Print the model's sizes, its device and why that one, its dtype and whose choice that is."""
+def introduce(name: str | Path, model: Transformer) -> None:
+    """Print the model's sizes, its device and its dtype."""
     a = model.args
     print(f"model        {name}  {a.n_layers} layers, dim {a.dim}, {a.n_heads} heads over {a.n_kv_heads}, "
-          f"{model.n_params:,} parameters\ndevice       {model.device} ({why}), "
-          f"dtype {str(model.dtype).removeprefix('torch.')} ({whose})")
+          f"{model.n_params:,} parameters\n"
+          f"device       {model.device}, dtype {str(model.dtype).removeprefix('torch.')}")
     if model.device.type == "cuda":
         print(f"memory       {free_bytes(model.device) / 2 ** 30:.1f} GiB are free beside the weights")
     if distributed.count() > 1:
@@ -178,7 +175,7 @@ def introduce(name: str | Path, model: Transformer, why: str, whose: str) -> Non
 def sequence_length(asked: int | None, default: int, model: Transformer) -> int:
     """The --seq-len asked for, or the default cut to the model's positions. ValueError if it does not fit."""
     limit = model.args.max_seq_len
-    if limit and limit < 2 or asked and (asked < 2 or limit and asked > limit):
+    if asked and (asked < 2 or limit and asked > limit):
         raise ValueError(f"--seq-len {asked}: expected 2 to {limit or 'any number'} (the model's positions)")
     return asked or min(default, limit or default)
 
@@ -190,7 +187,7 @@ def batch_size(asked: int | None, seq_len: int, model: Transformer | None = None
     """
     if asked or model is None or model.device.type != "cuda":
         return asked or max(1, 1024 // seq_len)
-    return distributed.from_first(lambda: fitting(model, seq_len, layers, free_bytes(model.device)))
+    return fitting(model, seq_len, layers, distributed.smallest(free_bytes(model.device)))
 
 
 def fitting(model: Transformer, seq_len: int, layers: int, free: int) -> int:
@@ -220,114 +217,54 @@ def free_bytes(device: torch.device) -> int:
 
 
 def batches(windows: Tensor, size: int, label: str) -> Iterator[Tensor]:
-    """Yield this process's micro-batches of windows (n, T), with progress on stderr."""
-    start = told = time.monotonic()
+    """Yield this process's micro-batches of windows (n, T), with progress on a terminal."""
+    start = time.monotonic()
     parts = distributed.local_batches(windows, size)
-    for i, batch in enumerate(parts, 1):
-        yield batch
-        now = time.monotonic()
-        line = f"{label}  {i}/{len(parts)} batches  {(now - start) * (len(parts) - i) / i:.0f} s left"
-        shown = show(line, last=i == len(parts))
-        if not shown and now - told > 60 and not distributed.index():  # in a log, a line a minute
-            told = now
-            print(line, file=sys.stderr)
+    try:
+        for i, batch in enumerate(parts, 1):
+            yield batch
+            left = (time.monotonic() - start) * (len(parts) - i) / i
+            show(f"{label}  {i}/{len(parts)} batches  {left:.0f} s left", last=False)
+    finally:  # also if the sweep stops early
+        show("", last=True)
 
 
-def show(line: str, last: bool) -> bool:
-    """Rewrite one progress line; the last one erases it. Return whether there is a terminal or notebook."""
-    terminal, notebook = sys.stderr.isatty(), "ipykernel" in sys.modules
-    if (terminal or notebook) and not distributed.index():
-        text = line * (not last)  # a notebook erases nothing, so spaces cover the line before
-        print(f"\r\x1b[K{text}" if terminal else f"\r{text:<110}" + "\r" * last, end="", file=sys.stderr)
-    return terminal or notebook
+def show(line: str, last: bool) -> None:
+    """Rewrite one line of progress, if stderr is a terminal. The last one erases it."""
+    if sys.stderr.isatty() and not distributed.index():
+        print(f"\r\x1b[K{line * (not last)}", end="", file=sys.stderr)
 
 
 @contextmanager
 def timed(seconds: dict[str, float], phase: str, device: torch.device | None = None):
     """Add the wall time of a block to seconds[phase], including what a CUDA device still has to do."""
     start = time.perf_counter()
-    yield
-    if device is not None and device.type == "cuda":
-        torch.cuda.synchronize(device)
-    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
-
-
-def versions() -> dict[str, str | None]:
-    """What results depend on. commit: of this project, None if it is no clone."""
-    git = TINY.parent.parent / ".git"
-
-    def text(name):
-        return (git / name).read_text().strip() if (git / name).is_file() else ""
-
-    ref = text("HEAD").removeprefix("ref: ")  # a branch, or the commit itself
-    packed = re.search(rf"^(\w+) {re.escape(ref)}$", text("packed-refs"), re.MULTILINE)
-    commit = text(ref) or packed and packed[1] if "/" in ref else ref
-    return {"python": platform.python_version(), "torch": torch.__version__, "commit": commit or None}
-
-
-def earlier_report(ckpt: Path) -> dict | None:
-    """The report.json of a folder that this project wrote. Another's of that name is ignored."""
-    with suppress(OSError, ValueError):
-        report = optional_json(ckpt / "report.json")
-        return report if "parameters_after" in report else None
-
-
-def made_on_embedded(ckpt: Path) -> bool:
-    """Whether a folder is the embedded model, or was made from it."""
-    report, source = earlier_report(ckpt), ckpt
-    while isinstance(report, dict):
-        with suppress(KeyError, TypeError):
-            source = Path(report["settings"]["ckpt"])
-        report = report.get("input")
-    return os.path.realpath(source) == str(TINY) or source.parts[-2:] == TINY.parts[-2:]
-
-
-def peak_memory() -> str:
-    """The peak memory of this process: resident, and allocated on its GPU."""
-    gpu = f", {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB on the GPU" * torch.cuda.is_initialized()
-    return f"{resident_bytes() / 2 ** 30:.2f} GiB{gpu}"
-
-
-def resident_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-stopped = []  # the signal that this command has received
-
-
-def ignore_signals() -> None:
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-def stop(number: int, frame) -> None:
-    ignore_signals()  # a second one would interrupt the clean-up
-    stopped.append(number)
-    raise KeyboardInterrupt
+    try:
+        yield
+    finally:  # a sweep may stop early
+        if device is not None and device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
 def command(main: Callable[[], None], parallel: bool = False):
     """Run a command. A user's mistake is one line and exit code 2; GRASP_DEBUG=1 shows a stack trace.
 
-    Ctrl-C, SIGTERM and SIGHUP become exceptions, so that unfinished files are removed. parallel: whether
-    torchrun may start it. Then the first process that fails says why, and torchrun ends the others.
+    Ctrl-C and SIGTERM are exceptions, so that unfinished files are removed. parallel: whether torchrun may
+    start it. Then the first process that fails says why, and torchrun ends the others.
     """
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # for logs, and any file name
-    stopped.clear()
-    for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup and a shell's & ignore some
-            signal.signal(number, stop)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         with distributed.joined():
             if distributed.count() > 1 and not parallel:
                 raise ValueError("this command runs in one process: start it with python, not with torchrun")
             return main()
-    except BaseException as e:
-        if stopped:  # a library may have replaced the exception
-            if stopped[0] == signal.SIGINT and not distributed.index():
-                print("\ninterrupted", file=sys.stderr)
-            sys.exit(128 + stopped[0])
+    except KeyboardInterrupt:
+        if not distributed.index():
+            print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as e:
         memory = isinstance(e, MemoryError) or re.search("out of memory|can't allocate memory", str(e))
         known = memory or isinstance(e, (ValueError, OSError, ModuleNotFoundError)) or distributed.lost(e)
         if os.environ.get("GRASP_DEBUG") or not known:
@@ -336,5 +273,3 @@ def command(main: Callable[[], None], parallel: bool = False):
         if distributed.fails_first():
             print("error:", " ".join(str(e).splitlines()), *hint, file=sys.stderr)
         sys.exit(2)
-    finally:
-        atexit.register(ignore_signals)  # the last one registered runs first; Python would print an exception

@@ -6,9 +6,7 @@ holds some rows.
 """
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -50,14 +48,6 @@ def lost(error: Exception) -> bool:
     return store is not None and (isinstance(error, dist.DistError) or "by peer" in str(error))
 
 
-def from_first(function: Callable):
-    """The result of function() in process 0, sent to all. The others do not call it."""
-    result = [None if index() else function()]
-    if store:
-        dist.broadcast_object_list(result, 0, device=torch.device("cpu"))
-    return result[0]
-
-
 def local_batches(windows: Tensor, size: int) -> list[Tensor]:
     """This process's micro-batches of windows (n, T), up to `size` sequences each.
 
@@ -83,37 +73,24 @@ def all_sum(t: Tensor) -> Tensor:
     return t
 
 
+def smallest(number: int) -> int:
+    """The smallest of the processes' numbers."""
+    t = torch.tensor(number)
+    if store:
+        dist.all_reduce(t, dist.ReduceOp.MIN)
+    return int(t)
+
+
 def mean(numbers: Tensor, n: Tensor) -> Tensor:
     """The sum of numbers over the sum of n, over all processes, on the CPU."""
     return (all_sum(numbers) / all_sum(n)).cpu()
-
-
-def parallel_map(function: Callable, tensors: Iterable[Tensor]) -> Iterator:
-    """Yield function(t), a tuple of tensors, for each t in order; processes share the work, all get all."""
-    if count() == 1:
-        yield from map(function, tensors)
-        return
-    tensors = iter(tensors)
-    while batch := list(islice(tensors, count())):
-        mine = function(batch[index()]) if index() < len(batch) else ()
-        for owner, t in enumerate(batch):
-            kinds = [[(part.shape, part.dtype) for part in mine]]
-            dist.broadcast_object_list(kinds, owner, device=torch.device("cpu"))
-            result = ([part.contiguous() for part in mine] if owner == index() else
-                      [torch.empty(shape, dtype=dtype, device=t.device) for shape, dtype in kinds[0]])
-            for part in result:
-                dist.broadcast(part, owner)
-            yield result
 
 
 def split_linears(module: nn.Module, device: str, dtype: torch.dtype) -> None:
     """Let each process hold only its rows of the module's linear layers, gathered for each use (FSDP2)."""
     if store is None:
         raise ValueError("--shard divides the weights among processes: start them with torchrun")
-    try:
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, share_comm_ctx
-    except ImportError:
-        raise ValueError(f"--shard needs torch 2.10 or later, this is {torch.__version__}") from None
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, share_comm_ctx  # torch 2.10
     mesh = dist.init_device_mesh(torch.device(device).type, (count(),))
     wide = MixedPrecisionPolicy(reduce_dtype=torch.promote_types(dtype, torch.float32))
     linears = [m for m in module.modules() if isinstance(m, nn.Linear)]

@@ -1,85 +1,54 @@
 """Reading and writing files: atomic writes, JSON."""
+import glob
 import json
 import os
-import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatch
 from pathlib import Path
+from tempfile import TemporaryFile
 
-OURS = {"params.json", "consolidated.00.pth", "report.json"}  # in every folder that is written
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer.model.v*", "tokenizer_config.json",
-                   "added_tokens.json", "special_tokens_map.json", "generation_config.json",
-                   "chat_template.*")
+OURS = ("params.json", "consolidated.00.pth", "report.json")  # in every folder that is written
 
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`. The file or folder written there replaces `path` at the end.
+    """Yield a temporary path. The file or folder written there replaces `path` at the end.
 
-    If the block fails or is interrupted, `path` stays as it was and the temporary path is removed. A folder
-    is replaced only if it was there at the start. The next write of `path` removes what a killed process
-    left, so two processes must not write it at once. Raises OSError.
+    If the block fails or is interrupted, `path` stays as it was and the temporary folder is removed. What a
+    killed process left of it, the next write of `path` removes, so two processes must not write `path` at
+    once. A folder is replaced only if it was there at the start. Raises OSError.
     """
     path = Path(path).absolute()
-    for name in os.listdir(path.parent):
-        if re.fullmatch(rf"\.{re.escape(path.name)}\.partial-[0-9a-f]{{8}}(-old)?", name):
-            remove(path.with_name(name))
-    new = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
-    old, overwrite = new.with_name(f"{new.name}-old"), path.is_dir()
+    prefix, overwrite = f".{path.name}.partial-", path.is_dir()
+    for leftover in path.parent.glob(f"{glob.escape(prefix)}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary = path.with_name(prefix + secrets.token_hex(4))
+    new, old = temporary / path.name, temporary / f"{path.name}.old"
     try:
+        temporary.mkdir()
         yield new
         if overwrite:
             path.rename(old)
         new.replace(path)
-    except RuntimeError as e:
-        if type(e) is not RuntimeError:  # out of memory is a subclass
-            raise
-        raise OSError(f"{path}: could not be written: {e}") from e  # torch.save on a full disk
     finally:
         if old.exists() and not path.exists():
             old.rename(path)
-        remove(new)
-        remove(old)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+def check_output(path: str | Path, overwrite: bool = False) -> None:
+    """Check, before any long work, that a checkpoint folder can be written to `path`. Raises OSError.
 
-
-def check_output(path: str | Path, overwrite: bool = False, inputs: Iterable[Path] = ()) -> None:
-    """Check, before any long work, that a checkpoint folder can be written to `path`. inputs: folders that
-    are read.
-
-    Raises FileExistsError, PermissionError or, if it is an input, ValueError.
+    overwrite: whether a folder that this project wrote is replaced, whatever else is in it.
     """
     path = Path(path)
-    if os.path.realpath(path) in [os.path.realpath(folder) for folder in inputs if folder]:
-        raise ValueError(f"--out {path}: is the input")
-    check_parent(path)
+    TemporaryFile(dir=path.absolute().parent).close()  # the folder is there and can be written to
     if os.path.lexists(path) and not overwrite:
         raise FileExistsError(f"{path}: exists; choose another, or overwrite it (with --overwrite)")
-    if os.path.lexists(path):
-        names = set(os.listdir(path)) if path.is_dir() and not path.is_symlink() else set()
-        others = {name for name in names - OURS if not any(fnmatch(name, known) for known in TOKENIZER_FILES)}
-        if not OURS <= names or others:
-            raise FileExistsError(f"{path}: --overwrite replaces only a folder of this project (report.json)")
-
-
-def check_parent(path: Path) -> None:
-    """Raise OSError if nothing can be written there."""
-    parent = path.absolute().parent
-    if not parent.is_dir():
-        raise FileNotFoundError(f"{path}: cannot be written, there is no folder {parent}; create it first")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"{path}: cannot be written, {parent} is read-only")
-    if len(os.fsencode(path.name)) > 220:  # of the 255 of a file system; the temporary name is longer
-        raise OSError(f"{path}: the name is too long")
+    if os.path.lexists(path) and not all((path / name).is_file() for name in OURS):
+        raise FileExistsError(f"{path}: --overwrite replaces only a folder of this project (report.json)")
 
 
 def check_space(path: str | Path, size: int) -> None:
@@ -101,13 +70,10 @@ def error_prefix(what: str | Path) -> Iterator[None]:
         raise ValueError(f"{what}: {(str(e).strip() or type(e).__name__).splitlines()[0]}") from e
 
 
-def read_bytes(file: str | Path, largest: int) -> bytes:
-    """The content of a file. Raises OSError, and ValueError if it has more than `largest` bytes."""
-    if os.path.getsize(file) > largest:
-        raise ValueError(f"{file}: more than {largest:,} bytes")
+def read_bytes(file: str | Path) -> bytes:
+    """The content of a file. Raises OSError, and ValueError for a Git LFS pointer."""
     refuse_pointer(file)
-    with error_prefix(file):
-        return Path(file).read_bytes()
+    return Path(file).read_bytes()
 
 
 def refuse_pointer(file: str | Path) -> None:
@@ -117,9 +83,9 @@ def refuse_pointer(file: str | Path) -> None:
             raise ValueError("a Git LFS pointer, not the file itself; fetch it: git lfs pull")
 
 
-def read_json(file: str | Path, largest: int = 2 ** 20) -> dict:
+def read_json(file: str | Path) -> dict:
     """The object in a JSON file. Raises ValueError for anything else."""
-    content = read_bytes(file, largest)
+    content = read_bytes(file)
     with error_prefix(f"{file}: not JSON"):
         value = json.loads(content.decode("utf-8"))
     if not isinstance(value, dict):
@@ -128,11 +94,13 @@ def read_json(file: str | Path, largest: int = 2 ** 20) -> dict:
 
 
 def optional_json(file: str | Path) -> dict:
-    """The object in a JSON file, or {} if there is no file. A report.json may be long."""
-    return read_json(file, 2 ** 26) if os.path.isfile(file) else {}
+    """The object in a JSON file, or {} if there is no file."""
+    return read_json(file) if os.path.isfile(file) else {}
 
 
 def write_json(file: str | Path, content) -> None:
-    """Write a JSON file atomically. If `file` is a link, its target is written."""
-    with atomic_write(os.path.realpath(file)) as new:
+    """Write a JSON file atomically. Raises OSError, also if it would replace what is not a file."""
+    if os.path.exists(file) and not os.path.isfile(file):
+        raise FileExistsError(f"{file}: not a file")
+    with atomic_write(file) as new:
         new.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")

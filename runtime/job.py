@@ -1,13 +1,45 @@
-"""What the commands that compress share: the texts of a run, its sweeps, its table and its report."""
-from collections.abc import Iterator
+"""What the commands that compress share: checks, the texts of a run, its sweeps, its table and its report."""
+import math
+import platform
+from collections.abc import Iterable, Iterator
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from data.corpus import calibration_windows
 from data.tokenizer import Tokenizer
 from evaluate import evaluation_windows, result_row, table
-from model import Transformer
+from model import Transformer, matrix_names
 from runtime import cli
+
+
+def check_layers(count: int, layers: int | None, layer_ids: list[int] | None = None) -> None:
+    """Raise ValueError if a model of `count` layers has fewer, or if an id is out of range or given twice."""
+    ids = range(layers) if layer_ids is None else layer_ids
+    if not 0 < len(ids) <= count or len(set(ids)) < len(ids) or not all(0 <= layer < count for layer in ids):
+        raise ValueError(f"--layers, --layer-ids: this model has {count} layers, 0 to {count - 1}; asked for "
+                         f"{layers if layer_ids is None else layer_ids}, expected different ones of them")
+
+
+def dense_matrices(model: Transformer, layer_ids: Iterable[int]) -> dict[str, torch.Size]:
+    """{name: shape (m, n)} of those matrices of these layers that are still dense."""
+    modules = {name: model.get_submodule(name) for name in matrix_names(*layer_ids)}
+    return {name: m.weight.shape for name, m in modules.items() if isinstance(m, nn.Linear)}
+
+
+def check_dense(model: Transformer, layer_ids: list[int]) -> None:
+    """Raise ValueError if nothing in these layers is dense."""
+    if not dense_matrices(model, layer_ids):
+        raise ValueError(f"--ckpt: layers {layer_ids} are low-rank already; ask for more layers or others")
+
+
+def ratio_that_removes(model: Transformer, layer_ids: list[int], fraction: float) -> float:
+    """The ratio by which these layers lose this fraction of the model's parameters, or a little more."""
+    removed = fraction * model.n_params
+    dense = sum(m * n for m, n in dense_matrices(model, layer_ids).values())
+    if removed >= dense:
+        raise ValueError(f"--remove {fraction}: layers {layer_ids} cannot lose that many parameters")
+    return math.floor(10 ** 6 * (1 - removed / dense)) / 10 ** 6  # ranks are rounded down: enough goes
 
 
 class Job:
@@ -19,8 +51,8 @@ class Job:
     """
     def __init__(self, model: Transformer, samples: int, seq_len: int | None, batch_size: int | None,
                  layers: int | None = None):
-        """layers: how many layers' gradients are summed. None: a sweep needs more memory than that, and
-        CUDA takes 1,024 tokens too."""
+        """layers: how many layers' gradients a sweep sums. None: it needs more memory than that, and CUDA
+        takes 1,024 tokens too."""
         self.model, self.before, self.dense = model, model.n_params, model.n_params_dense
         self.rows, self.seconds = [], {}
         self.samples, self.seq_len = samples, cli.sequence_length(seq_len, 512, model)
@@ -58,14 +90,11 @@ class Job:
         return f"{left:,} parameters left of {self.before:,}, {100 * (1 - left / self.before):.1f} % removed"
 
     def report(self, settings: dict, **more) -> dict:
-        """What report.json says of any run. settings: of the command. more: its own fields."""
+        """What report.json says of a run. settings: of the command. more: its own fields."""
         return {"settings": {**settings, "seq_len": self.seq_len, "device": str(self.model.device),
                              "dtype": str(self.model.dtype)},
-                "versions": cli.versions(), "calibration": self.calibration,
+                "versions": {"python": platform.python_version(), "torch": torch.__version__},
+                "calibration": self.calibration,
                 "protocol": {label: protocol for label, (_, protocol) in self.texts.items()},
-                "results": self.rows, **more}
-
-    def made(self, settings: dict, **more) -> dict:
-        """The report of a run that has compressed the model."""
-        return self.report(settings, parameters_before=self.before, parameters_after=self.model.n_params,
-                           seconds=self.seconds, **more)
+                "parameters_before": self.before, "parameters_after": self.model.n_params,
+                "seconds": self.seconds, "results": self.rows, **more}

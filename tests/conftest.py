@@ -90,17 +90,18 @@ def smollm2():
 
 @pytest.fixture
 def nowhere(tmp_path, monkeypatch):
-    """An empty folder to work in, without data and without a network."""
+    """An empty folder to work in, without data."""
     monkeypatch.chdir(tmp_path)
     for variable in ("GRASP_DATA", "GRASP_DEBUG"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(corpus, "CACHE", tmp_path / "no-cache")
-
-    def refuse(url):
-        raise OSError("no network")
-
-    monkeypatch.setattr(corpus, "fetch", refuse)
     return tmp_path
+
+
+def another_tokenizer(folder):
+    """Change the bytes of a SentencePiece model but not what it does: an unknown field (200), empty."""
+    with open(Path(folder) / "tokenizer.model", "ab") as file:
+        file.write(b"\xc2\x0c\x00")
 
 
 def start(*words, cwd, env=None, **how):

@@ -1,8 +1,6 @@
 """The lesson: the commands as a user meets them, first without mistakes, then with them."""
 import copy
 import json
-import os
-import re
 import shutil
 from types import SimpleNamespace
 
@@ -11,11 +9,10 @@ import torch
 
 import evaluate
 import grasp
-from tests.conftest import ROOT, error_of, output_of, random_model, run, start
+from tests.conftest import ROOT, another_tokenizer, error_of, output_of, random_model, run, start
 from model import ModelArgs, Transformer
 from runtime import cli
-from runtime.cli import (TINY, batch_size, batches, introduce, open_checkpoint, peak_memory, pick_device,
-                         sequence_length, timed)
+from runtime.cli import TINY, batch_size, batches, open_checkpoint, pick_device, sequence_length, timed
 
 QUICK = ["--layers", "2", "--samples", "6", "--seq-len", "64", "--windows", "4", "--ratio", "0.2"]
 
@@ -43,7 +40,6 @@ def test_the_whole_job_and_its_evaluation(job, tmp_path):
     assert all(len(r["kept"]) == r["rank"] for r in report["matrices"])
     assert {*report["seconds"]} == {"redundancy", "attribution", "compression"}
     assert rows["GRASP"]["seconds"] == report["seconds"]["redundancy"] + report["seconds"]["compression"]
-    assert re.search(r"removed; peak memory \d\.\d\d GiB\n", out)
     for r in report["matrices"]:
         assert r["kept"] == sorted(set(r["kept"])) and r["kept"][-1] < min(r["shape"])
 
@@ -69,7 +65,7 @@ def test_the_embedded_model_by_any_path_and_layers_by_hand(nowhere, capsys):
 
 def test_dtype_is_the_dtype_of_the_written_weights(nowhere, capsys):
     out = output_of(grasp.main, [*QUICK, "--dtype", "bfloat16", "--eval", "none"], capsys)
-    assert "dtype bfloat16 (as asked)" in out and "ppl" not in out
+    assert "device       cpu, dtype bfloat16\n" in out and "ppl" not in out
     table = torch.load(nowhere / "tiny-grasp/consolidated.00.pth", weights_only=True)
     assert {t.dtype for t in table.values()} == {torch.bfloat16}
 
@@ -86,20 +82,20 @@ def test_one_seed_gives_identical_folders(job, nowhere, capsys):
     assert a == b
 
 
-@pytest.mark.parametrize("report, embedded", [
-    (None, False), ({}, False), ({"settings": 3, "parameters_after": 1}, False),
-    ({"settings": {"ckpt": "/a/smollm2", "calibration": "embedded"}, "parameters_after": 1}, False),
-    ({"settings": {"ckpt": str(TINY)}, "parameters_after": 1}, True),
-    ({"settings": {"ckpt": "/elsewhere/data/tiny"}, "parameters_after": 1}, True),  # of another clone
-    ({"settings": {"ckpt": "small"}, "parameters_after": 1, "input": {"settings": {"ckpt": str(TINY)}}}, True)])
-def test_a_folder_made_from_the_embedded_model_takes_its_text(report, embedded, tmp_path, monkeypatch):
-    if report is not None:
-        (tmp_path / "report.json").write_text(json.dumps(report))
-    assert cli.made_on_embedded(tmp_path) == embedded
+def test_a_folder_made_from_the_embedded_model_takes_its_text(tmp_path):
+    """It is known by the bytes of its tokenizer."""
     parser = cli.Parser("A command.")
     cli.model_flags(parser, "model")
     cli.evaluation_flags(parser)
-    assert parser.parse_args(["--ckpt", str(tmp_path)]).eval == (["embedded"] if embedded else ["wikitext2", "ptb"])
+
+    def texts():
+        return parser.parse_args(["--ckpt", str(tmp_path)]).eval
+
+    assert texts() == ["wikitext2", "ptb"]
+    shutil.copy(TINY / "tokenizer.model", tmp_path)
+    assert texts() == ["embedded"]
+    another_tokenizer(tmp_path)
+    assert texts() == ["wikitext2", "ptb"]
 
 
 @pytest.mark.parametrize("main", [grasp.main, evaluate.main])
@@ -112,8 +108,8 @@ def test_help_shows_the_flags_in_groups(capsys):
     titles = ["what to compress:", "calibration:", "evaluation:", "output:", "machine:"]
     assert [line for line in shown.splitlines() if line in titles] == titles
     groups = shown.split("what to compress:")[1].split("\n\n")
-    compress, calibration, evaluation, output, machine, example = groups
-    assert example == "example: python grasp.py --ckpt FOLDER --layers 7 --ratio 0.1\n"
+    compress, calibration, evaluation, output, machine = groups
+    assert "\n    python grasp.py --ckpt FOLDER --layers 7 --ratio 0.1\n" in shown
     for flags, group in (("--ckpt --layers --ratio", compress), ("--samples --seed", calibration),
                          ("--eval --windows --data-dir", evaluation), ("--out --overwrite", output),
                          ("--device --dtype --batch-size", machine)):
@@ -127,7 +123,7 @@ def test_flags_reach_the_method(nowhere, monkeypatch, capsys):
         return json.loads((nowhere / "tiny-grasp/report.json").read_text())
 
     plain, seed, magnitude = map(report, ("", "--seed 7", "--score magnitude"))
-    assert plain["versions"]["torch"] == torch.__version__ and plain["input"] is None
+    assert plain["versions"]["torch"] == torch.__version__ and plain["input"] == {}
     assert plain["calibration"]["offsets"] != seed["calibration"]["offsets"]
     assert plain["cosines"] != sorted(plain["cosines"]) and plain["redundant"] != [0, 1]
     assert all(m["kept"] == list(range(m["rank"])) for m in magnitude["matrices"])
@@ -189,19 +185,6 @@ def test_a_link_gives_its_own_name_to_the_output(nowhere, capsys):
     assert (nowhere / "mine-grasp/report.json").is_file()  # and it was calibrated on the embedded text
 
 
-@pytest.mark.parametrize("files, commit", [
-    ({}, None), ({"HEAD": "abc123"}, "abc123"), ({"HEAD": "ref: refs/heads/main"}, None),
-    ({"HEAD": "ref: refs/heads/main", "refs/heads/main": "abc123\n"}, "abc123"),
-    ({"HEAD": "ref: refs/heads/main",
-      "packed-refs": "# pack-refs\n9 refs/heads/x\nabc123 refs/heads/main\n"}, "abc123")])
-def test_a_report_has_the_commit_where_there_is_one(files, commit, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "TINY", tmp_path / "data/tiny")
-    for name, content in files.items():
-        (tmp_path / ".git" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / ".git" / name).write_text(content)
-    assert cli.versions()["commit"] == commit
-
-
 # --------------------------------------------------------------------------------------------------- mistakes
 
 def test_a_stack_trace_on_request(tmp_path):
@@ -219,7 +202,7 @@ def test_a_stack_trace_on_request(tmp_path):
 
 
 @pytest.mark.parametrize("words, message", [
-    ("", "one of --layers N, --layer-ids ID ... and --remove FRACTION is needed"),
+    ("", "one of the arguments --layers --layer-ids is required"),
     ("--layers 2 --layer-ids 1", "argument --layer-ids: not allowed with argument --layers"),
     ("--layers 0", "--layers: '0', expected a whole number from 1 to"),
     ("--layers two", "--layers: 'two', expected a whole number"),
@@ -239,19 +222,14 @@ def test_a_stack_trace_on_request(tmp_path):
     ("--layers 2 --score signed --threshold 0.5", "signed scores may sum to 0"),
     ("--layers 2 --seed -1", "--seed: '-1', expected a whole number from 0 to 2^63 - 1"),
     ("--layers 2 --samples 0", "--samples: '0', expected"),
-    ("--layers 2 --samples 2000000000", "2,000,000,000 sequences of 256 tokens are too many"),
     ("--layers 2 --seq-len 257", "--seq-len 257: expected 2 to 256 (the model's positions)"),
     ("--layers 2 --seq-len 1", "--seq-len 1: expected 2 to 256"),
     ("--layers 2 --batch-size 0", "--batch-size: '0', expected"),
-    ("--layers 2 --no-such-flag", "unrecognized arguments: --no-such-flag"),
-    ("--layers 2 --samplse 3", "unrecognized arguments: --samplse 3; did you mean --samples?"),
+    ("--layers 2 --no-such-flag", "unrecognized arguments: --no-such-flag\n"),
     ("--layers 2 --remove 0.1 --ratio 0.1", "argument --ratio: not allowed with argument --remove"),
-    ("--layers 2 --ckpt meta/Small",
-     "Small: no such folder; from the hub: hf download meta/Small --local-dir Small"),
-    ("--layers 2 --ckpt cache", "cache: a cache of the hub; name a folder in its snapshots/"),
     ("--layers 2 --ckpt nowhere", "nowhere: no such folder\n"),
     ("--layers 2 --ckpt no/such/folder", "no/such/folder: no such folder\n"),
-    ("--layers 2 --ckpt file", "file: a file, expected a folder"),
+    ("--layers 2 --ckpt file", "file: no such folder"),
     ("--layers 2 --ckpt empty", "empty: no checkpoint here; looked for config.json"),
     ("--layers 2 --ckpt bare", "bare: no tokenizer; looked for tokenizer.model and .json"),
     ("--layers 2 --device cuda:99", "--device cuda:99"),
@@ -261,20 +239,19 @@ def test_a_stack_trace_on_request(tmp_path):
     ("--layers 2 --calibration nowhere",
      "no text 'nowhere': expected wikitext2, ptb, embedded, or the path of a file"),
     ("--layers 2 --calibration wikitext2",
-     "put the file there as DIR/wikitext-2-raw/wiki.train.raw and pass --data-dir"),
+     "put the file there as DIR/wikitext-2-raw/wiki.train.raw and pass --data-dir DIR"),
     ("--layers 2 --calibration short", "the calibration text has 3 tokens"),
     ("--layers 2 --eval wikitext2", "put the file there as DIR/wikitext-2-raw/wiki.test.raw"),
     ("--layers 2 --eval short", "the evaluation text has 3 tokens"),
-    ("--layers 2 --data-dir nowhere --eval ptb", "--data-dir nowhere: no such folder"),
+    ("--layers 2 --data-dir nowhere --eval ptb", "ptb/ptb.valid.txt: not in nowhere; fetch it by python -m extras.texts"),
     ("--layers 2 --out empty", "empty: exists; choose another, or overwrite it"),
     ("--layers 2 --out empty --overwrite", "empty: --overwrite replaces only a folder"),
-    ("--layers 2 --ckpt bare --out ./bare", "--out bare: is the input"),
-    ("--layers 2 --out no/such/parent", "no/such; create it first"),
+    ("--layers 2 --ckpt bare --out ./bare", "bare: exists; choose another, or overwrite it"),
+    ("--layers 2 --out no/such/parent", "No such file or directory: "),
 ])
 def test_mistakes_are_one_line_and_write_nothing(words, message, nowhere, monkeypatch, capsys):
     (nowhere / "file").touch()
     (nowhere / "empty").mkdir()
-    (nowhere / "cache/snapshots").mkdir(parents=True)
     (nowhere / "short").write_text("if x")
     shutil.copytree(TINY, nowhere / "bare", ignore=shutil.ignore_patterns("tokenizer.model"))
     before = sorted(nowhere.rglob("*"))
@@ -286,15 +263,11 @@ def test_mistakes_are_one_line_and_write_nothing(words, message, nowhere, monkey
     ("--data", "--data: expected at least one argument"),
     ("--seq-len 999", "--seq-len 999: expected 2 to 256"),
     ("--windows 0", "--windows: '0', expected"),
-    ("--data embedded --json no/such/file", "no/such/file: cannot be written"),
+    ("--data embedded --json .", "--json: .: cannot be written"),
+    ("--data embedded --json no/such/file", "--json: no/such/file: cannot be written"),
 ])
 def test_mistakes_of_evaluate(words, message, nowhere, monkeypatch, capsys):
     assert message in error_of(evaluate.main, words, monkeypatch, capsys)
-
-
-def test_json_that_cannot_be_written_is_refused_before_the_work(nowhere, monkeypatch, capsys):
-    monkeypatch.setattr(os, "access", lambda folder, mode: False)  # root may write anywhere
-    assert "e.json: cannot be written" in error_of(evaluate.main, "--json e.json", monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("main, words, file", [
@@ -308,6 +281,7 @@ def test_without_data_or_network_a_real_model_is_refused(main, words, file, nowh
     The error says how to get the text.
     """
     shutil.copytree(TINY, nowhere / "model")
+    another_tokenizer(nowhere / "model")
     before = sorted(nowhere.rglob("*"))
     line = error_of(main, f"--ckpt model {words}", monkeypatch, capsys)
     assert line.startswith(f"error: {file}: ") and f"DIR/{file}" in line
@@ -315,9 +289,9 @@ def test_without_data_or_network_a_real_model_is_refused(main, words, file, nowh
     assert sorted(nowhere.rglob("*")) == before
 
 
-def test_a_read_only_parent_is_refused(nowhere, monkeypatch, capsys):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
-    assert "tiny-grasp: cannot be written" in error_of(grasp.main, "--layers 2", monkeypatch, capsys)
+def test_a_parent_that_cannot_be_written_to_is_refused_before_the_work(nowhere, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "open_checkpoint", None)
+    assert error_of(grasp.main, "--layers 2 --out /proc/out", monkeypatch, capsys).startswith("error: [Errno ")
 
 
 def test_out_of_memory_is_one_line(nowhere, monkeypatch, capsys):
@@ -339,7 +313,7 @@ def test_devices_and_clocks():
     seconds = {"work": 1.0}
     with timed(seconds, "work"):
         pass
-    assert seconds["work"] > 1.0 and 0.1 < float(peak_memory().partition(" GiB")[0]) < 100
+    assert seconds["work"] > 1.0
     assert [batch_size(None, 256), batch_size(None, 2048), batch_size(3, 256)] == [4, 1, 3]
 
 
@@ -349,9 +323,9 @@ def test_a_cuda_device_has_a_number(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(torch.device(device).index))
     monkeypatch.setattr(torch, "empty", lambda *_, device: SimpleNamespace(device=torch.device(device)))
-    assert pick_device("auto") == ("cuda:0", "auto: CUDA is here")
+    assert pick_device("auto") == "cuda:0"
     monkeypatch.setenv("LOCAL_RANK", "2")
-    assert pick_device("cuda") == ("cuda:2", "as asked") and chosen == [0, 2]
+    assert pick_device("cuda") == "cuda:2" and chosen == [0, 2]
 
 
 def test_sequence_length_fits_the_model():
@@ -412,7 +386,7 @@ def test_on_a_large_gpu_micro_batches_are_larger(monkeypatch, capsys):
     model = random_model()
     on_a_gpu(model, 60 * GIB, monkeypatch)
     assert batch_size(None, 512, model, 2) == 16 and batch_size(3, 512, model, 2) == 3
-    introduce("model", model, "as asked", "as asked")
+    cli.introduce("model", model)
     assert "memory       60.0 GiB are free beside the weights" in capsys.readouterr().out
     assert batch_size(None, 512, random_model(), 2) == 16
     on_a_gpu(model, GIB // 1000, monkeypatch)

@@ -12,11 +12,9 @@ import pytest
 import torch
 import torch.distributed.fsdp
 
-import evaluate
 import grasp
 from attribution import angular_distances, importance, layer_cosines, sigma_gradients, svd, weight_gradients
 from tests.conftest import output_of, random_model, random_tokens, start, torchrun
-from data import corpus
 from evaluate import perplexity
 from model import load_checkpoint, matrix_names, save_checkpoint
 from runtime import cli, distributed
@@ -71,7 +69,6 @@ def in_each_process(folder):
     """The sweeps of a random model, with whole and with split weights, then the whole job. Four split it."""
     for shard in (False, True)[:1 + CAN_SHARD]:
         write_scores(folder, shard)
-    corpus.load_text = evaluate.load_text = only_process_0_looks
     shard = ["--shard"] * (distributed.count() == 4 and CAN_SHARD)
     sys.argv[1:] = [*JOB, *shard, "--out", f"{folder}/job/out"]
     grasp.main()
@@ -103,12 +100,6 @@ def sweeps(model):
             U, S, Vh = svd(W)
             scores[name] = importance(S, sigma_gradients(U, gradient, Vh))
     return cosines, scores
-
-
-def only_process_0_looks(name, use, data_dir=None):
-    """load_text, which no other process may call."""
-    assert distributed.index() == 0
-    return corpus.embedded_text(use), f"{use}, found by process 0"
 
 
 def small_model():
@@ -153,14 +144,6 @@ def test_the_job_is_the_same_job(n, done, tmp_path, capsys):
     model, other = load_checkpoint(folder / "job/out"), load_checkpoint(tmp_path / "alone")
     for name, p in model.named_parameters():
         assert torch.allclose(p, other.get_parameter(name), rtol=0, atol=1e-5), name
-
-
-@pytest.mark.parametrize("n", [2, 4])
-def test_only_process_0_looks_for_the_texts(n, done):
-    """All calibrate and evaluate on the text that it found."""
-    report = json.loads((done[n][0] / "job/out/report.json").read_text())
-    assert report["calibration"]["text"] == "train, found by process 0"
-    assert report["protocol"]["embedded"]["text"] == "test, found by process 0"
 
 
 @pytest.mark.parametrize("n, shard", [(2, False), (4, False), pytest.param(2, True, marks=SHARD),

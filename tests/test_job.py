@@ -1,11 +1,19 @@
 """The lesson: what all commands that compress share is one object: texts, sweeps, rows, seconds and the report."""
+import json
+import shutil
+
 import pytest
 import torch
 
+import grasp
 from evaluate import perplexity
-from runtime import cli
-from runtime.job import Job
-from tests.conftest import job_of, random_model, random_tokens
+from grasp import compress
+from model import load_checkpoint
+from runtime import cli, files
+from runtime.job import Job, dense_matrices, ratio_that_removes
+from tests.conftest import error_of, job_of, output_of, random_model, random_tokens
+
+QUICK = "--samples 4 --seq-len 32 --windows 1"
 
 
 def tiny(**changes):
@@ -61,10 +69,9 @@ def test_the_report_says_what_ran(capsys):
     job.evaluate()
     report = job.report({"samples": 6, "seq_len": None}, more=1)
     assert report["settings"] == {"samples": 6, "seq_len": 64, "device": "cpu", "dtype": "torch.float32"}
-    assert report["results"] == job.rows and report["more"] == 1 and len(report["calibration"]["offsets"]) == 6
-    assert report["protocol"]["embedded"]["windows"] == 3 and "parameters_after" not in report
-    made = job.made({})
-    assert made["parameters_before"] == made["parameters_after"] == 886_368 and made["seconds"] is job.seconds
+    assert report["versions"]["torch"] == torch.__version__ and report["results"] == job.rows and report["more"] == 1 and len(report["calibration"]["offsets"]) == 6
+    assert report["protocol"]["embedded"]["windows"] == 3
+    assert report["parameters_before"] == report["parameters_after"] == 886_368 and report["seconds"] is job.seconds
 
 
 def test_an_error_in_a_sweep_passes(capsys):
@@ -73,3 +80,45 @@ def test_an_error_in_a_sweep_passes(capsys):
         for batch in job.sweep("attribution"):
             1 / 0
     assert len(list(job.sweep("attribution"))) == 1  # and the next sweep is whole again
+
+
+# ------------------------------------------------------------------------------------- before and after the sweep
+
+@pytest.mark.parametrize("layer_ids, fraction", [([3, 4, 5], 0.1), ([0, 5], 0.05), ([1], 0.09)])
+def test_the_ratio_removes_what_was_asked(layer_ids, fraction):
+    """At most one more component of each matrix goes than would have to."""
+    model = load_checkpoint(cli.TINY)
+    ratio, before = ratio_that_removes(model, layer_ids, fraction), model.n_params
+    more = sum(m + n for m, n in dense_matrices(model, layer_ids).values())  # parameters of a component each
+    list(compress(model, layer_ids, None, ratio, score="magnitude"))
+    assert (1 - fraction) * before - more < model.n_params <= (1 - fraction) * before
+    with pytest.raises(ValueError, match="--remove 0.9: layers .* cannot lose that many parameters"):
+        ratio_that_removes(model, layer_ids, 0.9)
+
+
+def test_a_fraction_of_the_whole_model_can_be_asked_for(nowhere, capsys):
+    out = output_of(grasp.main, f"--layers 2 --remove 0.15 --eval none {QUICK}", capsys)
+    report = json.loads((nowhere / "tiny-grasp/report.json").read_text())
+    assert "method       remove 0.15 of 2 layers, score taylor" in out
+    assert f"asked: remove 0.15, so ratio {report['settings']['ratio']} of layers {report['redundant']}" in out
+    assert 0.84 < report["parameters_after"] / report["parameters_before"] <= 0.85
+
+
+def test_a_full_disk_is_found_before_the_sweep(nowhere, monkeypatch, capsys):
+    usage = shutil.disk_usage(nowhere)._replace(free=1000)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr("runtime.job.calibration_windows", None)
+    line = error_of(grasp.main, f"--layers 2 {QUICK}", monkeypatch, capsys)
+    assert "tiny-grasp: needs 3,545,472 bytes, only 1,000 are free there" in line
+
+
+def test_layers_that_are_low_rank_already_are_not_compressed_again(nowhere, monkeypatch, capsys):
+    output_of(grasp.main, f"--layer-ids 3 5 --eval none {QUICK}", capsys)
+    compressed = f"--ckpt tiny-grasp --eval none --calibration embedded {QUICK}"
+    line = error_of(grasp.main, f"{compressed} --layer-ids 5 3", monkeypatch, capsys)
+    assert "layers [3, 5] are low-rank already; ask for more layers or others" in line
+    out = output_of(grasp.main, f"{compressed} --layer-ids 3 4 --out again", capsys)
+    assert "layers.4.attention.wq" in out and "layers.3" not in out
+    report = json.loads((nowhere / "again/report.json").read_text())
+    assert {record["name"][:9] for record in report["matrices"]} == {"layers.4."}
+    assert report["input"]["redundant"] == [3, 5] and report["input"]["input"] == {}

@@ -102,12 +102,12 @@ def test_bad_tokenizers_are_refused(tmp_path):
         load_tokenizer(tmp_path)
     for content in (b"", b"\x00\x01garbage", b"plain words"):
         (tmp_path / "tokenizer.model").write_bytes(content)
-        with pytest.raises(ValueError, match="tokenizer.model: .* a SentencePiece model, nor"):
+        with pytest.raises(ValueError, match="tokenizer.model: not readable as a tokenizer"):
             load_tokenizer(tmp_path)
     for content in (b"IQ== 0\nIg== 1\n", b"IQ== 5\n", b"@@@@ 0\n"):
         (tmp_path / "tokenizer.model").write_bytes(content)
         with pytest.raises((ValueError, ModuleNotFoundError),
-                           match="expected every rank|not lines of|pip install"):
+                           match="expected every rank|not readable|pip install"):
             load_tokenizer(tmp_path)
 
 
@@ -131,7 +131,7 @@ def test_broken_json_and_ranks_are_refused(tmp_path):
     pytest.importorskip("tokenizers", reason="pip install tokenizers")
     for content in (json.dumps({"model": 1}).encode(), b"{"):
         (tmp_path / "tokenizer.json").write_bytes(content)
-        with pytest.raises(ValueError, match="not a tokenizer.json"):
+        with pytest.raises(ValueError, match="tokenizer.json: not readable as a tokenizer"):
             load_tokenizer(tmp_path)
 
 
@@ -312,13 +312,11 @@ def test_what_only_config_json_says_joins_the_generation_config(tmp_path):
 @pytest.mark.parametrize("name, content, message", [
     ("tokenizer.model", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5",
      "a Git LFS pointer"),
-    ("tekken.json", "{}", "no tokenizer; .*tekken.json is not supported"),
     ("added_tokens.json", '{"<x>": "many"}', "tokenizer_config.json, added_tokens.json: invalid literal"),
     ("generation_config.json", '{"eos_token_id": "</s>"}', "eos_token_id: invalid literal"),
     ("tokenizer_config.json", "[1]", "a JSON list, expected an object")])
 def test_files_that_do_not_fit_are_named(name, content, message, tmp_path):
-    if name != "tekken.json":
-        sentencepiece_folder(tmp_path)
+    sentencepiece_folder(tmp_path)
     (tmp_path / name).write_text(content)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         load_tokenizer(tmp_path)

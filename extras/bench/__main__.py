@@ -14,7 +14,7 @@ from extras.throughput import random_prompt
 from grasp import find_redundant
 from runtime import cli
 from runtime.files import write_json
-from runtime.plan import check_layers
+from runtime.job import check_layers
 
 
 def run(model, windows, size, n, ratio, repeats, before, autograd, svds):
@@ -47,9 +47,7 @@ def main():
         return print(f"\nin GiB, and tokens of the micro-batch that grasp.py chooses on such a card; {str(dtype)[6:]} "
                      f"weights; {a.layers or 'a fifth of the'} layers redundant")
     if a.report:
-        device, why = cli.pick_device(a.device)
-        print(f"device       {device} ({why})")
-        return measure_all(torch.device(device), a.report)
+        return measure_all(torch.device(cli.pick_device(a.device)), a.report)
     example = random_weights(EXAMPLE, torch.float32, cpu)
     turn(example, random_prompt(example, 2, 64, SEED), 2, 1, 0.5)  # what libraries do and take only once, before all
     resets, resident = reset_peak(cpu), peak_bytes(cpu)
@@ -77,9 +75,9 @@ def open_weights(ckpt, shape, smallest, device, dtype):
     """(the dense model that the flags name, its tokenizer or None); smallest: the one that --growth starts from."""
     if smallest or shape:
         sizes, usual = (SHAPES[shape], torch.bfloat16) if shape else (SMALLEST, torch.float32)
-        device, why = cli.pick_device(device)
+        device = cli.pick_device(device)
         model = random_weights(sizes, cli.DTYPES.get(dtype, usual), device)
-        cli.introduce(f"{shape or 'the smallest'}, random weights", model, why, "by default, or as asked")
+        cli.introduce(f"{shape or 'the smallest'}, random weights", model)
         return model, None
     return open_dense(ckpt, device, dtype)
 

@@ -47,7 +47,7 @@ PROMPT, NEW, BATCH_SIZES = 128, 64, (1, 8)
 def measure_all(device, file):
     """Measure all parts on a device; write FILE.json and FILE.md after each, and print its table."""
     end, texts = time.monotonic() + LIMIT, [f"# {describe(device)}"]
-    results = {"device": describe(device), "versions": cli.versions()}
+    results = {"device": describe(device)}
     example = random_weights(EXAMPLE, torch.bfloat16, device)
     turn(example, random_prompt(example, 2, 64, SEED), 2, 1, 0.5)  # what libraries do only once
     parts = {"phases, " + shape: partial(phases, shape) for shape in PHASES}

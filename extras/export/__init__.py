@@ -22,8 +22,7 @@ from extras.export.dense import narrowed
 from extras.export.hugging_face import CODE, low_rank_config, write_hf
 from extras.export.llama_cpp import write_gguf
 from extras.export.meta import write_meta
-from runtime import cli
-from runtime.files import atomic_write, check_output
+from runtime.files import atomic_write, check_output, optional_json
 
 
 def export(model, tokenizer, out, layout="hf", shard="5GB", source=None, outtype=None):
@@ -34,7 +33,7 @@ def export(model, tokenizer, out, layout="hf", shard="5GB", source=None, outtype
     ValueError where the layout cannot say what the model is, OSError where `out` cannot be written.
     """
     check_output(out)
-    text = card(model, source and cli.earlier_report(source), layout, Path(out).name, source)
+    text = card(model, source and optional_json(Path(source) / "report.json"), layout, Path(out).name, source)
     model = narrowed(model)
     with atomic_write(out) as folder:
         folder.mkdir()

@@ -6,14 +6,15 @@ import torch
 from data.checkpoint import own_storage, read_args
 from extras.export.dense import dense_shapes, dense_weight
 from extras.export.tokenizer import is_json
-from runtime.files import write_json
+from runtime.files import error_prefix, write_json
 
 
 def write_meta(model, tokenizer, folder):
     """params.json, consolidated.00.pth and the tokenizer's file. A tied head is named too: Meta's code asks for it."""
     write_json(folder / "params.json", meta_params(model.args))
     tensors = {name: own_storage(dense_weight(model, name).detach()) for name in dense_shapes(model)}
-    torch.save({"output.weight": tensors["tok_embeddings.weight"], **tensors}, folder / "consolidated.00.pth")
+    with error_prefix("consolidated.00.pth: could not be written"):
+        torch.save({"output.weight": tensors["tok_embeddings.weight"], **tensors}, folder / "consolidated.00.pth")
     if is_json(tokenizer.files[tokenizer.file.name]):
         print("tokenizer    a tokenizer.json, copied as it is: Meta's own code reads only a tokenizer.model")
     for name, content in tokenizer.files.items():

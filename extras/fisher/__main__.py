@@ -1,4 +1,8 @@
-"""The command `python -m extras.fisher`."""
+"""The command `python -m extras.fisher`. Its --calibration takes A+B too: half of the windows from each text."""
+from pathlib import Path
+
+import torch
+
 from data.corpus import calibration_windows
 from extras import DENSE, fisher, open_dense
 from extras.baselines import blocks_params
@@ -6,13 +10,13 @@ from extras.fisher import shapes
 from grasp import SCORES, find_redundant
 from model import save_checkpoint
 from runtime import cli
-from runtime.files import check_output
-from runtime.job import Job
-from runtime.plan import check_layers
+from runtime.files import check_output, optional_json
+from runtime.job import Job, check_layers
 
 
 def main():
     a = parse()
+    earlier = optional_json(a.ckpt / "report.json")
     model, tokenizer = open_dense(a.ckpt, a.device, a.dtype)
     if a.layers or a.layer_ids:
         check_layers(model.args.n_layers, a.layers, a.layer_ids)
@@ -23,9 +27,10 @@ def main():
                          f"of the {blocks:,} in the blocks, expected at least 1 and not all")
     print(f"method       {method(a)}; {budget:,} parameters to remove, {100 * budget / blocks:.1f} % of the blocks' and "
           f"{100 * budget / job.before:.1f} % of the model's")
-    job.calibrate(tokenizer, a.calibration, a.seed, a.data_dir)
+    job.windows, job.calibration = mixed_windows(tokenizer, a.calibration, job.samples, job.seq_len, a.seed, a.data_dir)
+    print(f"calibration  {job.calibration['protocol']}, batches of {job.size}\n")
     job.read_texts(tokenizer, a.eval, a.windows, a.data_dir)
-    others = a.shape == "llama" and calibration_windows(  # drawn anew: from a short text they overlap the first ones
+    others = a.shape == "llama" and mixed_windows(  # drawn anew: from a short text they overlap the first ones
         tokenizer, a.calibration, job.samples // 4 + 1, job.seq_len, a.seed + 1, a.data_dir)[0].split(job.size)
     job.evaluate()
     made = {}  # for the report
@@ -44,9 +49,19 @@ def main():
     gone = job.before - model.n_params
     print(f"\n{job.table()}\nasked: {budget:,} parameters less; achieved: {job.achieved()}, "
           f"{100 * gone / blocks:.1f} % of the blocks'")
-    report = job.made(vars(a), **made, input=cli.earlier_report(a.ckpt))
+    report = job.report(vars(a), **made, input=earlier)
     save_checkpoint(model, a.out, report, tokenizer.files, a.overwrite)
     print(f"written to {a.out}")
+
+
+def mixed_windows(tokenizer, names, samples, seq_len, seed, data_dir=None):
+    """(windows (samples, seq_len) of a training text, or for "A+B" equally many of each text; what they are)."""
+    parts = [names] if Path(names).is_file() else names.split("+")
+    drawn, reports = zip(*(calibration_windows(tokenizer, name, (samples + i) // len(parts), seq_len, seed, data_dir)
+                           for i, name in enumerate(parts)))
+    if len(parts) == 1:
+        return drawn[0], reports[0]
+    return torch.cat(drawn), {"parts": list(reports), "protocol": " + ".join(r["protocol"] for r in reports)}
 
 
 def method(a):
@@ -92,7 +107,7 @@ def parse():
         raise ValueError("--multiple is for --shape widths or llama")
     a.mlp = a.mlp or ("channels" if free else "components")
     a.multiple = a.multiple or 64
-    check_output(a.out, a.overwrite, [a.ckpt])
+    check_output(a.out, a.overwrite)
     return a
 
 

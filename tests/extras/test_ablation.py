@@ -12,7 +12,7 @@ import torch
 
 import evaluate
 import grasp
-from tests.conftest import ROOT, error_of, job_of, random_model, random_tokens
+from tests.conftest import ROOT, another_tokenizer, error_of, job_of, random_model, random_tokens
 from data.corpus import random_windows
 from extras import ablation
 from extras.controls import drop_layers
@@ -257,8 +257,6 @@ def test_a_row_is_the_row_of_the_command_grasp(nowhere, monkeypatch, capsys):
     ("samples --layers 2 --figure a.png", "--figure: for the studies score and labels"),
     ("score --layers 2 --samples 4 8", "--samples [4, 8]: the samples study varies it, the score study takes 1"),
     ("score --layers 2 --thresholds 0.1", "--thresholds [0.1]: the budget study varies it, the score study takes none"),
-    ("score --layers 2 --json no/such/file", "no/such/file: cannot be written"),
-    ("score --layers 2 --json .", "--json: .: not a file"),
     ("samples --layers 2 --samples 4", "--samples: the samples study takes at least 2, each once; got [4]"),
     ("samples --layers 2 --samples 4 4", "at least 2, each once; got [4, 4]"),
     ("seeds --layers 2 --seeds -1 2", "argument --seeds: '-1', expected a whole number from 0 to 2^63 - 1"),
@@ -276,9 +274,10 @@ def test_mistakes_are_one_line_before_any_sweep(words, message, nowhere, monkeyp
 
 
 def test_texts_that_the_study_compares_are_never_replaced(nowhere, monkeypatch, capsys):
-    shutil.copytree(cli.TINY, "dense")  # a model like any other
+    shutil.copytree(cli.TINY, "dense")  # a model like any other: it is not known by its tokenizer
+    another_tokenizer("dense")
     error = error_of(ablation.main, "calibration --layers 2 --ckpt dense", monkeypatch, capsys)
-    assert "wikitext-2-raw/wiki.train.raw: not in --data-dir" in error
+    assert "wikitext-2-raw/wiki.train.raw: not in " in error
 
 
 def test_files_of_one_name_are_two_variants():

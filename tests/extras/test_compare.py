@@ -324,7 +324,6 @@ def test_texts_of_any_file_are_columns(run, capsys):
     ("--layers 2 --seq-len 257", "--seq-len 257: expected 2 to 256"),
     ("--layers 2 --calibration short", "the calibration text has 3 tokens, too few"),
     ("--layers 2 --eval short", "the evaluation text has 3 tokens, too few"),
-    ("--layers 2 --json no/such/file", "no/such/file: cannot be written"),
     ("--layers 2 --ckpt small", "small: is compressed already, expected a dense folder")])
 def test_mistakes_are_one_line_before_any_method(words, message, nowhere, monkeypatch, capsys):
     (nowhere / "short").write_text("if x")

@@ -79,7 +79,7 @@ def test_random_factors_have_the_norms_and_not_the_directions(run):
     ("dropped", {"settings": {"ckpt": "gone", "score": "taylor", "dtype": "torch.float32"}}, "gone: no such folder"),
     ("dropped", {"redundant": [5, 2]}, "redundant is missing or not as grasp.py writes it"),
     ("dropped", {"redundant": [2, 5, 9]}, "tiny: a model of 8 layers, but the report is of layers [2, 5, 9]"),
-    ("random --out small --overwrite", {}, "--out small: is the input"),
+    ("random --out small", {}, "small: exists; choose another"),
     ("random --dense small", {}, "--dense has no use with random"),
     ("svd --dense small", {}, "layers.2.attention.wq is low-rank, expected a dense matrix"),
     ("random --seed -1", {}, "argument --seed"),

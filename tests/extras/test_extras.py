@@ -21,7 +21,7 @@ def test_the_core_imports_none_of_them_and_no_optional_package():
 
 def test_each_says_how_it_is_run_and_has_its_place_in_the_readmes():
     first, all_of_them = (ROOT / "README.md").read_text(), (ROOT / "extras/README.md").read_text()
-    assert len(DOCUMENTED) == 13
+    assert len(DOCUMENTED) == 14
     for name, file in DOCUMENTED.items():
         command = f"python -m extras.{name}"
         assert command in file.read_text() and command in all_of_them

@@ -7,7 +7,7 @@
 A third of the moments is aimed at a write, which takes milliseconds: 0 to 30 ms after a temporary path of
 runtime/files.py appears. The others lie anywhere from where cli.command has its handlers in place. After SIGKILL one
 command in four runs again, to its end, which must take away what the killed one left. Killed between the two renames
-of an overwrite, a target may be absent if the old folder waits, complete, beside it. Two commands run at a time.
+of an overwrite, a target may be absent if the old folder waits, complete, in the temporary one. Two commands run at a time.
 """
 import ctypes
 import hashlib
@@ -39,24 +39,23 @@ from extras.bench import random_weights
 from model import save_checkpoint
 from runtime import cli
 from runtime.cli import TINY
-from runtime.files import remove
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 COUNTS = {"signals": 100, "disk": 10, "load": 50}
 SIGNALS = {"SIGINT": "130 interrupted", "SIGTERM": "143", "SIGKILL": "-9"}  # the end of a command that obeys
-TEMPORARY = ".partial-"  # in the names of runtime/files.py's temporary paths
+TEMPORARY = ".partial-"  # in the names of runtime/files.py's temporary folders
 ERROR = "2 error: .*"  # one line: a dot is no newline
 # states before and after, its files' pages, temporary paths, seconds from the handlers to the last of them
 Command = namedtuple("Command", "words before whole pages writes seconds")
-DOWNLOAD = """import sys, time, evaluate, data.corpus as corpus
+DOWNLOAD = """import sys, time, extras.texts as texts
 def slowly(path, content):
     with open(path, "wb") as file:
         for start in range(0, len(content), 2 ** 14):
             time.sleep(file.write(content[start:start + 2 ** 14]) / 2 ** 21)
-corpus.Path.write_bytes = slowly
-corpus.CACHE, corpus.WIKITEXT, corpus.SHA256["wikitext-2-raw/wiki.test.raw"] = (
-    corpus.Path("there"), *sys.argv.pop(1).split())
-evaluate.cli.command(evaluate.main)"""
+texts.Path.write_bytes = slowly
+texts.NAMES = ["wikitext-2-raw/wiki.test.raw"]
+texts.WIKITEXT, texts.SHA256[texts.NAMES[0]] = sys.argv.pop(1).split()
+texts.cli.command(texts.main)"""
 
 
 class Slow(SimpleHTTPRequestHandler):
@@ -83,7 +82,7 @@ def commands(work):
     url, digest = f"http://127.0.0.1:{server.server_port}/text.zip", hashlib.sha256(text.encode()).hexdigest()
     export = ["-m", "extras.export", "--ckpt", small, "--out", "there/out", "--format"]
     return {"grasp": grasp, "grasp --overwrite": [*grasp, "--overwrite"],
-            "download": ["-c", DOWNLOAD, f"{url} {digest}", "--data", "wikitext2", "--windows", 1],
+            "download": ["-c", DOWNLOAD, f"{url} {digest}", "there"],
             "evaluate --json": [ROOT / "evaluate.py", "--windows", 1, "--json", "there/out.json"],
             "recover": ["-m", "extras.recover", "--ckpt", small, "--data", records, "--out", "there/out", "--held-out",
                         2, "--batch-size", 2, "--micro-batch", 2, "--epochs", 1, "--save-every", 1],
@@ -98,9 +97,8 @@ def start(words, folder, **how):
 
 
 def ended(process):
-    """The exit code and what stderr says, but for the line that tells of a download."""
+    """The exit code and what stderr says."""
     _, err = process.communicate()
-    err = re.sub("downloading .*\n", "", err)
     return f"{process.returncode} {err.strip()}".strip()
 
 
@@ -119,7 +117,7 @@ def writes(process, folder):
     """Yield whenever a temporary path appears, for as long as the process runs."""
     seen = set()
     while process.poll() is None:
-        now = {path for path in temporaries(folder) if not path.name.endswith("-old")}
+        now = {*temporaries(folder)}
         yield from now - seen
         seen = now
         time.sleep(0.001)
@@ -225,15 +223,15 @@ def hit(work, name, made, kind, write, delay, again):
     writing, begun = bool(temporaries(there)), time.monotonic()
     process.send_signal(number)
     end, seconds, left = ended(process), time.monotonic() - begun, temporaries(there)
-    right = f"{SIGNALS[kind]}|0|-{number:d}", SIGNALS[kind]  # whole, it may have been on its way out of Python
+    right = rf"{SIGNALS[kind]}|0(.|\n)*|-{number:d}", SIGNALS[kind]  # whole, it may have been on its way out of Python
     if again:
         end, right = ended(start(made.words, there.parent)), (f"0|{ERROR}exists; choose another.*", "")
     for path in left if kind == "SIGKILL" and not again else []:
         target = path.with_name(path.name[1:].rpartition(TEMPORARY)[0])
-        if path.name.endswith("-old") and not target.exists():
-            path.rename(target)  # killed between the two renames
-        else:
-            remove(path)
+        old = path / f"{target.name}.old"
+        if old.exists() and not target.exists():
+            old.rename(target)  # killed between the two renames
+        shutil.rmtree(path)
     what, fault = judge(made, state(there), end, *right)
     shutil.rmtree(there.parent)
     return what, fault, writing, bool(left), again, seconds

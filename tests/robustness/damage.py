@@ -158,7 +158,8 @@ def replace(folder, rng):
         file.symlink_to(LINKS[how].format(file.name))
     elif how in contents:
         file.write_bytes(contents[how])
-        os.truncate(file, BIG if how == "sparse" else len(contents[how]))
+        if how == "sparse" and file.suffix in (".pth", ".safetensors"):  # other files are read whole
+            os.truncate(file, BIG)
     elif how != "nothing":
         (os.mkdir if how == "folder" else os.mkfifo)(file)
     return f"{file.name} is {how}"
@@ -225,8 +226,7 @@ def json_file(folder, rng):
     text = file.read_bytes()
     return written(rng, file, {
         "in a list": b"[" + text + b"]", "deep": b'{"a":' * 10 ** 6 + b"1" + b"}" * 10 ** 6, "a number": b"7",
-        "bomb": text.rstrip()[:-1] + b', "bomb": [' + b"[]," * 10 ** 7 + b"1]}", "with NUL": text + b"\0",
-        "byte order mark": b"\xef\xbb\xbf" + text, "UTF-16": text.decode().encode("utf-16"), "twice": text + text,
+        "with NUL": text + b"\0", "byte order mark": b"\xef\xbb\xbf" + text, "UTF-16": text.decode().encode("utf-16"), "twice": text + text,
         "Latin-1": text.replace(b'"', b'"\xe9', 1), "spaces": b" " * 1000 + text + b"\n" * 1000})
 
 
@@ -238,8 +238,7 @@ PUT = {  # file: {where in it: what may stand there}
     "tokenizer.json": {
         ("model", "vocab", "e"): [2 ** 31, 2 ** 32 - 1, 2 ** 32, -1, 10 ** 6, 1.5, 0, 600, 599],
         ("model", "vocab"): [{}, {"e": 0}], ("model", "merges", 0): [["no", "such"], ["a"], ["e", "e"], None],
-        ("model", "type"): ["WordLevel", "Unigram", "WordPiece", "x", None], ("model", "dropout"): [0.5, 2.0, -1, 1.0],
-        ("model", "unk_token"): ["<unk>", "<s>"], ("model", "continuing_subword_prefix"): ["é", "##"],
+        ("model", "type"): ["WordLevel", "Unigram", "WordPiece", "x", None], ("model", "unk_token"): ["<unk>", "<s>"],
         ("model",): [{"type": "Unigram", "unk_id": unk, "vocab": vocab} for unk in (None, 0, 99) for vocab in (
             [], [["a", 0.0]], [["a", 1e308], ["b", -1e308]])],
         ("pre_tokenizer",): [None, *({**SPLIT, "pattern": {"Regex": r}} for r in ("(a+)+$", "(", "(x*)*y", ""))],

@@ -84,7 +84,7 @@ def test_killed_between_the_two_renames_the_old_folder_waits(tmp_path):
     made = MADE._replace(words=["-c", RENAMING], before=state(new_case(tmp_path, "--overwrite")))
     for kind in crashes.SIGNALS:
         assert hit(tmp_path, "--overwrite", made, kind, 1, 1.0, False)[:2] == ("as before", "")
-    spoiled = RENAMING.replace("time.sleep", "next(Path('there').glob('.*-old/params.json')).unlink() or time.sleep")
+    spoiled = RENAMING.replace("time.sleep", "next(Path('there').glob('.*/*.old/params.json')).unlink() or time.sleep")
     what, fault, *_ = hit(tmp_path, "--overwrite", made._replace(words=["-c", spoiled]), "SIGKILL", 1, 1.0, False)
     assert what == "cut"
 

@@ -131,17 +131,6 @@ def test_other_ways_to_fail_are_caught(fault, outcome, tried, monkeypatch):
     assert found == outcome and failure
 
 
-def test_memory_is_watched(tried, monkeypatch, tmp_path):
-    """A megabyte of JSON is all that is read of a bomb; a reader without that limit is caught."""
-    def bomb(folder):
-        (folder / "params.json").write_bytes(b'{"a": [' + b"[]," * 15 * 10 ** 6 + b"1]}")
-
-    assert tried(bomb) == ("refused", None)
-    shutil.rmtree(tmp_path / "work")
-    monkeypatch.setattr(read_json, "__defaults__", (2 ** 30,))
-    assert tried(bomb)[0] == "memory"
-
-
 # ------------------------------------------------------------------------------------------------ archives
 
 def saved(tensors, folder):
@@ -216,8 +205,7 @@ def test_records_are_as_long_as_the_table_says_and_lie_open(tmp_path):
 # ------------------------------------------------------------------------------------------------ JSON and files
 
 @pytest.mark.parametrize("content, message", [
-    ('{"a":' * 10 ** 5, "not JSON"), ("1" * 10 ** 5, "not JSON"), ("\ufeff{}", "not JSON"), ("[1]", "a JSON list"),
-    (" " * (2 ** 20 + 1), "more than 1,048,576 bytes")])
+    ('{"a":' * 10 ** 5, "not JSON"), ("1" * 10 ** 5, "not JSON"), ("\ufeff{}", "not JSON"), ("[1]", "a JSON list")])
 def test_json_that_is_not_ours(content, message, tmp_path):
     (tmp_path / "params.json").write_text(content)
     with pytest.raises(ValueError, match=f"params.json: .*{message}|params.json: {message}"):
@@ -227,7 +215,7 @@ def test_json_that_is_not_ours(content, message, tmp_path):
 def test_a_disk_that_fails_names_the_file(tmp_path):
     (tmp_path / "a").symlink_to("/proc/self/mem")  # opens, and gives an I/O error when it is read
     with pytest.raises((OSError, ValueError), match="/a: .*Input/output error"):
-        read_bytes(tmp_path / "a", 10)
+        read_bytes(tmp_path / "a")
 
 
 def test_links_to_good_files_work_and_loops_are_one_line(tmp_path, monkeypatch, capsys):
@@ -238,7 +226,7 @@ def test_links_to_good_files_work_and_loops_are_one_line(tmp_path, monkeypatch, 
     assert load_checkpoint(tmp_path / "links").args == load_checkpoint(tmp_path / "good").args
     (tmp_path / "links/model.safetensors").unlink()
     (tmp_path / "links/model.safetensors").symlink_to("model.safetensors")
-    assert "looked for config.json with model*.safetensors" in error_of(
+    assert "looked for config.json with model.safetensors" in error_of(
         evaluate.main, f"--ckpt {tmp_path / 'links'}", monkeypatch, capsys)
 
 
@@ -267,25 +255,8 @@ def test_a_library_that_panics_is_one_error(tmp_path):
         load_tokenizer(tmp_path).stream(" " * 10 ** 6)
 
 
-def test_what_would_abort_the_library_never_reaches_it(json_tokenizer):
-    with pytest.raises(ValueError, match="tokenizer.json: .*continuing_subword_prefix"):
-        json_tokenizer(lambda table: table["model"].update(continuing_subword_prefix="##"))
-
-
-def test_no_merge_is_left_to_chance(json_tokenizer):
-    tokenizer = json_tokenizer(lambda table: table["model"].update(dropout=0.5))
-    assert len({tuple(tokenizer.encode(TEXT[:500])) for _ in range(5)}) == 1
-
-
 def test_a_token_beyond_the_vocabulary_is_refused(json_tokenizer):
     tokenizer = json_tokenizer(lambda table: table["post_processor"]["special_tokens"]["<s>"].update(ids=[700]))
     tokenizer.rows = 600
     with pytest.raises(ValueError, match="tokenizer.json: token 700 .* of this text has no row in the model"):
         tokenizer.stream("a")
-
-
-def test_an_endless_tokenizer_is_not_read(tmp_path):
-    with open(tmp_path / "tokenizer.model", "wb") as f:
-        f.truncate(2 ** 40)
-    with pytest.raises(ValueError, match="tokenizer.model: more than 33,554,432 bytes"):
-        load_tokenizer(tmp_path)

@@ -74,7 +74,7 @@ def run_everything():
         extras.baselines.lorap --ratio 0.9 {quick}
         extras.zeroshot --ckpt small --local zeroshot --tasks openbookqa --limit 2
         evaluate --data wikitext2
-        evaluate --data ptb
+        extras.texts there
         """
     done = []
     for name, *words in map(str.split, commands.strip().splitlines()):
@@ -88,7 +88,7 @@ def run_everything():
 
 
 def test_every_command_runs_without_processes_connections_and_pickles(tmp_path):
-    from data.corpus import PTB, WIKITEXT
+    from extras.texts import PTB, WIKITEXT
     from tests.conftest import run
     (tmp_path / "home").mkdir()
     (tmp_path / "work").mkdir()
@@ -98,11 +98,11 @@ def test_every_command_runs_without_processes_connections_and_pickles(tmp_path):
         "PYTHONDONTWRITEBYTECODE": "1", "GRASP_DATA": ""})
     assert child.returncode == 0, child.stderr
     done, seen = json.loads(child.stdout.splitlines()[-1])
-    *offline, wikitext2, ptb = done
+    *offline, wikitext2, texts = done
     assert [code for _, code in offline] == [None] * len(offline), child.stderr
-    assert wikitext2[1] == ptb[1] == 2  # only these tried to download, over https
+    assert wikitext2[1] == texts[1] == 2  # only the second tried to download, over https
     tried = [event for event in seen if not event.startswith(LIBRARIES)]
-    assert [event.split("'")[1] for event in tried] == [WIKITEXT, PTB + "ptb.valid.txt"], tried
+    assert [event.split("'")[1] for event in tried] == [WIKITEXT], tried
     assert WIKITEXT.startswith("https://") and PTB.startswith("https://")
     assert {words.split()[0] for words, _ in done} == {
         "grasp", "evaluate", "extras.baselines.lorap",
@@ -143,7 +143,7 @@ def test_the_source_has_nothing_that_runs_code_from_a_file():
                     assert any(k.arg == "weights_only" and k.value.value is True for k in node.keywords), file
                 if called == "np.load" or called == "numpy.load":
                     assert not any(k.arg == "allow_pickle" for k in node.keywords), file
-    assert places["urllib"] == {"corpus.py"} and places["torch.load"] > 0
+    assert places["urllib"] == {"texts.py"} and places["torch.load"] > 0
     assert places["subprocess"] == {"smollm2.py", "crashes.py"}
 
 

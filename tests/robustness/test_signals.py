@@ -1,4 +1,4 @@
-"""The lesson: Ctrl-C, SIGTERM and SIGHUP end a command quietly, and remove what it was writing.
+"""The lesson: Ctrl-C and SIGTERM end a command quietly, and remove what it was writing.
 
 Each command is a child process. tests/robustness/crashes.py hits commands at hundreds of random moments.
 """
@@ -56,9 +56,9 @@ cli.command(grasp.main, parallel=True)
 
 
 @pytest.mark.parametrize("number, exit_code, told", [(signal.SIGINT, 130, "\ninterrupted\n"),
-                                                     (signal.SIGTERM, 143, ""), (signal.SIGHUP, 129, "")])
+                                                     (signal.SIGTERM, 143, "")])
 def test_a_signal_ends_a_sweep(number, exit_code, told, tmp_path):
-    """Ctrl-C says so, on its own line. The others are silent."""
+    """Ctrl-C says so, on its own line. SIGTERM is silent."""
     process = started(SLOW, tmp_path, 600)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
@@ -71,27 +71,6 @@ def test_an_ignored_signal_stays_ignored(tmp_path):
     process.send_signal(signal.SIGHUP)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and "written to out" in out, err
-
-
-# ------------------------------------------------------------------------------------------- after the work
-
-LATE = """
-import atexit, time
-from runtime import cli
-def at_exit():
-    print("there", flush=True)
-    time.sleep(0.5)
-cli.command(lambda: atexit.register(at_exit))  # as libraries do that the work imports
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_while_python_shuts_down_prints_nothing(number, tmp_path):
-    """The work is done by then."""
-    process = started(LATE, tmp_path)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (0, "")
 
 
 # ------------------------------------------------------------------------------------------- during a write
@@ -110,19 +89,9 @@ pathlib.Path.write_bytes = slow
 model, tokenizer = random_model(), {"tokenizer.model": b""}
 cli.command(lambda: save_checkpoint(model, "out", {"new": 1}, tokenizer, overwrite=True))
 """
-SLOW_REMOVAL = """
-import time
-from runtime import files
-remove = files.remove
-def slowly(path):
-    print("removing", flush=True)
-    time.sleep(0.5)
-    remove(path)
-files.remove = slowly
-"""
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_during_an_overwrite_keeps_the_old_folder(number, tmp_path):
     """Only SIGKILL leaves the temporary folder behind, until the next write."""
     save_checkpoint(random_model(), tmp_path / "out", {"old": 1})
@@ -136,12 +105,3 @@ def test_a_signal_during_an_overwrite_keeps_the_old_folder(number, tmp_path):
     save_checkpoint(random_model(), tmp_path / "out", {"new": 1}, overwrite=True)
     assert names(tmp_path) == ["out"] and read_json(tmp_path / "out/report.json") == {"new": 1}
     assert load_checkpoint(tmp_path / "out").n_params == random_model().n_params
-
-
-def test_a_second_signal_does_not_interrupt_the_clean_up(tmp_path):
-    process = started(SLOW_REMOVAL + WRITING, tmp_path)
-    process.send_signal(signal.SIGINT)
-    assert process.stdout.readline() == "removing\n"
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode == 130 and names(tmp_path) == []
