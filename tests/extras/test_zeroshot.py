@@ -311,7 +311,7 @@ def test_a_bad_record_is_named(tmp_path, name, records, message):
     (["--include", "nowhere"], "--include nowhere: no such folder"),
     (["--local", "nowhere"], "nowhere/openbookqa.jsonl"),
     (["--local", ".", "--num-fewshot", "2"], "--num-fewshot: --local has no examples"), (["--num-fewshot", "-1"], "0 to 1,000"),
-    (["--limit", "0"], "--limit"), (["--json", "."], "--json"),
+    (["--limit", "0"], "--limit"),
     (["--ckpt", "nowhere"], "nowhere: no such folder"), (["--frobnicate"], "--frobnicate"),
 ])
 def test_bad_words_are_refused(words, message, monkeypatch, tmp_path):
