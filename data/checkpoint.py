@@ -10,6 +10,7 @@ The format is detected from the files; the folder's name does not matter.
 import json
 import zipfile
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
@@ -125,7 +126,10 @@ def read_pth(file: Path) -> dict[str, Tensor]:
         sizes = [record.compress_size for record in records if "/data/" in record.filename]
         if not distributed.index() and (bad := archive.testzip()):
             raise ValueError(f"wrong CRC-32 of {bad}")
-    tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except UnpicklingError:  # torch's own message says how to run the code inside
+        raise ValueError("it holds more than tensors") from None
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors.values()}
     if [storages[place] for place in sorted(storages)] != sizes:  # in the file's order
         raise ValueError("the sizes of the tensors' storages are not those of the archive's records")

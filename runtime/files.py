@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 OURS = ("params.json", "consolidated.00.pth", "report.json")  # in every folder that is written
+TOKENIZER = ("tokenizer", "added_tokens", "special_tokens_map", "generation_config", "chat_template")
 
 
 @contextmanager
@@ -41,13 +42,15 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 def check_output(path: str | Path, overwrite: bool = False) -> None:
     """Check, before any long work, that a checkpoint folder can be written to `path`. Raises OSError.
 
-    overwrite: whether a folder that this project wrote is replaced, whatever else is in it.
+    overwrite: whether a folder that this project wrote, and that holds nothing else, may be replaced.
     """
     path = Path(path)
     TemporaryFile(dir=path.absolute().parent).close()  # the folder is there and can be written to
     if os.path.lexists(path) and not overwrite:
         raise FileExistsError(f"{path}: exists; choose another, or overwrite it (with --overwrite)")
-    if os.path.lexists(path) and not all((path / name).is_file() for name in OURS):
+    names = {*os.listdir(path)} if path.is_dir() else set()
+    ours = names >= {*OURS} and all(name.startswith(OURS + TOKENIZER) for name in names)
+    if os.path.lexists(path) and not ours:
         raise FileExistsError(f"{path}: --overwrite replaces only a folder of this project (report.json)")
 
 

@@ -290,7 +290,7 @@ BAD = {
     "not a table": (lambda f: torch.save([torch.ones(1)], f / "consolidated.00.pth"),
                     "not readable as plain tensors.*list"),
     "an object": (tensors(lambda t: t.update(code=Payload())),
-                  "not readable as plain tensors .*: Weights only load failed"),
+                  "not readable as plain tensors .*: it holds more than tensors"),
     "cut": (cut, "not readable as plain tensors"),
     "empty": (lambda f: (f / "consolidated.00.pth").write_bytes(b""), "not readable as plain tensors"),
     "a shard too many": (lambda f: shutil.copy(f / "consolidated.00.pth", f / "consolidated.01.pth"),
