@@ -50,7 +50,7 @@ VALUES = {  # flag: (the studies that vary it, its values there, its value in th
     "thresholds": (("budget",), [0.1, 0.2, 0.4], [])}
 
 
-def studies(calibration=(), samples=(), seeds=(), thresholds=(), ratios=(), shifts=()):
+def studies(calibration=(), samples=(), seeds=(), thresholds=(), ratios=(), shifts=(1,)):
     """{study: [(name of a variant, what it changes)]}. Those of one "group" are compared with the first of it."""
     pairs = [((f"threshold {t}", {"ratio": None, "threshold": t, "group": t}), ("ratio", {"ratio": EQUAL, "group": t}))
              for t in thresholds]
@@ -60,18 +60,23 @@ def studies(calibration=(), samples=(), seeds=(), thresholds=(), ratios=(), shif
         "schedule": [("one-shot", {"iterative": False}), ("iterative", {"iterative": True})],
         "budget": [variant for pair in pairs for variant in pair],
         "seeds": [(f"seed {s}", {"seed": s}) for s in seeds],
-        "score": grid(ratios, seeds, [1]), "labels": grid(ratios, seeds, shifts)}
+        "score": grid(ratios, seeds, [1]), "labels": grid(ratios, seeds, sorted(shifts))}
 
 
 def grid(ratios, seeds, shifts):
-    """The variants of the studies `score` and `labels`. What no seed changes is there once."""
-    ranked = [(f"{score}, label shift {shift}", {"score": score, "label_shift": shift})
-              for shift in shifts for score in SCORES if score != "magnitude"]
-    rows = [(name, {**changes, "seed": seed, "ratio": ratio, "group": (seed, ratio)}) for seed in seeds
-            for name, changes in [*ranked, ("random", {"score": "random"})] for ratio in ratios]
-    rows += [("magnitude", {"score": "magnitude", "seed": seed, "ratio": ratio, "group": (seed, ratio)})
-             for seed in seeds[:1] for ratio in ratios]
-    return rows + [("dropped", {"score": "dropped", "seed": seed, "ratio": None, "group": None}) for seed in seeds[:1]]
+    """The variants of the studies `score` and `labels`. What no seed changes is there once.
+
+    Those of one label shift follow each other, so that they share a sweep; what needs none comes with the first.
+    """
+    ranked = [(f"{score}, label shift {shift}", score, shift) for shift in shifts for score in SCORES
+              if score != "magnitude"]
+    rows = []
+    for seed in seeds:
+        beside = ["random", "magnitude", "dropped"] if seed == seeds[0] else ["random"]
+        shared = sorted([*ranked, *((score, score, shifts[0]) for score in beside)], key=itemgetter(2))
+        rows += [(name, {"score": score, "label_shift": shift, "seed": seed, "ratio": ratio, "group": (seed, ratio)})
+                 for name, score, shift in shared for ratio in (ratios if score != "dropped" else [None])]
+    return rows
 
 
 def ablate(job, variants, windows, layers=None, layer_ids=None):

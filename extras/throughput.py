@@ -214,7 +214,7 @@ def parse():
     add = p.add_argument_group("evaluation").add_argument
     add("--eval", nargs="+", metavar="TEXT", default=[], help=f"{text_names('test')} or files (default: none)")
     add("--windows", type=cli.positive, metavar="N", help="only the first N windows of each text (default: all)")
-    add("--data-dir", metavar="DIR", help="folder of the texts (default: $GRASP_DATA, then the cache, then a download)")
+    add("--data-dir", metavar="DIR", help="folder of the texts (default: $GRASP_DATA, else ~/.cache/grasp)")
     cli.machine_flags(p)
     a = p.parse_args()
     for engine in a.engines:

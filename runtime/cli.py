@@ -81,8 +81,8 @@ def evaluation_flags(parser: Parser):
     add("--eval", "--data", nargs="+", metavar="TEXT",
         help=f"{text_names('test')} or files; the word none skips it (default: wikitext2 ptb; {EMBEDDED})")
     add("--windows", type=positive, metavar="N", help="only the first N windows of each text (default: all)")
-    add("--data-dir", metavar="DIR", help="folder with wikitext-2-raw/ and ptb/ (default: $GRASP_DATA, then "
-        "the cache, then a download)")
+    add("--data-dir", metavar="DIR", help="folder with wikitext-2-raw/ and ptb/ (default: $GRASP_DATA, else "
+        "~/.cache/grasp)")
     return group
 
 
