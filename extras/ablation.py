@@ -86,13 +86,17 @@ def ablate(job, variants, windows, layers=None, layer_ids=None):
     which they are. Row: that of the table, and the settings, the redundant layers, the matrices as `compress` records
     them, and the fraction of its components kept `in_common` with the first variant of its group.
     """
-    swept, row, firsts, model = None, None, {}, job.model
+    drawn, shift, row, firsts, model = None, None, None, {}, job.model
     blocks, args = model.layers, model.args
     for name, s in variants:
-        if swept != (DRAWN_BY(s), s["label_shift"]):
-            swept, G = (DRAWN_BY(s), s["label_shift"]), None  # the old windows' gradients make room
-            job.windows = windows[DRAWN_BY(s)]
-            redundant, dense, G, seconds = look(model, job.sweep, layers, layer_ids, s["label_shift"])
+        if drawn != DRAWN_BY(s):
+            drawn, shift, job.windows, seconds = DRAWN_BY(s), None, windows[DRAWN_BY(s)], {}
+            redundant, dense = find(model, job.sweep, layers, layer_ids, seconds)
+        if shift != s["label_shift"]:
+            shift, G = s["label_shift"], None  # the old gradients make room
+            seconds["attribution"] = 0.0
+            with cli.timed(seconds, "attribution", model.device):
+                G = weight_gradients(model, list(dense), job.sweep("attribution"), shift)
         if s["ratio"] == EQUAL:
             shapes = [module.weight.shape for module in dense.values()]
             s = {**s, "ratio": ratio_of_size(shapes, row["parameters"] - model.n_params + held(shapes))}
@@ -113,21 +117,18 @@ def ablate(job, variants, windows, layers=None, layer_ids=None):
         yield row
 
 
-def look(model, sweep, layers, layer_ids, label_shift=1):
-    """Run both sweeps: (redundant layers, {name: dense matrix}, {name: G (m, n)}, seconds of the sweeps).
+def find(model, sweep, layers, layer_ids, seconds):
+    """Find the redundant layers: (their ids, {name: dense matrix}). Adds to `seconds`.
 
     Raises ValueError if none of those layers' matrices is dense.
     """
-    seconds = {}
     with cli.timed(seconds, "redundancy", model.device):
         redundant = sorted(layer_ids) if layer_ids else find_redundant(model, sweep, layers)[-1]
     modules = {name: model.get_submodule(name) for name in matrix_names(*redundant)}
     dense = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
     if not dense:
         raise ValueError(f"layers {redundant} are low-rank already; give the dense checkpoint, or other --layer-ids")
-    with cli.timed(seconds, "attribution", model.device):
-        G = weight_gradients(model, list(dense), sweep("attribution"), label_shift)
-    return redundant, dense, G, seconds
+    return redundant, dense
 
 
 def compress_as(model, redundant, G, sweep, s):
@@ -208,6 +209,8 @@ def main():
     n = a.layers or len(a.layer_ids)
     check_layers(model.args.n_layers, a.layers, a.layer_ids)
     job = Job(model, max(a.samples), a.seq_len, a.batch_size, n)
+    if max(a.label_shifts) >= job.seq_len:
+        raise ValueError(f"--label-shifts {a.label_shifts}: expected less than {job.seq_len}, the window")
     base = {"calibration": a.calibration[0], "samples": a.samples[0], "seed": a.seeds[0], "score": "taylor", "group":
             None, "iterative": False, "ratio": a.ratio[0], "threshold": None, "label_shift": a.label_shifts[0]}
     variants = [(name, {**base, **changes}) for name, changes in
@@ -217,7 +220,7 @@ def main():
                for _, s in variants}
     job.read_texts(tokenizer, a.eval, a.windows, a.data_dir)
     fixed = {"budget": f"ratio {a.ratio[0]}", "samples": f"{a.samples[0]} samples", "seeds": f"seed {a.seeds[0]}",
-             "score": "score taylor", "schedule": "one-shot"}
+             "score": f"score taylor, label shift {a.label_shifts[0]}", "schedule": "one-shot"}
     if a.study in GRIDS:
         fixed = {"samples": fixed["samples"], "schedule": "one-shot", "seeds": f"{len(a.seeds)} seeds"}
     print(f"study        {a.study}, {len(variants)} variants, each of {n} layer{'s' * (n > 1)}; "
@@ -225,6 +228,8 @@ def main():
     job.evaluate()
     for row in ablate(job, variants, windows, a.layers, a.layer_ids):
         print(describe(row))
+    if a.json:
+        write_json(a.json, job.report(vars(a)))
     grid_rows = job.rows[1:]
     print("\n" + (f"{grid_table(grid_rows, job.texts, a.ratio)}\n\n{protocols(job.texts)}" if a.study in GRIDS
                   else job.table()))
@@ -233,9 +238,6 @@ def main():
     if a.figure:
         curves = {text: by_ratio(grid_rows, text) for text in job.texts}
         write(a.figure, plot_ratios(curves, job.rows[0]["perplexity"], a.ckpt.name))
-        print(f"written to {a.figure}")
-    if a.json:
-        write_json(a.json, job.report(vars(a)))
 
 
 def read_calibration(names, tokenizer, data_dir):
@@ -280,6 +282,8 @@ def parse():
         raise ValueError("--ratio: the budget study finds its ratios itself, by --thresholds")
     if a.figure and (a.study not in GRIDS or not need("matplotlib", "--figure")):
         raise ValueError(f"--figure: for the studies {' and '.join(GRIDS)}")
+    if a.study in GRIDS and not a.eval:
+        raise ValueError(f"--eval none: the {a.study} study compares perplexities")
     for flag in VALUES:
         setattr(a, flag, values(flag, getattr(a, flag), a.study, a.ckpt))
     return a

@@ -300,7 +300,7 @@ def parse():
         "model, embedded)")
     add("--seq-len", type=cli.positive, metavar="T", help="tokens in a window (default: 2048, or all positions)")
     add("--windows", type=cli.positive, metavar="N", help="only the first N windows (default: all)")
-    add("--data-dir", metavar="DIR", help="with wikitext-2-raw/ and ptb/ (default: $GRASP_DATA, cache, download)")
+    add("--data-dir", metavar="DIR", help="with wikitext-2-raw/ and ptb/ (default: $GRASP_DATA, else ~/.cache/grasp)")
     p.add_argument_group("output").add_argument("--out", type=Path, metavar="DIR",
                                                 help="to draw into (default: NAME-plots here)")
     cli.machine_flags(p, batches=True)

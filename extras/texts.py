@@ -4,6 +4,7 @@
     DIR/ptb/ptb.{train,valid,test}.txt          6 MB
 """
 import io
+import os
 import urllib.request
 import zipfile
 from functools import cache
@@ -39,8 +40,8 @@ def fetch(url):
 
 def main():
     p = cli.Parser(__doc__)
-    p.add_argument("folder", nargs="?", type=Path, default=CACHE, metavar="DIR", help=f"to write to (default: {CACHE}); "
-                   "another is named to the commands by --data-dir or $GRASP_DATA")
+    p.add_argument("folder", nargs="?", type=Path, default=os.environ.get("GRASP_DATA") or CACHE, metavar="DIR",
+                   help="to write to (default: $GRASP_DATA, else ~/.cache/grasp, where the commands look)")
     folder = p.parse_args().folder
     for name in NAMES:
         if not (folder / name).is_file():

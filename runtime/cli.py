@@ -102,7 +102,8 @@ def machine_flags(parser: Parser, batches: bool = False, several: bool = False):
         help="dtype of the weights (default: the checkpoint's own)")
     if batches:
         add("--batch-size", type=positive, metavar="N",
-            help="sequences at a time (default: 1,024 tokens; on CUDA up to 8,192, as memory allows)")
+            help="sequences at a time (default: 1,024 tokens; for sweeps and evaluations on CUDA up to "
+            "8,192 where memory allows)")
     if several:
         add("--shard", action="store_true", help="split the matrices over the processes (FSDP2)")
     return group

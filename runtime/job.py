@@ -35,11 +35,11 @@ def check_dense(model: Transformer, layer_ids: list[int]) -> None:
 
 def ratio_that_removes(model: Transformer, layer_ids: list[int], fraction: float) -> float:
     """The ratio by which these layers lose this fraction of the model's parameters, or a little more."""
-    removed = fraction * model.n_params
     dense = sum(m * n for m, n in dense_matrices(model, layer_ids).values())
-    if removed >= dense:
+    millionths = dense and math.floor(10 ** 6 * (1 - fraction * model.n_params / dense))  # ranks round down
+    if millionths <= 0:
         raise ValueError(f"--remove {fraction}: layers {layer_ids} cannot lose that many parameters")
-    return math.floor(10 ** 6 * (1 - removed / dense)) / 10 ** 6  # ranks are rounded down: enough goes
+    return millionths / 10 ** 6
 
 
 class Job:
@@ -51,8 +51,8 @@ class Job:
     """
     def __init__(self, model: Transformer, samples: int, seq_len: int | None, batch_size: int | None,
                  layers: int | None = None):
-        """layers: how many layers' gradients a sweep sums. None: it needs more memory than that, and CUDA
-        takes 1,024 tokens too."""
+        """layers: how many layers' gradients a sweep sums. None: the command keeps more than gradients, so a
+        sweep takes 1,024 tokens on CUDA, too."""
         self.model, self.before, self.dense = model, model.n_params, model.n_params_dense
         self.rows, self.seconds = [], {}
         self.samples, self.seq_len = samples, cli.sequence_length(seq_len, 512, model)

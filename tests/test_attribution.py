@@ -152,10 +152,12 @@ def test_cuda_gives_the_same_gradients():
 def test_no_sweep_waits_for_the_gpu():
     """After the first micro-batch, nothing waits for a value until the last one has been started."""
     def watched(tokens):
-        for i, part in enumerate(tokens.to("cuda").split(1)):
-            torch.cuda.set_sync_debug_mode("error" if i else "default")
-            yield part
-        torch.cuda.set_sync_debug_mode("default")
+        try:
+            for i, part in enumerate(tokens.to("cuda").split(1)):
+                torch.cuda.set_sync_debug_mode("error" if i else "default")
+                yield part
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
     model = random_model(torch.bfloat16).to("cuda")
     tokens = random_tokens(model, 4, 16)

@@ -47,7 +47,10 @@ def main():
         return print(f"\nin GiB, and tokens of the micro-batch that grasp.py chooses on such a card; {str(dtype)[6:]} "
                      f"weights; {a.layers or 'a fifth of the'} layers redundant")
     if a.report:
-        return measure_all(torch.device(cli.pick_device(a.device)), a.report)
+        device = torch.device(cli.pick_device(a.device))
+        if device.type != "cuda":
+            raise ValueError("--report measures models of 7B: it needs a CUDA device")
+        return measure_all(device, a.report)
     example = random_weights(EXAMPLE, torch.float32, cpu)
     turn(example, random_prompt(example, 2, 64, SEED), 2, 1, 0.5)  # what libraries do and take only once, before all
     resets, resident = reset_peak(cpu), peak_bytes(cpu)

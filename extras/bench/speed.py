@@ -88,9 +88,11 @@ def turn(model, windows, size, n, ratio, peaks=None, bare=True):
 def borrowed(model, layer_ids):
     """The dense matrices of these layers are in their places again at the end."""
     dense = {name: model.get_submodule(name) for name in matrix_names(*layer_ids)}
-    yield
-    for name, module in dense.items():
-        model.set_submodule(name, module)
+    try:
+        yield
+    finally:
+        for name, module in dense.items():
+            model.set_submodule(name, module)
 
 
 def operations(model, redundant, samples, T):

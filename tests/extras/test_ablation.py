@@ -253,6 +253,8 @@ def test_a_row_is_the_row_of_the_command_grasp(nowhere, monkeypatch, capsys):
     ("score --layer-ids 3 3", "expected different ones of them"),
     ("score --layers 2 --label-shifts 1 2", "--label-shifts [1, 2]: the labels study varies it, the score study takes 1"),
     ("samples --layers 2 --ratio 0.1 0.2", "--ratio [0.1, 0.2]: the score study varies it, the samples study takes 1"),
+    ("labels --layers 2 --seq-len 8 --label-shifts 1 8", "--label-shifts [1, 8]: expected less than 8, the window"),
+    ("score --layers 2 --eval none", "--eval none: the score study compares perplexities"),
     ("labels --layers 2 --seeds 1 1", "--seeds: the labels study takes at least 1, each once; got [1, 1]"),
     ("samples --layers 2 --figure a.png", "--figure: for the studies score and labels"),
     ("score --layers 2 --samples 4 8", "--samples [4, 8]: the samples study varies it, the score study takes 1"),

@@ -280,6 +280,7 @@ def test_the_memory_table_names_its_unit_dtype_and_share(monkeypatch, capsys):
     ("--shape llama2-7b --ckpt small", "give one of --ckpt and --shape"),
     ("--growth --layers 2", "have no use with --growth"),
     ("--growth --svd", "have no use with --growth"),
+    ("--report a --device cpu", "--report measures models of 7B: it needs a CUDA device"),
     ("--report a --shape llama2-7b", "have no use with --growth and --report"),
     ("--layers 9", "this model has 8 layers, 0 to 7; asked for 9"),
     ("--seq-len 257", "--seq-len 257: expected 2 to 256"),
@@ -357,9 +358,13 @@ def small_report(monkeypatch):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_one_command_measures_everything(device, small_report, nowhere, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["command", "--report", "found", "--device", device])
-    cli.command(command.main)
+def test_everything_is_measured_once(device, small_report, nowhere, monkeypatch):
+    """By the command, which needs a GPU for models of 7B; on the CPU by its function."""
+    if device == "cuda":
+        monkeypatch.setattr(sys, "argv", ["command", "--report", "found", "--device", device])
+        cli.command(command.main)
+    else:
+        reports.measure_all(torch.device(device), nowhere / "found")
     parts = json.loads((nowhere / "found.json").read_text())
     text = (nowhere / "found.md").read_text()
     names = ["phases, tinyllama-1.1b", "batches", "generation", "fp32", "tests", "fisher", "svd"]
@@ -367,8 +372,10 @@ def test_one_command_measures_everything(device, small_report, nowhere, monkeypa
     for name in names:
         rows = parts[name]["rows"]
         assert "not measured" not in rows[0] and f"## {name}\n\n| " in text
-        assert all(value > 0 for row in rows for key, value in row.items() if "seconds" in key or "tokens/s" in key)
+        assert all(value is None or value > 0 for row in rows for key, value in row.items()
+                   if "seconds" in key or "tokens/s" in key)
     assert [row["phase"] for row in parts["phases, tinyllama-1.1b"]["rows"]][:3] == ["redundancy", "attribution", "SVD"]
+    assert parts["svd"]["rows"][0]["way"] == "attribution.svd" and parts["svd"]["rows"][0]["seconds"] > 0
     assert [row["tokens"] for row in parts["batches"]["rows"]] == [8, 16]
     sizes = {row["model"].partition(",")[0]: row["parameters"] for row in parts["generation"]["rows"]}
     assert sizes["dense"] > sizes["plain"] >= sizes["GRASP's factors"]

@@ -67,17 +67,6 @@ def test_a_sweep_needs_no_value_before_its_end(sweep, device, dtype):
     assert first_value(lambda batches: work(model, batches), batches) == place
 
 
-def test_an_early_stop_asks_after_powers_of_two_batches_only():
-    model, calls = random_model().to("meta"), []
-
-    def enough(*results):
-        calls.append(results)
-
-    with pytest.raises(NotImplementedError):  # after the first batch: that is what the early stop costs
-        layer_cosines(model, [random_tokens(model, 2, 9)] * 3, enough)
-    assert not calls
-
-
 def test_recoverys_step_needs_no_value_before_its_end(monkeypatch):
     model = random_model(torch.float32)
     tokens = random_tokens(model, 4, 9)
