@@ -55,9 +55,9 @@ def finite(t: Tensor) -> bool:
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean x^2 + eps) * weight; half precision is normalised in fp32 [arXiv 1910.07467]."""
+    """x / sqrt(mean x^2 + eps) * weight, normalised in fp32, in the weight's dtype [arXiv 1910.07467]."""
     def forward(self, x):
-        return F.rms_norm(upcast(x), self.normalized_shape, eps=self.eps).type_as(x) * self.weight
+        return F.rms_norm(upcast(x), self.normalized_shape, eps=self.eps).type_as(self.weight) * self.weight
 
 
 class LowRankLinear(nn.Module):
@@ -153,7 +153,7 @@ class Transformer(nn.Module):
             self.output.weight = self.tok_embeddings.weight
 
     def residual_stream(self, tokens: Tensor) -> Iterator[Tensor]:
-        """Yield h_0 (the embeddings), then h_{l+1} after each block l: n_layers + 1 states (B, T, dim).
+        """Yield h_0 (the embeddings), then h_{l+1} after each block l: n_layers + 1 states (B, T, dim), fp32.
 
         tokens: (B, T) int64. The last state is not normalised yet. Raises ValueError if T > max_seq_len.
         """
@@ -161,7 +161,7 @@ class Transformer(nn.Module):
         if limit and T > limit:
             raise ValueError(f"sequences of {T} tokens, but this model's positions end at {limit}")
         cos, sin = rotary_frequencies(self.args, T, tokens.device)
-        h = self.tok_embeddings(tokens)
+        h = upcast(self.tok_embeddings(tokens))  # in half precision many small sums would be lost
         yield h
         for block in self.layers:
             h = block(h, cos, sin)

@@ -15,7 +15,7 @@ from contextlib import redirect_stdout
 
 import torch
 
-from model import apply_rotary, attend, rotary_frequencies
+from model import apply_rotary, attend, rotary_frequencies, upcast
 from runtime import cli
 
 
@@ -63,7 +63,7 @@ def step(model, tokens, cache, start, cos, sin):
     Their keys and values join the cache. cos, sin: the rotary angles of all positions up to max_len.
     """
     cos, sin = (angles[start:start + tokens.shape[1]] for angles in (cos, sin))
-    h = model.tok_embeddings(tokens)
+    h = upcast(model.tok_embeddings(tokens))
     for block, (keys, values) in zip(model.layers, cache):
         h = h + attend_cached(block.attention, block.attention_norm(h), cos, sin, keys, values, start)
         h = h + block.feed_forward(block.ffn_norm(h))

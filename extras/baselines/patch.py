@@ -30,6 +30,7 @@ from torch import nn
 from attribution import angular_distances, cosine
 from extras.baselines import check_blocks, watch_inputs
 from extras.controls import drop_layers
+from model import upcast
 
 
 class Patch(nn.Module):
@@ -39,7 +40,7 @@ class Patch(nn.Module):
         self.P = nn.Parameter(P, requires_grad=False)
 
     def forward(self, h, cos=None, sin=None):
-        return F.linear(h, self.P)
+        return F.linear(h, upcast(self.P))
 
 
 @torch.no_grad()

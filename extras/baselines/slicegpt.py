@@ -77,7 +77,7 @@ def sliced_params(model, widths):
 def slice_to(model, sweep, widths):
     """Slice the 2 n_layers + 1 signals to these widths, in place; with tied embeddings the two ends must be dim."""
     tied, whole = is_tied(model), torch.eye(model.args.dim, dtype=torch.float64, device=model.device)
-    signal = [model.tok_embeddings(tokens.to(model.device)) for tokens in sweep("slicing")]
+    signal = [upcast(model.tok_embeddings(tokens.to(model.device))) for tokens in sweep("slicing")]
     before = whole if tied else principal_directions(signal, widths[0])
     if not tied:
         model.tok_embeddings = nn.Embedding.from_pretrained(
@@ -130,8 +130,8 @@ class SlicedBlock(nn.Module):
         self.ffn_shortcut = nn.Parameter((after.mT @ between).to(dtype), requires_grad=False)
 
     def forward(self, h, cos, sin):
-        h = F.linear(h, self.attention_shortcut) + self.attention(self.attention_norm(h), cos, sin)
-        return F.linear(h, self.ffn_shortcut) + self.feed_forward(self.ffn_norm(h))
+        h = F.linear(h, upcast(self.attention_shortcut)) + self.attention(self.attention_norm(h), cos, sin)
+        return F.linear(h, upcast(self.ffn_shortcut)) + self.feed_forward(self.ffn_norm(h))
 
 
 def narrow(norm, readers, cut):

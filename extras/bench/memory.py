@@ -25,7 +25,7 @@ def sweep_bytes(model, layer_ids, B, T, gpus=1):
     inputs = s * (2 * a.dim + a.hidden_dim)  # of a redundant layer's wq, wk, wv; w1, w3; w2 (wo's is there already)
     kept = B * T * (block * (top - min(layer_ids) + 1) - norm + inputs * len(layer_ids))
     # What comes on top of it at the moments that can be the peak, with the final state h and its gradient in each:
-    h, hidden = B * T * s * a.dim, B * T * s * a.hidden_dim
+    h, hidden = B * T * wide * a.dim, B * T * s * a.hidden_dim
     widened = wide * (model.device.type == "cpu" and s < wide) * max(matrices)  # a gradient's copy, before it is added
     moments = (3 * h + min(model.head_chunk, B * T) * 3 * wide * a.vocab_size,  # a chunk's log p and two gradients
                2 * h + hidden * (2 if top in layer_ids else 3),  # the last SwiGLU's gradients; w2's input may be gone
