@@ -162,7 +162,7 @@ def print_cosines(cosines: Tensor, errors: Tensor, sequences: int, redundant: li
         print(f"layer {layer:3}  cosine {cosine:.4f} ± {error:.4f}{'  redundant' * (layer in redundant)}")
     print(f"{sequences} sequence{'s' * (sequences > 1)} read for the cosines")
     far, last, first = margin(cosines, errors, redundant)
-    if far < 2 and not contiguous:
+    if not far >= 2 and not contiguous:  # NaN, if two layers are equal
         print(f"layers {last} and {first} nearly tie; more --samples or --layer-ids decide between them")
 
 
