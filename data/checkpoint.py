@@ -10,7 +10,6 @@ The format is detected from the files; the folder's name does not matter.
 import json
 import zipfile
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
@@ -128,8 +127,10 @@ def read_pth(file: Path) -> dict[str, Tensor]:
             raise ValueError(f"wrong CRC-32 of {bad}")
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except UnpicklingError:  # torch's own message says how to run the code inside
-        raise ValueError("it holds more than tensors") from None
+    except Exception as e:
+        if "weights_only" not in str(e):
+            raise
+        raise ValueError("it holds more than tensors") from None  # torch says how to run the code inside
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors.values()}
     if [storages[place] for place in sorted(storages)] != sizes:  # in the file's order
         raise ValueError("the sizes of the tensors' storages are not those of the archive's records")
