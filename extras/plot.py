@@ -202,7 +202,7 @@ def plot_ratios(curves, dense, model_name):
     curves: {text: {score: {ratio: (mean, standard deviation)}}}, ratio None: one value for all (layers dropped).
     dense: {text: perplexity of the dense model}.
     """
-    figure = new_figure(4.6 * len(curves), 4, f"{model_name}: perplexity after compression (mean and standard deviation)")
+    figure = new_figure(4 * len(curves) + 2, 4, f"{model_name}: perplexity after compression (mean and standard deviation)")
     for axes, (text, lines) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items()):
         for i, (name, points) in enumerate(lines.items()):
             if None in points:
@@ -211,15 +211,15 @@ def plot_ratios(curves, dense, model_name):
             middle, deviation = zip(*points.values())
             axes.errorbar([*points], middle, deviation, marker="osD^vPX*"[i % 8], markersize=5, capsize=3, linewidth=1,
                           color=f"C{i}", linestyle="--" if "shift 2" in name else "-", label=name)
-        axes.axhline(dense[text], color="black", linewidth=0.8, label="dense")
-        axes.set(xscale="log", yscale="log", xlabel="fraction of each matrix's parameters kept", ylabel=f"{text} perplexity")
+        axes.set(xscale="log", yscale="log", xlabel="fraction of each matrix's parameters kept", ylabel="perplexity")
+        axes.set_title(f"{text} (dense: {dense[text]:.2f})", fontsize=10)
         ticks = sorted({ratio for points in lines.values() for ratio in points if ratio})
         axes.set_xticks(ticks, [f"{ratio:g}" for ratio in ticks])
         axes.minorticks_off()
         low, high = axes.get_ylim()
-        ticks = [tick for tick in (10, 15, 20, 30, 40, 50, 70, 100, 150, 200, 300, 500, 1000, 2000) if low <= tick <= high]
+        ticks = [tick for tick in (*range(10, 200, 10), *range(200, 2000, 200)) if low <= tick <= high]
         axes.set_yticks(ticks, [f"{tick}" for tick in ticks])
-    axes.legend(fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8)
     return figure
 
 
