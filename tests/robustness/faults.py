@@ -106,7 +106,8 @@ def hf_folder(folder):
     rope = table.get("rope_parameters") or table.get("rope_scaling") or {}
     return {**table, **{ours: table.get(theirs) for ours, theirs in HF_FIELDS.items()},
             "rope_theta": rope.get("rope_theta", table.get("rope_theta")),
-            "rope_scaling": rope if rope.get("rope_type") == "llama3" else None}, [shard]
+            "rope_scaling": rope if rope.get("rope_type") == "llama3" else None,
+            "use_scaled_rope": None}, [shard]  # a field of params.json, which transformers does not know
 
 
 def reference_args(table, vocab_size):
