@@ -128,6 +128,7 @@ def main() -> None:
     which = f"layers {a.layer_ids}" if a.layer_ids else f"{a.layers} layer{'s' * (a.layers > 1)}"
     print(f"method       {asked} of {which}{' in a row' * a.contiguous}, score {a.score}, "
           f"label shift {a.label_shift}, {'iterative' if a.iterative else 'one-shot'}; to {a.out}")
+    check_settings(job.sweep, ratio, a.threshold, a.score, a.iterative, None)
     if a.label_shift >= job.seq_len:
         raise ValueError(f"--label-shift {a.label_shift}: expected less than {job.seq_len}, the window")
     job.calibrate(tokenizer, a.calibration, a.seed, a.data_dir)
@@ -197,7 +198,6 @@ def parse() -> argparse.Namespace:
     if a.layer_ids and a.contiguous:
         raise ValueError("--contiguous finds the layers itself: it goes with --layers, not with --layer-ids")
     a.ratio = None if a.threshold else a.ratio or 0.1
-    check_settings(print, a.ratio, a.threshold, a.score, a.iterative, None)
     check_output(a.out, a.overwrite)
     return a
 

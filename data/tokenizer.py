@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from data import need
-from runtime.files import error_prefix, optional_json, read_bytes
+from runtime.files import TOKENIZER_FILES, error_prefix, optional_json, read_bytes
 
 # Llama 3 splits text by this pattern before it merges bytes; its file does not hold it.
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+"
@@ -30,9 +30,6 @@ LLAMA3_SPECIAL = {"<|begin_of_text|>": 0, "<|end_of_text|>": 1, "<|start_header_
 
 # Where no file says which tokens end a text, those with these names do.
 ENDS = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<|eot_id|>", "<|im_end|>")
-
-FILES = ("tokenizer.json", "tokenizer.model", "tokenizer.model.v*", "tokenizer_config.json",
-         "added_tokens.json", "special_tokens_map.json", "generation_config.json", "chat_template.*")
 
 
 @dataclass
@@ -69,7 +66,8 @@ def load_tokenizer(folder: str | Path, rows: int | None = None) -> Tokenizer:
     is not installed.
     """
     folder = Path(folder)
-    files = {f.name: read_bytes(f) for name in FILES for f in sorted(folder.glob(name)) if f.is_file()}
+    files = {f.name: read_bytes(f) for name in TOKENIZER_FILES
+             for f in sorted(folder.glob(name)) if f.is_file()}
     name = next((name for name in files if name.startswith(("tokenizer.json", "tokenizer.model"))), None)
     if name is None:
         raise FileNotFoundError(f"{folder}: no tokenizer; looked for tokenizer.model and .json")

@@ -23,7 +23,6 @@ from operator import itemgetter
 from statistics import mean, stdev
 
 import torch
-from torch import nn
 
 from attribution import weight_gradients
 from data import need
@@ -33,10 +32,9 @@ from extras import held, short_names
 from extras.controls import drop_layers
 from extras.plot import plot_ratios, write
 from grasp import SCORES, compress, find_redundant
-from model import matrix_names
 from runtime import cli
 from runtime.files import write_json
-from runtime.job import Job, check_layers
+from runtime.job import Job, check_layers, dense_matrices
 
 EQUAL = "equal"                                          # as a ratio: the one that keeps what the variant before kept
 DRAWN_BY = itemgetter("calibration", "samples", "seed")  # the settings that say which windows are drawn
@@ -124,8 +122,7 @@ def find(model, sweep, layers, layer_ids, seconds):
     """
     with cli.timed(seconds, "redundancy", model.device):
         redundant = sorted(layer_ids) if layer_ids else find_redundant(model, sweep, layers)[-1]
-    modules = {name: model.get_submodule(name) for name in matrix_names(*redundant)}
-    dense = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
+    dense = {name: model.get_submodule(name) for name in dense_matrices(model, redundant)}
     if not dense:
         raise ValueError(f"layers {redundant} are low-rank already; give the dense checkpoint, or other --layer-ids")
     return redundant, dense
@@ -190,16 +187,19 @@ def by_ratio(rows, text):
             for name, ratios in found.items()}
 
 
-def grid_table(rows, texts, ratios):
-    """A row for each score: mean and standard deviation of each ratio on each text; then the dropped layers."""
-    head, cells, found = ["score"], {}, {text: by_ratio(rows, text) for text in texts}
-    for text, ratio in ((text, ratio) for text in texts for ratio in ratios):
+def grid_table(curves, ratios):
+    """A row for each score: mean and standard deviation of each ratio on each text; then the dropped layers.
+
+    curves: {text: what by_ratio gives}.
+    """
+    head, cells = ["score"], {}
+    for text, ratio in ((text, ratio) for text in curves for ratio in ratios):
         head.append(f"{text}, {ratio}")
-        for name, values in found[text].items():
+        for name, values in curves[text].items():
             if ratio in values:
                 middle, deviation = values[ratio]
                 cells.setdefault(name, [name]).append(f"{middle:.2f}" + f" ± {deviation:.2f}" * bool(deviation))
-    dropped = ", ".join(f"{text} {found[text]['dropped'][None][0]:.2f}" for text in texts)
+    dropped = ", ".join(f"{text} {curves[text]['dropped'][None][0]:.2f}" for text in curves)
     return f"{markdown(head, list(cells.values()))}\n\nthe layers dropped: {dropped}"
 
 
@@ -230,14 +230,13 @@ def main():
         print(describe(row))
     if a.json:
         write_json(a.json, job.report(vars(a)))
-    grid_rows = job.rows[1:]
-    print("\n" + (f"{grid_table(grid_rows, job.texts, a.ratio)}\n\n{protocols(job.texts)}" if a.study in GRIDS
-                  else job.table()))
+    dense, *rows = job.rows
+    curves = {text: by_ratio(rows, text) for text in job.texts}
+    print("\n" + (f"{grid_table(curves, a.ratio)}\n\n{protocols(job.texts)}" if a.study in GRIDS else job.table()))
     if a.study == "seeds":
-        print(spread(job.rows[1:], job.texts))
+        print(spread(rows, job.texts))
     if a.figure:
-        curves = {text: by_ratio(grid_rows, text) for text in job.texts}
-        write(a.figure, plot_ratios(curves, job.rows[0]["perplexity"], a.ckpt.name))
+        write(a.figure, plot_ratios(curves, dense["perplexity"], a.ckpt.name))
 
 
 def read_calibration(names, tokenizer, data_dir):

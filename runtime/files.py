@@ -6,11 +6,14 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryFile
 
 OURS = ("params.json", "consolidated.00.pth", "report.json")  # in every folder that is written
-TOKENIZER = ("tokenizer", "added_tokens", "special_tokens_map", "generation_config", "chat_template")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer.model.v*", "tokenizer_config.json",
+                   "added_tokens.json", "special_tokens_map.json", "generation_config.json",
+                   "chat_template.*")
 
 
 @contextmanager
@@ -49,8 +52,8 @@ def check_output(path: str | Path, overwrite: bool = False) -> None:
     if os.path.lexists(path) and not overwrite:
         raise FileExistsError(f"{path}: exists; choose another, or overwrite it (with --overwrite)")
     names = {*os.listdir(path)} if path.is_dir() else set()
-    ours = names >= {*OURS} and all(name.startswith(OURS + TOKENIZER) for name in names)
-    if os.path.lexists(path) and not ours:
+    others = {name for name in names if not any(fnmatch(name, known) for known in OURS + TOKENIZER_FILES)}
+    if os.path.lexists(path) and (others or not names >= {*OURS}):
         raise FileExistsError(f"{path}: --overwrite replaces only a folder of this project (report.json)")
 
 

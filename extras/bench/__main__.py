@@ -7,8 +7,8 @@ from data.corpus import calibration_windows
 from extras import DENSE, bench, open_dense, peak_bytes, reset_peak
 from extras.bench import SEED, SHAPES, random_weights, show
 from extras.bench.memory import memory
-from extras.bench.report import EXAMPLE, measure_all
-from extras.bench.speed import SMALLEST, beside, growth, measure, turn
+from extras.bench.report import measure_all
+from extras.bench.speed import SMALLEST, beside, growth, measure, warm_up
 from extras.bench.svds import by_shape, svd_study
 from extras.throughput import random_prompt
 from grasp import find_redundant
@@ -51,8 +51,7 @@ def main():
         if device.type != "cuda":
             raise ValueError("--report measures models of 7B: it needs a CUDA device")
         return measure_all(device, a.report)
-    example = random_weights(EXAMPLE, torch.float32, cpu)
-    turn(example, random_prompt(example, 2, 64, SEED), 2, 1, 0.5)  # what libraries do and take only once, before all
+    warm_up(cpu, torch.float32)  # before memory is looked at
     resets, resident = reset_peak(cpu), peak_bytes(cpu)
     model, tokenizer = open_weights(a.ckpt, a.shape, a.growth, a.device, a.dtype)
     before = resident if model.device.type == "cpu" else 0

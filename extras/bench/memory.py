@@ -46,8 +46,7 @@ def memory(shapes, dtype, layers, T, gpus):
     rows = []
     for name, shape in shapes.items():
         model = meta_model(shape, dtype)
-        first = 2 * model.args.n_layers // 3
-        ids = range(first, min(first + (layers or model.args.n_layers // 5), model.args.n_layers))
+        ids = late_layers(model, layers or model.args.n_layers // 5)
         few, many, each = (sweep_bytes(model, ids, cli.batch_size(None, T) * times, T, parts)
                            for times, parts in ((1, 1), (8, 1), (1, gpus)))
         rows.append({"model": name, "layers": f"{ids[0]}-{ids[-1]}", "weights": few["weights"] / GIB,
@@ -56,6 +55,12 @@ def memory(shapes, dtype, layers, T, gpus):
                      f"on each of {gpus}, 1,024 tokens": sum(each.values()) / GIB,
                      **{f"tokens, {card}": chosen_tokens(model, ids, T, size * GIB) for card, size in GPUS.items()}})
     return rows
+
+
+def late_layers(model, n):
+    """The ids of n layers from two thirds of the depth on, or as many as there are."""
+    first = 2 * model.args.n_layers // 3
+    return range(first, min(first + n, model.args.n_layers))
 
 
 def chosen_tokens(model, layer_ids, T, size):

@@ -24,8 +24,8 @@ import torch
 from attribution import rank_for_ratio, weight_gradients
 from extras import peak_bytes, reset_peak
 from extras.bench import GIB, SEED, SHAPES, random_weights, show
-from extras.bench.memory import sweep_bytes
-from extras.bench.speed import matrix_rate, operations, turn
+from extras.bench.memory import late_layers, sweep_bytes
+from extras.bench.speed import matrix_rate, operations, turn, warm_up
 from extras.bench.svds import by_shape, svd_study
 from extras.fisher.moments import second_moments
 from extras.fisher.prices import channel_costs, components, keep_channels
@@ -35,7 +35,6 @@ from runtime import cli
 from runtime.files import write_json
 
 LIMIT = 480  # seconds for all parts
-EXAMPLE = 64, 1, 2, 1, 96, 128, False  # the shape of a model to warm up with
 ROOT = Path(__file__).resolve().parent.parent.parent
 TESTS = ["-k", "cuda", "tests"]
 PHASES, MAIN, GROUPED = ("llama2-7b", "llama3-8b"), "llama2-7b", "llama3-8b"  # shapes
@@ -48,8 +47,7 @@ def measure_all(device, file):
     """Measure all parts on a device; write FILE.json and FILE.md after each, and print its table."""
     end, texts = time.monotonic() + LIMIT, [f"# {describe(device)}"]
     results = {"device": describe(device)}
-    example = random_weights(EXAMPLE, torch.bfloat16, device)
-    turn(example, random_prompt(example, 2, 64, SEED), 2, 1, 0.5)  # what libraries do only once
+    warm_up(device, torch.bfloat16)
     parts = {"phases, " + shape: partial(phases, shape) for shape in PHASES}
     parts |= {"batches": batches, "generation": generation, "fp32": fp32, "tests": tests, "fisher": fisher, "svd": svds}
     for name, part in parts.items():
@@ -76,11 +74,9 @@ def describe(device):
 def opened(shape, device, samples, dtype=torch.bfloat16):
     """(random model, ids of the layers that count as redundant, random windows (samples, T))."""
     model = random_weights(SHAPES[shape], dtype, device)
-    first = 2 * model.args.n_layers // 3
-    ids = list(range(first, min(first + LAYERS, model.args.n_layers)))
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # no clock starts while weights are drawn
-    return model, ids, random_prompt(model, samples, T, SEED)
+    return model, late_layers(model, LAYERS), random_prompt(model, samples, T, SEED)
 
 
 def phases(shape, device, end):

@@ -21,6 +21,7 @@ GROWTH = {"tokens": ((1, 2, 4), ()), "layers": ((1, 2, 4), (1,)), "width": ((1, 
 PHASES = {"redundancy sweep": ["redundancy"], "attribution sweep": ["attribution"],
           "both sweeps": ["redundancy", "attribution"], "SVD and scores": ["SVD"],
           "whole": ["redundancy", "attribution", "SVD"]}
+EXAMPLE = 64, 1, 2, 1, 96, 128, False  # the shape of a model to warm up with
 PRODUCT = {"cpu": 2048, "cuda": 8192}  # size of the two matrices whose product gives the rate
 
 
@@ -82,6 +83,12 @@ def turn(model, windows, size, n, ratio, peaks=None, bare=True):
         every = device.type == "cpu"  # on CUDA, where it is slow, one of each shape
         seconds["bare SVD"], _ = time_by_shape(bare_svd, model, by_shape(model, redundant), every)
     return seconds, redundant
+
+
+def warm_up(device, dtype):
+    """A turn of a small model: what libraries do and take only once."""
+    model = random_weights(EXAMPLE, dtype, device)
+    turn(model, random_prompt(model, 2, 64, SEED), 2, 1, 0.5)
 
 
 @contextmanager
