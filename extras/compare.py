@@ -7,7 +7,9 @@ parameters. Methods that take out whole blocks cannot meet it: they have two row
 budget and above it. Each method is described in its file in extras/baselines/. svd, fwsvd, asvd, svd-llm, kfac and
 grasp work on the N redundant layers, which each finds for itself, in its own seconds. A name that ends in -all works on
 every layer. kfac (low-rank, one ratio), kfac-all (low-rank, one ranking), fisher (channels of the MLPs too),
-fisher-widths (channels alone) and fisher-llama (one width) are variants of extras.fisher, here with --multiple 1.
+fisher-widths (channels alone) and fisher-llama (one width) are variants of extras.fisher, here with --multiple 1. So
+are obd-llm (kfac-all at one ratio: OBD-LLM, arXiv 2604.00821) and io-svd (kfac-all ranked by first order, as IO-SVD,
+2605.15626, whose H is of the top tokens' probabilities).
 
 Every row starts from a freshly loaded dense model and a freshly seeded generator: none depends on the rows before it.
 sleb is greedy: its second row drops one more block from its first row's model, and its seconds count both. Seconds and
@@ -26,6 +28,7 @@ from extras.ablation import ratio_of_size
 from extras.baselines import block_params, blocks_params
 from extras.baselines.decomposition import asvd, fwsvd, plain_svd, svd_llm
 from extras.baselines.lorap import lorap
+from extras.baselines.modegpt import modegpt
 from extras.baselines.patch import linearpatch, replaceme
 from extras.baselines.pruner import llm_pruner
 from extras.baselines.removal import laco, shortgpt, sleb
@@ -50,10 +53,12 @@ def methods(n):
     return {"streamline": streamline,
             "svd": here(plain_svd), "fwsvd": here(fwsvd), "asvd": here(asvd), "svd-llm": here(svd_llm),
             "svd-all": plain_svd, "fwsvd-all": fwsvd, "asvd-all": asvd, "svd-llm-all": svd_llm,
-            "lorap": lorap, "slicegpt": slicegpt, "llm-pruner": llm_pruner,
+            "lorap": lorap, "modegpt": modegpt, "slicegpt": slicegpt, "llm-pruner": llm_pruner,
             "grasp": here(grasp),
             "kfac": here(partial(in_place, fisher.compress, allocate="ratio", channels=False)),
             "kfac-all": partial(in_place, fisher.compress, channels=False),
+            "obd-llm": partial(in_place, fisher.compress, allocate="ratio", channels=False),
+            "io-svd": partial(in_place, fisher.compress, score="taylor", channels=False),
             "fisher": partial(in_place, fisher.compress), "fisher-widths": partial(in_place, widths, multiple=1),
             "fisher-llama": partial(in_place, llama, multiple=1)}
 

@@ -42,8 +42,12 @@ def sleb(model, sweep, n):
     The first and the last block stay, as in the authors' code. To drop n blocks and then one more is to drop n + 1.
     """
     check_blocks(model, n, spared=2)
+    left, gone = [*range(len(model.layers))], []
     for i in range(n):
-        drop_layers(model, [least_missed(model, sweep(f"SLEB {i + 1}/{n}"))])
+        least = least_missed(model, sweep(f"SLEB {i + 1}/{n}"))
+        drop_layers(model, [least])
+        gone.append(left.pop(least))
+    print(f"SLEB drops layers {' '.join(map(str, sorted(gone)))} of {len(left) + n}")
     return model
 
 

@@ -63,16 +63,17 @@ def test_shortgpt_takes_the_blocks_by_their_cosine_in_the_dense_model():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_sleb_is_brute_force_over_all_blocks_between_the_ends(seed):
+def test_sleb_is_brute_force_over_all_blocks_between_the_ends(seed, capsys):
     model = random_model(n_layers=6, seed=seed)
     tokens = random_tokens(model, 4, 12, seed)
-    gone = []
+    blocks, gone = [*model.layers], []
     for _ in range(3):
         gone.append(min((block for block in [*model.layers][1:-1] if block not in gone),
                         key=lambda block: perplexity_without(model, [*gone, block], tokens)))
     two, three = ([block for block in model.layers if block not in gone[:n]] for n in (2, 3))
     small = removal.sleb(model, lambda label: tokens.split(3), 2)
     assert [*small.layers] == two
+    assert capsys.readouterr().out == "SLEB drops layers {} {} of 6\n".format(*sorted(map(blocks.index, gone[:2])))
     assert [*removal.sleb(small, lambda label: tokens.split(3), 1).layers] == three  # 2 and then 1 are 3
 
 

@@ -1,0 +1,144 @@
+"""A baseline that shrinks the inner dimension of three pairs of matrices in every block.
+
+    name        modegpt
+    paper       MoDeGPT, arXiv 2408.09632
+    equation    MLP (Nystroem): the channels of highest ridge leverage diag(C2 (C2 + lambda I)^-1) stay, w2 is refitted;
+                query-key (CR): the rotary pairs of highest |q_i| |k_i| stay;
+                value-output (SVD): of [wo_h] wv L = U S Vh, L L^T = C1, the k largest;
+                sparsity of block l: proportional to softmax(-s_l / epsilon), s_l its Block Influence
+    liberties   lambda is a fraction of C2's mean diagonal (the paper adds I to a sum that has no scale); pairs, not
+                single rows, stay, so that the rotary embedding still works; heads with one key/value head share what
+                stays; the three modules of a block have one sparsity; the common calibration set
+
+    C1, C2   sums of x x^T over the calibration tokens, of the inputs of wq, wk, wv (dim, dim) and of w2 (hidden, hidden)
+    group    query heads that share a key/value head
+"""
+import math
+
+import torch
+from torch import nn
+
+from attribution import layer_cosines, top_k
+from extras import linear
+from extras.baselines import watch_inputs
+from extras.baselines.decomposition import triangular
+from extras.fisher.prices import keep_channels
+from model import apply_rotary, attend, upcast
+
+RIDGE = 0.01  # of the leverage scores, a fraction of the mean diagonal
+MOMENTS = ("attention.wq", "feed_forward.w2")  # whose inputs' C1 and C2 are taken
+
+
+class NarrowAttention(nn.Module):
+    """Attention whose heads keep some rotary pairs and a narrower value: (B, T, dim) -> (B, T, dim).
+
+    pairs: (n_kv_heads, p) indices of the pairs that each key/value head and its queries keep. wq is scaled so that
+    attend's 1 / sqrt(2p) stands for the dense model's 1 / sqrt(head_dim).
+    """
+    def __init__(self, wq, wk, wv, wo, pairs, head_dim):
+        super().__init__()
+        self.wq, self.wk, self.wv, self.wo = map(linear, (wq * math.sqrt(2 * pairs.shape[1] / head_dim), wk, wv, wo))
+        self.register_buffer("pairs", pairs)
+
+    def forward(self, x, cos, sin):
+        heads, p = self.pairs.shape
+        q, k = (w(x).unflatten(-1, (-1, 2 * p)) for w in (self.wq, self.wk))
+        q, k = (apply_rotary(t, *(angle[:, 0, self.pairs].repeat_interleave(t.shape[2] // heads, 1)
+                                  for angle in (cos, sin))) for t in (q, k))
+        v = self.wv(x).unflatten(-1, (heads, -1))
+        y = attend(*(t.transpose(1, 2) for t in (q, k, v)))  # (B, n_heads, T, width of a value)
+        return self.wo(y.transpose(1, 2).flatten(2))
+
+
+@torch.no_grad()
+def modegpt(model, sweep, budget, epsilon=0.1):
+    """Remove `budget` parameters from the model, in place, and return it. ValueError if there is less to remove."""
+    names = [f"layers.{i}.{matrix}" for i in range(len(model.layers)) for matrix in MOMENTS]
+    sums = dict.fromkeys(names, 0)
+
+    def add(name, x):
+        sums[name] += upcast(x).mT @ upcast(x)
+
+    with watch_inputs(model, names, add):
+        cosines = layer_cosines(model, sweep("MoDeGPT"))[0]
+    shares = torch.softmax((cosines - 1) / epsilon, 0)
+    for layer, (pairs, width, channels) in enumerate(sizes_for(model, shares, budget)):
+        block, (C1, C2) = model.layers[layer], (sums[f"layers.{layer}.{matrix}"] for matrix in MOMENTS)
+        block.attention = narrow_attention(block.attention, C1.double(), pairs, width, model.args)
+        keep_channels(model, f"layers.{layer}.feed_forward", top_k(leverage(C2.double()), channels), C2)
+    return model
+
+
+def sizes_for(model, shares, budget):
+    """[(rotary pairs of a head, width of its value, channels)] of each block, that remove at least `budget` parameters.
+
+    shares (n_layers,): sparsities up to a common factor, the least one that meets the budget. What goes beyond it, less
+    than a channel, the block of the largest share gets back.
+    """
+    a, channel = model.args, 3 * model.args.dim
+
+    def sizes(factor):
+        return [[max(1, round(left * whole)) for whole in (a.head_dim // 2, a.head_dim, a.hidden_dim)]
+                for left in (1 - factor * shares).clamp(min=0).tolist()]
+
+    def removed(factor):
+        heads = a.dim * (a.n_heads + a.n_kv_heads)
+        return sum(heads * (2 * a.head_dim - 2 * pairs - width) + channel * (a.hidden_dim - channels)
+                   for pairs, width, channels in sizes(factor))
+
+    low, high = 0.0, 1 / float(shares.min())
+    if removed(high) < budget:
+        raise ValueError(f"cannot remove {budget:,} parameters: {removed(high):,} at most")
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if removed(middle) >= budget else (middle, high)
+    found, most = sizes(high), int(shares.argmax())
+    found[most][2] += min(a.hidden_dim - found[most][2], (removed(high) - budget) // channel)
+    return found
+
+
+def leverage(C):
+    """diag(C (C + lambda I)^-1), (n,): how little the other channels can stand in for each."""
+    ridge = RIDGE * C.diagonal().mean()
+    damped = C + ridge * torch.eye(len(C), dtype=C.dtype, device=C.device)
+    return 1 - ridge * torch.linalg.inv(damped).diagonal()
+
+
+def narrow_attention(attention, C, pairs, width, args):
+    """The Attention with `pairs` rotary pairs and `width` numbers of its values left in each head."""
+    wq, wk, wv, wo = (getattr(attention, name).weight for name in ("wq", "wk", "wv", "wo"))
+    kept = strongest_pairs(wq.double(), wk.double(), C, pairs, args)
+    values, outputs = low_rank_values(wv.double(), wo.double(), C, width, args)
+
+    def rows(w):
+        w = w.view(args.n_kv_heads, -1, args.head_dim // 2, 2, args.dim)  # key/value head, its group, pair
+        return w[torch.arange(len(w))[:, None], :, kept].transpose(1, 2).flatten(0, 3)
+
+    return NarrowAttention(rows(wq), rows(wk), values.to(wv), outputs.to(wo), kept, args.head_dim)
+
+
+def strongest_pairs(wq, wk, C, count, args):
+    """Indices (n_kv_heads, count) of the rotary pairs of highest |q_i| |k_i|, norms over tokens and the group.
+
+    The norm of a pair does not change when the pair is turned, so no position is needed.
+    """
+    def squares(w):
+        return (w @ C * w).sum(1).view(args.n_kv_heads, -1, args.head_dim // 2, 2).sum((1, 3))
+
+    return (squares(wq) * squares(wk)).topk(count).indices.sort().values
+
+
+def low_rank_values(wv, wo, C, width, args):
+    """wv and wo whose product is that of rank `width`, for each key/value head, with the least error on its inputs.
+
+    A head's product is P = [wo of its queries, one below the other] wv. With P L = U S Vh, C = L L^T, it is
+    U_k (U_k^T P): the values become U_k^T P x, and nothing is divided by L or S.
+    """
+    L, values, outputs = triangular(C), [], []
+    heads = wo.view(args.dim, args.n_kv_heads, -1, args.head_dim)  # (dim, key/value head, group, head_dim)
+    for v, o in zip(wv.view(args.n_kv_heads, args.head_dim, -1), heads.unbind(1)):
+        Q, R = torch.linalg.qr(o.transpose(0, 1).flatten(0, 1))  # P = Q R wv; U = Q times the U of R wv L
+        U = torch.linalg.svd(R @ v @ L, full_matrices=False)[0][:, :width]
+        values.append(U.mT @ R @ v)
+        outputs.append((Q @ U).view(-1, args.dim, width).transpose(0, 1).flatten(1))
+    return torch.cat(values), torch.cat(outputs, 1)
