@@ -11,9 +11,10 @@ fisher-widths (channels alone) and fisher-llama (one width) are variants of extr
 are obd-llm (kfac-all at one ratio: OBD-LLM, arXiv 2604.00821) and io-svd (kfac-all ranked by first order, as IO-SVD,
 2605.15626, whose H is of the top tokens' probabilities).
 
-Every row starts from a freshly loaded dense model and a freshly seeded generator: none depends on the rows before it.
-sleb is greedy: its second row drops one more block from its first row's model, and its seconds count both. Seconds and
-peak memory are the method's own: loading comes before them, evaluation after.
+--calibration A+B takes half of the windows from each text. Every row starts from a freshly loaded dense model and a
+freshly seeded generator: none depends on the rows before it. sleb is greedy: its second row drops one more block from
+its first row's model, and its seconds count both. Seconds and peak memory are the method's own: loading comes before
+them, evaluation after.
 """
 import gc
 from contextlib import suppress
@@ -23,7 +24,7 @@ from pathlib import Path
 import torch
 
 from evaluate import markdown, protocols, result_row
-from extras import DENSE, fisher, held, open_dense, peak_bytes, reset_peak
+from extras import DENSE, calibrate, fisher, held, open_dense, peak_bytes, reset_peak
 from extras.ablation import ratio_of_size
 from extras.baselines import block_params, blocks_params
 from extras.baselines.decomposition import asvd, fwsvd, plain_svd, svd_llm
@@ -175,7 +176,7 @@ def main():
              "measured     seconds of the method alone; peak GiB "
              f"{'of the method alone' if reset_peak(model.device) else 'of the process so far'}"]
     print("\n".join(notes))
-    job.calibrate(tokenizer, a.calibration, a.seed, a.data_dir)
+    calibrate(job, tokenizer, a.calibration, a.seed, a.data_dir)
     job.read_texts(tokenizer, a.eval, a.windows, a.data_dir)
     notes.append(f"calibration  {job.calibration['protocol']}, batches of {job.size}")
 
@@ -226,7 +227,7 @@ def parse():
     add("--ratio", type=cli.fraction, help="fraction of their matrices that GRASP would keep (default: 0.1)")
     add("--budget", type=cli.fraction, metavar="FRACTION",
         help="instead: fraction of all blocks' parameters to remove")
-    cli.calibration_flags(p, samples=32)
+    cli.calibration_flags(p, samples=128)
     cli.evaluation_flags(p)
     add = p.add_argument_group("output").add_argument
     add("--json", type=cli.json_file, metavar="FILE", help="write everything there too, after every row")

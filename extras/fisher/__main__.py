@@ -1,10 +1,5 @@
 """The command `python -m extras.fisher`. Its --calibration takes A+B too: half of the windows from each text."""
-from pathlib import Path
-
-import torch
-
-from data.corpus import calibration_windows
-from extras import DENSE, fisher, open_dense
+from extras import DENSE, calibrate, fisher, mixed_windows, open_dense
 from extras.baselines import blocks_params
 from extras.fisher import shapes
 from grasp import SCORES, find_redundant
@@ -27,8 +22,7 @@ def main():
                          f"of the {blocks:,} in the blocks, expected at least 1 and not all")
     print(f"method       {method(a)}; {budget:,} parameters to remove, {100 * budget / blocks:.1f} % of the blocks' and "
           f"{100 * budget / job.before:.1f} % of the model's")
-    job.windows, job.calibration = mixed_windows(tokenizer, a.calibration, job.samples, job.seq_len, a.seed, a.data_dir)
-    print(f"calibration  {job.calibration['protocol']}, batches of {job.size}\n")
+    calibrate(job, tokenizer, a.calibration, a.seed, a.data_dir)
     job.read_texts(tokenizer, a.eval, a.windows, a.data_dir)
     others = a.shape == "llama" and mixed_windows(  # drawn anew: from a short text they overlap the first ones
         tokenizer, a.calibration, job.samples // 4 + 1, job.seq_len, a.seed + 1, a.data_dir)[0].split(job.size)
@@ -52,16 +46,6 @@ def main():
     report = job.report(vars(a), **made, input=earlier)
     save_checkpoint(model, a.out, report, tokenizer.files, a.overwrite)
     print(f"written to {a.out}")
-
-
-def mixed_windows(tokenizer, names, samples, seq_len, seed, data_dir=None):
-    """(windows (samples, seq_len) of a training text, or for "A+B" equally many of each text; what they are)."""
-    parts = [names] if Path(names).is_file() else names.split("+")
-    drawn, reports = zip(*(calibration_windows(tokenizer, name, (samples + i) // len(parts), seq_len, seed, data_dir)
-                           for i, name in enumerate(parts)))
-    if len(parts) == 1:
-        return drawn[0], reports[0]
-    return torch.cat(drawn), {"parts": list(reports), "protocol": " + ".join(r["protocol"] for r in reports)}
 
 
 def method(a):

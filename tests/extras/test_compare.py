@@ -1,4 +1,5 @@
 """The lesson: methods are compared on the same tokens, from the same model, at one size; no row owes another."""
+import copy
 import gc
 import json
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import evaluate
 import grasp
@@ -17,9 +19,12 @@ from tests.conftest import error_of, job_of, random_model, random_tokens
 from data.corpus import load_text, random_windows
 from data.tokenizer import load_tokenizer
 from extras import compare, controls, reset_peak
-from extras.baselines import block_params
+from extras.baselines import block_params, uniform_ranks
 from extras.compare import BLOCKS, budget_of, rows_of
-from model import LowRankLinear, Transformer, load_checkpoint, save_checkpoint
+from extras.fisher.moments import second_moments
+from extras.fisher.prices import components
+from extras.fisher.ranking import global_ranks
+from model import LowRankLinear, Transformer, load_checkpoint, matrix_names, save_checkpoint
 from runtime import cli
 from runtime.cli import TINY
 
@@ -162,6 +167,36 @@ def test_what_is_kept_to_the_redundant_layers_finds_them_itself():
         expected = set(range(4)) if everywhere else set(top_k(layer_cosines(model, [windows])[0], 2).tolist())
         model = compare.methods(2)[name](model, lambda label: [windows], 10_000)
         assert low_rank(model) == expected and before - model.n_params > 9_000
+
+
+def ranks_of(name, model, tokens, budget):
+    """{matrix: rank} of what a row of compare makes of a copy of the model."""
+    small = compare.methods(1)[name](copy.deepcopy(model), lambda label: tokens.split(2), budget)
+    return {matrix: m.A.shape[1] for matrix, m in small.named_modules() if isinstance(m, LowRankLinear)}
+
+
+def test_the_published_two_sided_settings_give_one_ratio_and_a_ranking_by_first_order():
+    model = random_model(dim=32, head_dim=8, hidden_dim=72)
+    tokens, budget = random_tokens(model, 6, 24), 12_000
+    everywhere = matrix_names(*range(4))
+    ratio = uniform_ranks(model, everywhere, budget)
+    assert ranks_of("obd-llm", model, tokens, budget) == ratio
+    by_first_order = ranks_of("io-svd", model, tokens, budget)
+    moments = second_moments(model, everywhere, tokens.split(2))
+    G, costs, sizes = autograd(model, everywhere, tokens), {}, {}
+    for name in everywhere:
+        U, S, Vh = components(model.get_submodule(name).weight, *moments[name])
+        costs[name], (m, n) = S * torch.einsum("mk,mn,kn->k", U, G[name], Vh).abs(), (len(U), Vh.shape[1])
+        sizes[name] = m + n, m * n
+    assert by_first_order == {name: k for name, k in global_ranks(costs, sizes, budget).items() if k}
+    assert by_first_order != ranks_of("kfac-all", model, tokens, budget)
+
+
+def autograd(model, names, tokens):
+    """{name: dL/dW} by one ordinary backward pass."""
+    weights = [model.get_submodule(name).weight.requires_grad_() for name in names]
+    loss = F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    return dict(zip(names, torch.autograd.grad(loss, weights)))
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(

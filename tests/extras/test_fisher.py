@@ -13,11 +13,10 @@ from tests.conftest import error_of, output_of, random_model, random_tokens
 from extras.baselines.decomposition import plain_svd, svd_llm
 from extras.export.dense import dense_weight
 from extras.fisher import compress, moments
-from extras.fisher.__main__ import main, mixed_windows
+from extras.fisher.__main__ import main
 from extras.fisher.prices import channel_costs, components, keep_channels
 from extras.fisher.moments import damped, second_moments
 from extras.fisher.ranking import component_size, global_ranks
-from data.tokenizer import load_tokenizer
 from model import load_checkpoint, matrix_names, save_checkpoint
 from runtime import cli
 
@@ -395,19 +394,3 @@ def test_mistakes_are_one_line(words, message, nowhere, monkeypatch, capsys):
 def test_a_compressed_folder_is_refused(nowhere, monkeypatch, capsys):
     output_of(main, "--budget 0.1 --samples 4 --eval none --out small", capsys)
     assert "compressed already" in error_of(main, "--ckpt small --budget 0.1", monkeypatch, capsys)
-
-
-def test_windows_of_several_texts(tmp_path):
-    """ "A+B": half of the windows from each text, at the offsets that each would have alone."""
-    tokenizer, (a, b) = load_tokenizer(cli.TINY), [str(tmp_path / name) for name in ("a", "b")]
-    (tmp_path / "a").write_text("def f(x): return x\n" * 40)
-    (tmp_path / "b").write_text("for i in range(9): print(i)\n" * 40)
-    windows, description = mixed_windows(tokenizer, f"{a}+{b}", 5, 8, seed=3)
-    alone = [mixed_windows(tokenizer, text, count, 8, seed=3) for text, count in ((a, 2), (b, 3))]
-    assert torch.equal(windows, torch.cat([part for part, _ in alone]))
-    assert description["parts"] == [part for _, part in alone]
-    assert description["protocol"] == " + ".join(part["protocol"] for _, part in alone)
-    (tmp_path / "a+b").write_text("x = 1\n" * 99)  # a file of that name is that file
-    assert "parts" not in mixed_windows(tokenizer, str(tmp_path / "a+b"), 5, 8, seed=3)[1]
-    with pytest.raises(FileNotFoundError, match="no text 'nowhere'"):
-        mixed_windows(tokenizer, f"{a}+nowhere", 5, 8, seed=3)
