@@ -5,10 +5,10 @@
     equation    MLP (Nystroem): the channels of highest ridge leverage diag(C2 (C2 + lambda I)^-1) stay, w2 is refitted;
                 query-key (CR): the rotary pairs of highest |q_i| |k_i| stay;
                 value-output (SVD): of [wo_h] wv L = U S Vh, L L^T = C1, the k largest;
-                sparsity of block l: proportional to softmax(-s_l / epsilon), s_l its Block Influence
-    liberties   lambda is a fraction of C2's mean diagonal (the paper adds I to a sum that has no scale); pairs, not
-                single rows, stay, so that the rotary embedding still works; heads with one key/value head share what
-                stays; the three modules of a block have one sparsity; the common calibration set
+                sparsity of block l: proportional to softmax(-s_l / epsilon), s_l its Block Influence, at most 1
+    liberties   lambda is 1 % of C2's mean diagonal, in the refit too (the paper: 1, with C2 a sum over all tokens);
+                epsilon is not searched for each model; the query heads of one key/value head share one SVD of all
+                their products; the common calibration set
 
     C1, C2   sums of x x^T over the calibration tokens, of the inputs of wq, wk, wv (dim, dim) and of w2 (hidden, hidden)
     group    query heads that share a key/value head
@@ -22,10 +22,10 @@ from attribution import layer_cosines, top_k
 from extras import linear
 from extras.baselines import watch_inputs
 from extras.baselines.decomposition import triangular
+from extras.fisher.moments import damped
 from extras.fisher.prices import keep_channels
-from model import apply_rotary, attend, upcast
+from model import apply_rotary, attend
 
-RIDGE = 0.01  # of the leverage scores, a fraction of the mean diagonal
 MOMENTS = ("attention.wq", "feed_forward.w2")  # whose inputs' C1 and C2 are taken
 
 
@@ -57,29 +57,30 @@ def modegpt(model, sweep, budget, epsilon=0.1):
     sums = dict.fromkeys(names, 0)
 
     def add(name, x):
-        sums[name] += upcast(x).mT @ upcast(x)
+        sums[name] += x.double().mT @ x.double()
 
     with watch_inputs(model, names, add):
         cosines = layer_cosines(model, sweep("MoDeGPT"))[0]
     shares = torch.softmax((cosines - 1) / epsilon, 0)
     for layer, (pairs, width, channels) in enumerate(sizes_for(model, shares, budget)):
         block, (C1, C2) = model.layers[layer], (sums[f"layers.{layer}.{matrix}"] for matrix in MOMENTS)
-        block.attention = narrow_attention(block.attention, C1.double(), pairs, width, model.args)
-        keep_channels(model, f"layers.{layer}.feed_forward", top_k(leverage(C2.double()), channels), C2)
+        block.attention = narrow_attention(block.attention, C1, pairs, width, model.args)
+        leverage = 1 - torch.linalg.inv(damped(C2)).diagonal()  # without the factor lambda: the order is the same
+        keep_channels(model, f"layers.{layer}.feed_forward", top_k(leverage, channels), C2)
     return model
 
 
 def sizes_for(model, shares, budget):
     """[(rotary pairs of a head, width of its value, channels)] of each block, that remove at least `budget` parameters.
 
-    shares (n_layers,): sparsities up to a common factor, the least one that meets the budget. What goes beyond it, less
-    than a channel, the block of the largest share gets back.
+    shares (n_layers,): sparsities up to a common factor, the least one that meets the budget. Then the blocks get
+    channels back, one each in turn, until less than a channel is removed beyond the budget.
     """
     a, channel = model.args, 3 * model.args.dim
 
     def sizes(factor):
         return [[max(1, round(left * whole)) for whole in (a.head_dim // 2, a.head_dim, a.hidden_dim)]
-                for left in (1 - factor * shares).clamp(min=0).tolist()]
+                for left in (1 - factor * shares).tolist()]
 
     def removed(factor):
         heads = a.dim * (a.n_heads + a.n_kv_heads)
@@ -92,16 +93,12 @@ def sizes_for(model, shares, budget):
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (low, middle) if removed(middle) >= budget else (middle, high)
-    found, most = sizes(high), int(shares.argmax())
-    found[most][2] += min(a.hidden_dim - found[most][2], (removed(high) - budget) // channel)
+    found, over = sizes(high), removed(high) - budget
+    while over >= channel and any(size[2] < a.hidden_dim for size in found):
+        for size in found:
+            if over >= channel and size[2] < a.hidden_dim:
+                size[2], over = size[2] + 1, over - channel
     return found
-
-
-def leverage(C):
-    """diag(C (C + lambda I)^-1), (n,): how little the other channels can stand in for each."""
-    ridge = RIDGE * C.diagonal().mean()
-    damped = C + ridge * torch.eye(len(C), dtype=C.dtype, device=C.device)
-    return 1 - ridge * torch.linalg.inv(damped).diagonal()
 
 
 def narrow_attention(attention, C, pairs, width, args):
@@ -137,7 +134,7 @@ def low_rank_values(wv, wo, C, width, args):
     L, values, outputs = triangular(C), [], []
     heads = wo.view(args.dim, args.n_kv_heads, -1, args.head_dim)  # (dim, key/value head, group, head_dim)
     for v, o in zip(wv.view(args.n_kv_heads, args.head_dim, -1), heads.unbind(1)):
-        Q, R = torch.linalg.qr(o.transpose(0, 1).flatten(0, 1))  # P = Q R wv; U = Q times the U of R wv L
+        Q, R = torch.linalg.qr(o.transpose(0, 1).flatten(0, 1))  # P = Q R wv
         U = torch.linalg.svd(R @ v @ L, full_matrices=False)[0][:, :width]
         values.append(U.mT @ R @ v)
         outputs.append((Q @ U).view(-1, args.dim, width).transpose(0, 1).flatten(1))
