@@ -10,8 +10,10 @@ from contextlib import contextmanager
 import torch
 
 from attribution import rank_for_ratio
+from extras import linear
 
 SAME_INPUT = {"wk": "wq", "wv": "wq", "w3": "w1"}
+DAMPING = 0.01  # fraction of a moment's mean diagonal that is added to it: few tokens leave it singular
 
 
 def block_params(model):
@@ -89,3 +91,17 @@ def input_sums(model, names, term, passes):
         for _ in passes:
             pass
     return sums
+
+
+def damped(moment):
+    """The moment in fp64, DAMPING of its mean diagonal added to its diagonal."""
+    moment = moment.to(torch.float64, copy=True)
+    moment.diagonal().add_(DAMPING * moment.diagonal().mean() + 1e-60)  # all 0: its factor, 1e-30, is not 0 in fp32
+    return moment
+
+
+def keep_channels(model, name, kept, C):
+    """Leave the kept channels (k,) of the feed-forward `name`; w2 takes over by least squares what the others did."""
+    ff, C = model.get_submodule(name), damped(C)
+    w2 = torch.linalg.solve(C[kept][:, kept], C[kept] @ ff.w2.weight.double().mT).mT
+    ff.w1, ff.w3, ff.w2 = (linear(W.to(model.dtype)) for W in (ff.w1.weight[kept], ff.w3.weight[kept], w2))

@@ -20,10 +20,8 @@ from torch import nn
 
 from attribution import layer_cosines, top_k
 from extras import linear
-from extras.baselines import watch_inputs
+from extras.baselines import damped, keep_channels, watch_inputs
 from extras.baselines.decomposition import triangular
-from extras.fisher.moments import damped
-from extras.fisher.prices import keep_channels
 from model import apply_rotary, attend
 
 MOMENTS = ("attention.wq", "feed_forward.w2")  # whose inputs' C1 and C2 are taken

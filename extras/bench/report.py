@@ -23,12 +23,13 @@ import torch
 
 from attribution import rank_for_ratio, weight_gradients
 from extras import peak_bytes, reset_peak
+from extras.baselines import keep_channels
 from extras.bench import GIB, SEED, SHAPES, random_weights, show
 from extras.bench.memory import late_layers, sweep_bytes
 from extras.bench.speed import matrix_rate, operations, turn, warm_up
 from extras.bench.svds import by_shape, svd_study
 from extras.fisher.moments import second_moments
-from extras.fisher.prices import channel_costs, components, keep_channels
+from extras.fisher.prices import channel_costs, components
 from extras.throughput import random_prompt, run_this
 from model import LowRankLinear, matrix_names
 from runtime import cli

@@ -21,8 +21,8 @@ New here is one price for singular components and channels, in one ranking.
 """
 from attribution import importance, sigma_gradients, top_k, weight_gradients
 from extras import keep
-from extras.baselines import uniform_ranks
-from extras.fisher.prices import channel_costs, components, keep_channels
+from extras.baselines import keep_channels, uniform_ranks
+from extras.fisher.prices import channel_costs, components
 from extras.fisher.moments import second_moments
 from extras.fisher.ranking import component_size, global_ranks
 from model import matrix_names

@@ -1,13 +1,9 @@
 """C = E[x x^T] and H = E[d d^T]: the two moments of a matrix by which all prices are counted."""
 from functools import partial
 
-import torch
-
 from attribution import backward
 from extras.baselines import input_of, watch_inputs
 from model import upcast
-
-DAMPING = 0.01  # fraction of a moment's mean diagonal that is added to it: few tokens leave it singular
 
 
 def second_moments(model, names, batches, basis="kfac", channels=False):
@@ -45,10 +41,3 @@ def second_moments(model, names, batches, basis="kfac", channels=False):
         if not total.div_(count).isfinite().all():
             raise ValueError(f"a second moment at {name} is not finite; try --dtype bfloat16 or float32")
     return {name: (C[input_of(name)], H.get(name), *([gates[name]] if name in gates else [])) for name in names}
-
-
-def damped(moment):
-    """The moment in fp64, DAMPING of its mean diagonal added to its diagonal."""
-    moment = moment.to(torch.float64, copy=True)
-    moment.diagonal().add_(DAMPING * moment.diagonal().mean() + 1e-60)  # all 0: its factor, 1e-30, is not 0 in fp32
-    return moment

@@ -1,10 +1,9 @@
-"""What the components of a matrix and the channels of an MLP cost, and how an MLP loses channels."""
+"""What the components of a matrix and the channels of an MLP cost."""
 import math
 
 import torch
 
-from extras import linear
-from extras.fisher.moments import damped
+from extras.baselines import damped
 from model import upcast
 
 
@@ -54,10 +53,3 @@ def channel_costs(W, C, H, gates=None, rounds=16):
         W, inverse = (X[:, stay] - X[:, gone] @ solved[:, m:] for X in (W, inverse))
         inverse, left = inverse[stay], left[stay]
     return costs * missed
-
-
-def keep_channels(model, name, kept, C):
-    """Leave the kept channels (k,) of the feed-forward `name`; w2 takes over by least squares what the others did."""
-    ff, C = model.get_submodule(name), damped(C)
-    w2 = torch.linalg.solve(C[kept][:, kept], C[kept] @ ff.w2.weight.double().mT).mT
-    ff.w1, ff.w3, ff.w2 = (linear(W.to(model.dtype)) for W in (ff.w1.weight[kept], ff.w3.weight[kept], w2))

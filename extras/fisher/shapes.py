@@ -14,9 +14,9 @@ from torch import nn
 
 from attribution import top_k
 from evaluate import perplexity
-from extras.baselines import block_params
+from extras.baselines import block_params, keep_channels
 from extras.fisher.moments import second_moments
-from extras.fisher.prices import channel_costs, keep_channels
+from extras.fisher.prices import channel_costs
 from extras.fisher.ranking import global_ranks
 
 TRIED = 3  # how many of the cheapest shapes are built

@@ -10,12 +10,14 @@ import torch.nn.functional as F
 import evaluate
 from attribution import sigma_gradients
 from tests.conftest import error_of, output_of, random_model, random_tokens
+from extras import baselines
+from extras.baselines import damped, keep_channels
 from extras.baselines.decomposition import plain_svd, svd_llm
 from extras.export.dense import dense_weight
 from extras.fisher import compress, moments
 from extras.fisher.__main__ import main
-from extras.fisher.prices import channel_costs, components, keep_channels
-from extras.fisher.moments import damped, second_moments
+from extras.fisher.prices import channel_costs, components
+from extras.fisher.moments import second_moments
 from extras.fisher.ranking import component_size, global_ranks
 from model import load_checkpoint, matrix_names, save_checkpoint
 from runtime import cli
@@ -36,7 +38,7 @@ def cost_of(D, C, H):
 
 @pytest.fixture
 def undamped(monkeypatch):
-    monkeypatch.setattr(moments, "DAMPING", 0.0)
+    monkeypatch.setattr(baselines, "DAMPING", 0.0)
 
 
 # ------------------------------------------------------------------------------------------------ moments

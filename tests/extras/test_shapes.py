@@ -7,10 +7,11 @@ import torch
 
 from tests.conftest import error_of, output_of, random_model, random_tokens
 from data.tokenizer import load_tokenizer
+from extras.baselines import damped
 from extras.export import export
 from extras.fisher import shapes
 from extras.fisher.__main__ import main
-from extras.fisher.moments import damped, second_moments
+from extras.fisher.moments import second_moments
 from extras.fisher.prices import channel_costs
 from extras.fisher.shapes import cheapest_shapes, llama, output_cost, widths
 from model import load_checkpoint, save_checkpoint
