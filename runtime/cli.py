@@ -29,10 +29,11 @@ EMBEDDED = "with the embedded model: embedded"
 class Parser(argparse.ArgumentParser):
     """ArgumentParser that raises ValueError instead of exiting. The functions below add groups of flags.
 
-    doc: a module's docstring, of which --help shows the first two paragraphs.
+    doc: a command's docstring: --help shows its first two paragraphs; it has a line "python -m NAME ...".
     """
     def __init__(self, doc: str):
-        super().__init__(description="\n\n".join(doc.split("\n\n")[:2]), allow_abbrev=False,
+        super().__init__(prog=re.search(r"python (-m )?[\w.]+", doc)[0], allow_abbrev=False,
+                         description="\n\n".join(doc.split("\n\n")[:2]),
                          formatter_class=argparse.RawDescriptionHelpFormatter)
         self.texts = {}     # {flag: (default with the embedded model, default with others)}
         self.suffix = None  # of the default --out

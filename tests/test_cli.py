@@ -84,7 +84,7 @@ def test_one_seed_gives_identical_folders(job, nowhere, capsys):
 
 def test_a_folder_made_from_the_embedded_model_takes_its_text(tmp_path):
     """It is known by the bytes of its tokenizer."""
-    parser = cli.Parser("A command.")
+    parser = cli.Parser("A command: python -m name")
     cli.model_flags(parser, "model")
     cli.evaluation_flags(parser)
 

@@ -1,4 +1,5 @@
 """The lesson: the extras stand on the core, which knows none of them, and ask by name for what they need beyond it."""
+import ast
 import json
 import sys
 
@@ -28,6 +29,7 @@ def test_each_says_how_it_is_run_and_has_its_place_in_the_readmes():
     for name, file in DOCUMENTED.items():
         command = f"python -m extras.{name}"
         assert command in file.read_text() and command in all_of_them
+        assert cli.Parser(ast.get_docstring(ast.parse(file.read_text()))).prog == command  # in its --help
         assert f"[{name}](extras/README.md#" in first
 
 
