@@ -222,8 +222,8 @@ def parse():
     add = cli.model_flags(p, "what to compress", help=DENSE).add_argument
     add("--methods", nargs="+", choices=known, default=known, metavar="NAME",
         help=f"run in this order; the table is ranked (default: {' '.join(known)})")
-    add("--layers", type=cli.positive, metavar="N", required=True, help="how many redundant layers grasp, svd, ... compress; sets the "
-        "budget too, unless --budget does")
+    add("--layers", type=cli.positive, metavar="N", required=True,
+        help="how many redundant layers grasp, svd, ... compress; sets the budget too, unless --budget does")
     add("--ratio", type=cli.fraction, help="fraction of their matrices that GRASP would keep (default: 0.1)")
     add("--budget", type=cli.fraction, metavar="FRACTION",
         help="instead: fraction of all blocks' parameters to remove")
@@ -231,7 +231,8 @@ def parse():
     cli.evaluation_flags(p)
     add = p.add_argument_group("output").add_argument
     add("--json", type=cli.json_file, metavar="FILE", help="write everything there too, after every row")
-    add("--keep", type=Path, metavar="DIR", help="write the model of every row that a folder can hold into DIR, a new one")
+    add("--keep", type=Path, metavar="DIR",
+        help="write the model of every row that a folder can hold into DIR, a new one")
     cli.machine_flags(p, batches=True)
     a = p.parse_args()
     if a.ratio and a.budget:

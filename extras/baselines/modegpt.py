@@ -10,7 +10,7 @@
                 epsilon is 0.03 (of 0.03, 0.05 and 0.1 the best on held-out training text of SmolLM2); the query heads
                 of one key/value head share one SVD of all their products; the common calibration set
 
-    C1, C2   sums of x x^T over the calibration tokens, of the inputs of wq, wk, wv (dim, dim) and of w2 (hidden, hidden)
+    C1, C2   sums of x x^T over the calibration tokens: x the inputs of wq, wk, wv (dim, dim); of w2 (hidden, hidden)
     group    query heads that share a key/value head
 """
 import math

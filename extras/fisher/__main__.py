@@ -74,7 +74,8 @@ def parse():
     add("--allocate", choices=["ratio", "global"], default="global", help="one ratio, or one ranking (default: global)")
     add("--mlp", choices=["channels", "components"], help="how an MLP shrinks (default: channels, where "
         "basis and ranking allow it)")
-    add("--score", choices=[score for score in SCORES if score != "signed"], default="magnitude", help="what ranks the components (default: magnitude)")
+    add("--score", choices=[score for score in SCORES if score != "signed"], default="magnitude",
+        help="what ranks the components (default: magnitude)")
     cli.calibration_flags(p)
     cli.evaluation_flags(p)
     cli.output_flags(p, "fisher")
