@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from attribution import low_rank_factors, rank_for_ratio
-from data.corpus import calibration_windows
 from model import LowRankLinear, matrix_names, upcast
 from runtime.cli import open_checkpoint
 from runtime.files import optional_json
@@ -157,19 +156,3 @@ def open_original(report, dense, device, dtype, names=()):
             expected = f" of shape {shapes[name]}" if name in shapes else ""
             raise ValueError(f"{folder}: {name} is {shape or 'low-rank'}, expected a dense matrix{expected}")
     return folder, model, tokenizer
-
-
-def calibrate(job, tokenizer, text, seed, data_dir):
-    """As Job.calibrate, but text may be "A+B", several texts."""
-    job.windows, job.calibration = mixed_windows(tokenizer, text, job.samples, job.seq_len, seed, data_dir)
-    print(f"calibration  {job.calibration['protocol']}, batches of {job.size}\n")
-
-
-def mixed_windows(tokenizer, names, samples, seq_len, seed, data_dir=None):
-    """(windows (samples, seq_len) of a training text, or for "A+B" equally many of each text; what they are)."""
-    parts = [names] if Path(names).is_file() else names.split("+")
-    drawn, reports = zip(*(calibration_windows(tokenizer, name, (samples + i) // len(parts), seq_len, seed, data_dir)
-                           for i, name in enumerate(parts)))
-    if len(parts) == 1:
-        return drawn[0], reports[0]
-    return torch.cat(drawn), {"parts": list(reports), "protocol": " + ".join(r["protocol"] for r in reports)}

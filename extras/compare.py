@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from evaluate import markdown, protocols, result_row
-from extras import DENSE, calibrate, fisher, held, open_dense, peak_bytes, reset_peak
+from extras import DENSE, fisher, held, open_dense, peak_bytes, reset_peak
 from extras.ablation import ratio_of_size
 from extras.baselines import block_params, blocks_params
 from extras.baselines.decomposition import asvd, fwsvd, plain_svd, svd_llm
@@ -176,7 +176,7 @@ def main():
              "measured     seconds of the method alone; peak GiB "
              f"{'of the method alone' if reset_peak(model.device) else 'of the process so far'}"]
     print("\n".join(notes))
-    calibrate(job, tokenizer, a.calibration, a.seed, a.data_dir)
+    job.calibrate(tokenizer, a.calibration, a.seed, a.data_dir)
     job.read_texts(tokenizer, a.eval, a.windows, a.data_dir)
     notes.append(f"calibration  {job.calibration['protocol']}, batches of {job.size}")
 

@@ -68,7 +68,7 @@ def calibration_flags(parser: Parser, samples: int = 512):
     parser.texts["calibration"] = "embedded", "wikitext2"
     add = group.add_argument
     add("--calibration", metavar="TEXT",
-        help=f"{text_names('train')} or a file (default: wikitext2; {EMBEDDED})")
+        help=f"{text_names('train')} or a file; A+B: half of each (default: wikitext2; {EMBEDDED})")
     add("--samples", type=positive, metavar="N", default=samples, help=f"sequences (default: {samples})")
     add("--seq-len", type=positive, metavar="T", help="tokens in each (default: 512, or the model's maximum)")
     add("--seed", type=seed, default=42, help="seed of all random choices (default: 42)")

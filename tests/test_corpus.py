@@ -98,3 +98,19 @@ def test_calibration_windows_come_with_their_description(tmp_path):
     assert torch.equal(windows, expected)
     assert (description["text"], description["tokens"]) == ("the file as it stands", len(tokens))
     assert description["offsets"] == offsets.tolist()
+
+
+def test_windows_of_several_texts(tmp_path):
+    """ "A+B": half of the windows from each text, at the offsets that each would have alone."""
+    tokenizer, (a, b) = load_tokenizer(TINY), [str(tmp_path / name) for name in ("a", "b")]
+    (tmp_path / "a").write_text("def f(x): return x\n" * 40)
+    (tmp_path / "b").write_text("for i in range(9): print(i)\n" * 40)
+    windows, description = calibration_windows(tokenizer, f"{a}+{b}", 5, 8, seed=3)
+    alone = [calibration_windows(tokenizer, text, count, 8, seed=3) for text, count in ((a, 2), (b, 3))]
+    assert torch.equal(windows, torch.cat([part for part, _ in alone]))
+    assert description["parts"] == [part for _, part in alone]
+    assert description["protocol"] == " + ".join(part["protocol"] for _, part in alone)
+    (tmp_path / "a+b").write_text("x = 1\n" * 99)  # a file of that name is that file
+    assert "parts" not in calibration_windows(tokenizer, str(tmp_path / "a+b"), 5, 8, seed=3)[1]
+    with pytest.raises(FileNotFoundError, match="no text 'nowhere'"):
+        calibration_windows(tokenizer, f"{a}+nowhere", 5, 8, seed=3)

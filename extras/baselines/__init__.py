@@ -79,18 +79,16 @@ def watch_inputs(model, names, visit):
             hook.remove()
 
 
-@torch.no_grad()
-def input_sums(model, names, term, passes):
-    """{name: the sum of term(x)} over the inputs x (B * T, n) of the named matrices, while `passes` is iterated."""
+@contextmanager
+def input_sums(model, names, term):
+    """While open, every forward pass adds to {name: the sum of term(x)}, x the named linear layers' inputs (B * T, n)."""
     sums = dict.fromkeys(names, 0)
 
     def visit(name, x):
         sums[name] += term(x)
 
     with watch_inputs(model, sums, visit):
-        for _ in passes:
-            pass
-    return sums
+        yield sums
 
 
 def damped(moment):

@@ -115,10 +115,13 @@ def fisher_weights(model, names, batches):
     return {name: total.sqrt() for name, total in sums.items()}
 
 
+@torch.no_grad()
 def moments(model, names, batches, term):
     """{input_of(name): the sum of term(x) over the inputs x (B * T, n)}; matrices with one input share its sum."""
-    passes = (model.final_state(tokens.to(model.device)) for tokens in batches)
-    return input_sums(model, map(input_of, names), term, passes)
+    with input_sums(model, map(input_of, names), term) as sums:
+        for tokens in batches:
+            model.final_state(tokens.to(model.device))
+    return sums
 
 
 def triangular(moment):

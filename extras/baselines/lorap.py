@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from attribution import rank_for_ratio, svd
-from extras import DENSE, calibrate, keep, linear, open_dense, product, recover
+from extras import DENSE, keep, linear, open_dense, product, recover
 from extras.baselines import input_of, input_sums
 from extras.controls import truncate
 from model import MATRICES, LowRankLinear, rotary_frequencies, upcast
@@ -128,8 +128,10 @@ def shares_for(model, budget, sublayer, mlp):
 
 def sums_in_step(model, names, term, step, states):
     """{name: sum of term(x)} over the inputs x (B * T, n), fp64, that the named matrices have in this step."""
-    names = [*names]
-    return input_sums(model, names, lambda x: term(x.double()), map(step, states if names else ()))
+    with input_sums(model, names, lambda x: term(x.double())) as sums:
+        for state in states if sums else ():
+            step(state)
+    return sums
 
 
 def squares(x):
@@ -208,7 +210,7 @@ def main():
     settings = {**SCRIPT, "seq_len": cli.sequence_length(None, 256, model), "samples": a.records, "seed": a.seed}
     examples, held_out = recover.split(records, tokenizer, settings) if a.recover else (None, None)
     print(f"method       LoRAP of {a.sublayer}, mlp {a.mlp}, {a.decomposition}; {budget:,} parameters to remove")
-    calibrate(job, tokenizer, a.calibration, a.seed, a.data_dir)
+    job.calibrate(tokenizer, a.calibration, a.seed, a.data_dir)
     job.read_texts(tokenizer, a.eval, a.windows, a.data_dir)
     job.evaluate()
     with cli.timed(job.seconds, "compression", model.device):

@@ -20,7 +20,7 @@ from torch import nn
 
 from attribution import layer_cosines, top_k
 from extras import linear
-from extras.baselines import damped, keep_channels, watch_inputs
+from extras.baselines import damped, input_sums, keep_channels
 from extras.baselines.decomposition import triangular
 from model import apply_rotary, attend
 
@@ -52,12 +52,7 @@ class NarrowAttention(nn.Module):
 def modegpt(model, sweep, budget, epsilon=0.03):
     """Remove `budget` parameters from the model, in place, and return it. ValueError if there is less to remove."""
     names = [f"layers.{i}.{matrix}" for i in range(len(model.layers)) for matrix in MOMENTS]
-    sums = dict.fromkeys(names, 0)
-
-    def add(name, x):
-        sums[name] += x.double().mT @ x.double()
-
-    with watch_inputs(model, names, add):
+    with input_sums(model, names, lambda x: x.double().mT @ x.double()) as sums:
         cosines = layer_cosines(model, sweep("MoDeGPT"))[0]
     shares = torch.softmax((cosines - 1) / epsilon, 0)
     for layer, (pairs, width, channels) in enumerate(sizes_for(model, shares, budget)):
@@ -120,7 +115,7 @@ def strongest_pairs(wq, wk, C, count, args):
     def squares(w):
         return (w @ C * w).sum(1).view(args.n_kv_heads, -1, args.head_dim // 2, 2).sum((1, 3))
 
-    return (squares(wq) * squares(wk)).topk(count).indices.sort().values
+    return (squares(wq) * squares(wk)).topk(count).indices
 
 
 def low_rank_values(wv, wo, C, width, args):

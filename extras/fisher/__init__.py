@@ -1,6 +1,6 @@
 """Beyond the paper: the price of every component, by the second-order term that GRASP's Eq. 5 leaves out.
 
-    python -m extras.fisher --ckpt FOLDER --budget 0.2       (--calibration A+B: half of the windows from each text)
+    python -m extras.fisher --ckpt FOLDER --budget 0.2
 
 GRASP ranks a component by the first-order change of the loss. At a trained model that term is small and of either sign.
 The second-order term is the one that grows. Two moments per matrix y = W x estimate it [K-FAC: arXiv 1503.05671, §3]:

@@ -1,5 +1,6 @@
-"""The command `python -m extras.fisher`. Its --calibration takes A+B too: half of the windows from each text."""
-from extras import DENSE, calibrate, fisher, mixed_windows, open_dense
+"""The command `python -m extras.fisher`."""
+from data.corpus import calibration_windows
+from extras import DENSE, fisher, open_dense
 from extras.baselines import blocks_params
 from extras.fisher import shapes
 from grasp import SCORES, find_redundant
@@ -22,9 +23,9 @@ def main():
                          f"of the {blocks:,} in the blocks, expected at least 1 and not all")
     print(f"method       {method(a)}; {budget:,} parameters to remove, {100 * budget / blocks:.1f} % of the blocks' and "
           f"{100 * budget / job.before:.1f} % of the model's")
-    calibrate(job, tokenizer, a.calibration, a.seed, a.data_dir)
+    job.calibrate(tokenizer, a.calibration, a.seed, a.data_dir)
     job.read_texts(tokenizer, a.eval, a.windows, a.data_dir)
-    others = a.shape == "llama" and mixed_windows(  # drawn anew: from a short text they overlap the first ones
+    others = a.shape == "llama" and calibration_windows(  # drawn anew: from a short text they overlap the first ones
         tokenizer, a.calibration, job.samples // 4 + 1, job.seq_len, a.seed + 1, a.data_dir)[0].split(job.size)
     job.evaluate()
     made = {}  # for the report

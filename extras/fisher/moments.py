@@ -2,7 +2,7 @@
 from functools import partial
 
 from attribution import backward
-from extras.baselines import input_of, watch_inputs
+from extras.baselines import input_of, input_sums
 from model import upcast
 
 
@@ -12,16 +12,15 @@ def second_moments(model, names, batches, basis="kfac", channels=False):
     Matrices with one input share one C. No weight's gradient is taken: d is caught on its way down to the lowest one.
     channels: of each w2 (C, H, gates), gates = E[(x * W^T d)^2] (n,): the Fisher information of a gate on each channel.
     """
-    C, H, count = dict.fromkeys(map(input_of, names), 0), dict.fromkeys(names if basis == "kfac" else (), 0), 0
+    H, count = dict.fromkeys(names if basis == "kfac" else (), 0), 0
     gates = {name: 0 for name in names if channels and name.endswith(".w2")}
 
-    def add(sums, name, rows):
-        rows = upcast(rows.flatten(0, -2))
-        sums[name] += rows.mT @ rows
+    def products(rows):
+        return upcast(rows).mT @ upcast(rows)
 
     def on_output(name, module, inputs, y):
         def on_gradient(d):
-            add(H, name, d)
+            H[name] += products(d.flatten(0, -2))
             if name in gates:
                 gates[name] += (upcast(inputs[0]) * upcast(d @ module.weight)).square().flatten(0, -2).sum(0)
 
@@ -29,7 +28,7 @@ def second_moments(model, names, batches, basis="kfac", channels=False):
 
     hooks = [model.get_submodule(name).register_forward_hook(partial(on_output, name)) for name in H]
     try:
-        with watch_inputs(model, C, partial(add, C)):
+        with input_sums(model, map(input_of, names), products) as C:
             for tokens in batches:
                 tokens = tokens.to(model.device)
                 backward(model, tokens, tokens) if H else model.final_state(tokens)

@@ -4,11 +4,9 @@ import json
 import sys
 
 import pytest
-import torch
 
 from tests.conftest import ROOT, error_of, run
-from data.tokenizer import load_tokenizer
-from extras import mixed_windows, plot, short_names, smollm2, zeroshot
+from extras import plot, short_names, smollm2, zeroshot
 from runtime import cli
 
 DOCUMENTED = {file.stem: file for file in (ROOT / "extras").glob("[a-z]*.py")} | {
@@ -50,19 +48,3 @@ def test_a_missing_package_is_one_line(main, words, package, tmp_path, monkeypat
 def test_folders_are_named_shortly_unless_two_would_be_alike():
     assert short_names(["a/small", "b/big"]) == ["small", "big"]
     assert short_names(["a/small", "b/small"]) == ["a/small", "b/small"]
-
-
-def test_windows_of_several_texts(tmp_path):
-    """ "A+B": half of the windows from each text, at the offsets that each would have alone."""
-    tokenizer, (a, b) = load_tokenizer(cli.TINY), [str(tmp_path / name) for name in ("a", "b")]
-    (tmp_path / "a").write_text("def f(x): return x\n" * 40)
-    (tmp_path / "b").write_text("for i in range(9): print(i)\n" * 40)
-    windows, description = mixed_windows(tokenizer, f"{a}+{b}", 5, 8, seed=3)
-    alone = [mixed_windows(tokenizer, text, count, 8, seed=3) for text, count in ((a, 2), (b, 3))]
-    assert torch.equal(windows, torch.cat([part for part, _ in alone]))
-    assert description["parts"] == [part for _, part in alone]
-    assert description["protocol"] == " + ".join(part["protocol"] for _, part in alone)
-    (tmp_path / "a+b").write_text("x = 1\n" * 99)  # a file of that name is that file
-    assert "parts" not in mixed_windows(tokenizer, str(tmp_path / "a+b"), 5, 8, seed=3)[1]
-    with pytest.raises(FileNotFoundError, match="no text 'nowhere'"):
-        mixed_windows(tokenizer, f"{a}+nowhere", 5, 8, seed=3)
