@@ -81,7 +81,7 @@ def watch_inputs(model, names, visit):
 
 @contextmanager
 def input_sums(model, names, term):
-    """While open, every forward pass adds to {name: the sum of term(x)}, x the named linear layers' inputs (B * T, n)."""
+    """While open, forward passes add to {name: the sum of term(x)}, x (B * T, n) the inputs of the named linear layers."""
     sums = dict.fromkeys(names, 0)
 
     def visit(name, x):
