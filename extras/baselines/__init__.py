@@ -81,7 +81,7 @@ def watch_inputs(model, names, visit):
 
 @contextmanager
 def input_sums(model, names, term):
-    """While open, forward passes add to {name: the sum of term(x)}, x (B * T, n) the inputs of the named linear layers."""
+    """Yield {name: the sum of term(x)}, x (B * T, n) the inputs of the named linear layers in every forward pass."""
     sums = dict.fromkeys(names, 0)
 
     def visit(name, x):
