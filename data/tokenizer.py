@@ -120,13 +120,15 @@ def read_added_tokens(folder: Path) -> tuple[dict, dict[int, dict], list[str]]:
 
 
 def cut(special: dict[str, int], flags: dict[str, dict], encode: Callable[[str], list[int]]) -> Callable:
-    """An encode that takes special tokens out of a text and encodes the parts between them.
+    """Return a function that cuts a text at the special tokens and encodes the parts between them.
 
-    flags: {token: {lstrip, rstrip}}: whether the blanks before and after a token belong to it.
+    flags: {token: {lstrip, rstrip, single_word}}: whether the blanks before and after a token belong to it;
+    whether it counts inside a longer word.
     """
     def pattern(token):
-        left, right = (r"\s*" * bool(flags.get(token, {}).get(side)) for side in ("lstrip", "rstrip"))
-        return f"{left}({re.escape(token)}){right}"
+        flag, word = flags.get(token, {}), f"({re.escape(token)})"
+        left, right = (r"\s*" * bool(flag.get(side)) for side in ("lstrip", "rstrip"))
+        return left + (rf"(?<!\w){word}(?!\w)" if flag.get("single_word") else word) + right
 
     tokens = re.compile("|".join(map(pattern, sorted(special, key=len, reverse=True))) or "(?!)")
 
@@ -189,7 +191,8 @@ def read_json_tokenizer(file: Path, content: bytes, added: dict[int, dict], name
         model.add_tokens([tokenizers.AddedToken(**flags)])
         if model.token_to_id(token["content"]) != i:
             raise ValueError(f"{token['content']} is {model.token_to_id(token['content'])}, elsewhere {i}")
-    model.add_special_tokens([token for token in named if model.token_to_id(token) is None])
+    known = {token.content for token in model.get_added_tokens_decoder().values()}
+    model.add_special_tokens([token for token in named if token not in known])
     plain, full = (model.encode("a", add_special_tokens=special).ids for special in (False, True))
     at = next((i for i in range(len(full)) if full[i:i + len(plain)] == plain != []), len(full))
     vocab = model.get_vocab()

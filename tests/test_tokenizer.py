@@ -140,7 +140,7 @@ def test_broken_json_and_ranks_are_refused(tmp_path):
 CHATML = ("<|im_end|>", "<|im_start|>")
 TEXTS = ("", "hello world", " leading", "  two", "end  ", "a\n\n b\r\n", "🙂 naïve", "<s>", "</s>",
          "x<s>y</s> z", "a <unk> b <unk>", "<|im_start|>user\nHi<|im_end|> ", "<|endoftext|>def",
-         "<pad>1234<|im_end|><|im_end|>")
+         "<pad>1234<|im_end|><|im_end|>", "a foot foo", "a hello b")
 
 
 def write_json_tokenizer(folder, specials=("<s>", "</s>"), bos=None, byte_level=True, added=()):
@@ -190,6 +190,7 @@ SHAPES = {  # name: (arguments of write_json_tokenizer, {file: content}); N stan
         **FAST, "pad_token": "<pad>", "additional_special_tokens": ["<|im_end|>"]}}),
     "an end without an id": ({}, {
         "special_tokens_map": {"eos_token": CHATML[0], "bos_token": token_of("<s>")}}),
+    "a pad token that is a piece": ({}, {"tokenizer_config": {**FAST, "pad_token": "hello"}}),
     "a pad token of the file": ({"added": ("<pad>",)}, {"tokenizer_config": {**FAST, "pad_token": "<pad>"}}),
 }
 
@@ -250,6 +251,7 @@ def test_special_strings_are_cut_out_of_a_text(tmp_path):
      "added_tokens": {CHATML[0]: 1024, CHATML[1]: 1025}},
     {"tokenizer_config": {**FAST, "added_tokens_decoder": {
         "1024": token_of(CHATML[0]), "1025": token_of(CHATML[1])}}},
+    {"tokenizer_config": {**FAST, "added_tokens_decoder": {"1024": token_of("foo", single_word=True)}}},
     *({"tokenizer_config": {**FAST, **flags}} for flags in (
         {"add_bos_token": False}, {"add_bos_token": True}, {"add_bos_token": True, "add_eos_token": True}))])
 def test_a_sentencepiece_model_alone_gives_the_ids_of_transformers(files, tmp_path):
