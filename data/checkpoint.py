@@ -8,6 +8,7 @@
 The format is detected from the files; the folder's name does not matter.
 """
 import json
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -126,11 +127,15 @@ def read_pth(file: Path) -> dict[str, Tensor]:
         if not distributed.index() and (bad := archive.testzip()):
             raise ValueError(f"wrong CRC-32 of {bad}")
     try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:
         if "weights_only" not in str(e):
             raise
         raise ValueError("it holds more than tensors") from None  # torch says how to run the code inside
+    if wrong := next((name for name, t in tensors.items() if not isinstance(t, Tensor)), None):
+        raise ValueError(f"{wrong} is a {type(tensors[wrong]).__name__}, expected a tensor")
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors.values()}
     if [storages[place] for place in sorted(storages)] != sizes:  # in the file's order
         raise ValueError("the sizes of the tensors' storages are not those of the archive's records")
@@ -229,8 +234,8 @@ def gather(shards: list[dict[str, Tensor]], name: str, shape: torch.Size, head_d
     return pair_rows(tensor, head_dim) if head_dim and name.endswith(("wq.weight", "wk.weight")) else tensor
 
 
-def write_folder(path: str | Path, params: dict, weights: dict[str, Tensor], report: dict | None = None,
-                 tokenizer: dict[str, bytes] | None = None, overwrite: bool = False) -> None:
+def write_folder(path: str | Path, params: dict, weights: dict[str, Tensor], report: dict | None,
+                 tokenizer: dict[str, bytes] | None, overwrite: bool) -> None:
     """Write params.json, consolidated.00.pth, report.json and the tokenizer's files, atomically."""
     check_output(path, overwrite)
     with error_prefix(f"{path}: not written"), atomic_write(path) as folder:

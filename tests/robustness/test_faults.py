@@ -3,6 +3,7 @@ import base64
 import json
 import shutil
 import time
+import warnings
 import zipfile
 from functools import partial
 
@@ -174,9 +175,20 @@ def test_no_pickle_runs_code(name, tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["a.pth", "model"]
 
 
-def test_torchscript_is_refused(tmp_path):
-    torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "a.pth"))
+@pytest.mark.filterwarnings("error")
+def test_torchscript_is_refused_and_a_newer_pickle_read_without_torchs_warnings(tmp_path):
+    with warnings.catch_warnings():  # of torch.jit itself
+        warnings.simplefilter("ignore")
+        torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "a.pth"))
     with pytest.raises(ValueError, match="a.pth: not readable"):
+        read_tensors(tmp_path / "a.pth")
+    torch.save({"a": torch.ones(2)}, tmp_path / "b.pth", pickle_protocol=3)
+    assert read_tensors(tmp_path / "b.pth")["a"].tolist() == [1, 1]
+
+
+def test_a_training_checkpoint_is_not_weights(tmp_path):
+    torch.save({"model": {"a": torch.ones(2)}, "step": 3}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="a.pth: not readable as plain tensors .*: model is a dict, expected a tensor"):
         read_tensors(tmp_path / "a.pth")
 
 
