@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import NamedTemporaryFile
 
 OURS = ("params.json", "consolidated.00.pth", "report.json")  # in every folder that is written
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer.model.v*", "tokenizer_config.json",
@@ -47,8 +47,10 @@ def check_output(path: str | Path, overwrite: bool = False) -> None:
 
     overwrite: whether a folder that this project wrote, and that holds nothing else, may be replaced.
     """
-    path = Path(path)
-    TemporaryFile(dir=path.absolute().parent).close()  # the folder is there and can be written to
+    path, parent = Path(path), Path(path).absolute().parent
+    if not os.access(parent, os.W_OK):
+        raise OSError(f"{path}: {parent} is no folder that can be written to")
+    NamedTemporaryFile(dir=parent, prefix=f".{path.name}.partial-").close()  # no name may be too long
     if os.path.lexists(path) and not overwrite:
         raise FileExistsError(f"{path}: exists; choose another, or overwrite it (with --overwrite)")
     names = {*os.listdir(path)} if path.is_dir() else set()
@@ -68,7 +70,7 @@ def error_prefix(what: str | Path) -> Iterator[None]:
     """Turn any error in the block into a one-line ValueError that begins with `what`, e.g. a file's name."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, ModuleNotFoundError, MemoryError):
+    except (KeyboardInterrupt, ModuleNotFoundError, MemoryError):
         raise
     except BaseException as e:  # a panic of a library in Rust is no Exception
         if getattr(e, "filename", None):  # an OSError that names its file

@@ -383,11 +383,11 @@ def test_the_command(nowhere, monkeypatch, capsys):
     ("--budget 0", "'0', expected more than 0"),
     ("--budget 0.2 --layers 9", "this model has 8 layers"),
     ("--budget 0.2 --layers 2 --layer-ids 3", "not allowed with argument --layers"),
-    ("--budget 0.2 --layer-ids 3 3", "expected different ones of them"),
+    ("--budget 0.2 --layer-ids 3 3", "expected some of them, each once"),
     ("--budget 0.2 --mlp channels --basis plain", "--mlp channels needs"),
     ("--budget 0.2 --layer-ids 3 --samples 2 --eval none", "cannot remove"),
     ("--budget 1e-9 --samples 2 --eval none", "--budget 1e-09: 0 parameters of the 787,968 in the blocks, expected at least 1"),
-    ("--budget 0.2 --out /nowhere/at/all", "No such file or directory: '/nowhere/at/")])
+    ("--budget 0.2 --out /nowhere/at/all", "/nowhere/at is no folder that can be written to")])
 def test_mistakes_are_one_line(words, message, nowhere, monkeypatch, capsys):
     assert message in error_of(main, words, monkeypatch, capsys)
     assert not list(nowhere.iterdir())

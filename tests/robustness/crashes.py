@@ -43,7 +43,7 @@ from runtime.cli import TINY
 ROOT = Path(__file__).resolve().parent.parent.parent
 COUNTS = {"signals": 100, "disk": 10, "load": 50}
 # The end of a command that obeys. Python ends by SIGINT itself (-2) if Ctrl-C hit it in an exec, as in some imports.
-SIGNALS = {"SIGINT": "(130|-2) interrupted", "SIGTERM": "143", "SIGKILL": "-9"}
+SIGNALS = {"SIGINT": "(130|-2) interrupted", "SIGTERM": "143 terminated", "SIGKILL": "-9"}
 TEMPORARY = ".partial-"  # in the names of runtime/files.py's temporary folders
 ERROR = "2 error: .*"  # one line: a dot is no newline
 # states before and after, its files' pages, temporary paths, seconds from the handlers to the last of them

@@ -15,12 +15,14 @@ from runtime.files import atomic_write, check_output
 def main():
 """
 TAIL = """
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+def terminate(number, frame):
+    raise KeyboardInterrupt("terminated")
+signal.signal(signal.SIGTERM, terminate)
 try:
     main()
-except KeyboardInterrupt:
-    print("interrupted", file=sys.stderr)
-    sys.exit(130)
+except KeyboardInterrupt as e:
+    print(str(e) or "interrupted", file=sys.stderr)
+    sys.exit(143 if e.args else 130)
 except OSError as e:
     print("error:", e, file=sys.stderr)
     sys.exit(2)"""  # as cli.command does it, without torch
