@@ -1,6 +1,7 @@
 """The mathematics: which layers are redundant, and which singular components of their matrices to keep.
 
-Each function can be called alone. Those that run a model take token batches (B, T) int64; -100 is padding.
+Each function can be called alone. Those that run a model take token batches (B, T) int64. A sequence of -100
+counts nowhere: a process without work passes it through its model.
 
     code         paper           shape                meaning
     U, S, Vh     U, Sigma, V^T   (m, r) (r,) (r, n)   thin SVD of a weight matrix W (m, n), r = min(m, n)
@@ -29,17 +30,15 @@ def layer_cosines(model: Transformer, batches: Iterable[Tensor],
     """Return (s_l, its standard error, each (n_layers,) fp64; the number of sequences) [GRASP §2.1, Eq. 1].
 
     s_l is the mean over all tokens of cos(h_l, h_{l+1}). The last block's output is taken before the final
-    norm. The error is that over the sequences; that of one is 0. enough: whether to stop, given the three
+    norm. The error is that over the sequences; not finite for one. enough: whether to stop, given the three
     results so far; called after 1, 2, 4, 8 ... batches. Raises ValueError if a state is not finite.
     """
-    sums = 0  # (2 n_layers + 2,)
+    sums = 0  # (3, n_layers): of the sequences' mean cosines, of their squares, of 1
     for i, tokens in enumerate(batches, 1):
         tokens = tokens.to(model.device)
-        length = (tokens >= 0).sum(1)
         states = pairwise(model.residual_stream(tokens.clamp(min=0)))
-        c = torch.stack([(cosine(h, h_next) * (tokens >= 0)).sum(1) for h, h_next in states])  # (n_layers, B)
-        counts = torch.stack([length.sum(), (length > 0).sum()])
-        sums = sums + torch.cat([c.sum(1), (c ** 2 / length.clamp(min=1)).sum(1), counts])
+        c = torch.stack([cosine(h, h_next).mean(1) for h, h_next in states])  # (n_layers, B)
+        sums = sums + (torch.stack([c, c ** 2, torch.ones_like(c)]) * (tokens[:, 0] >= 0)).sum(2)
         if enough and i.bit_count() == 1 and enough(*mean_and_error(sums)):
             break
     cosines, errors, sequences = mean_and_error(sums)
@@ -50,11 +49,10 @@ def layer_cosines(model: Transformer, batches: Iterable[Tensor],
 
 
 def mean_and_error(sums: Tensor) -> tuple[Tensor, Tensor, int]:
-    """The results of layer_cosines from its sums: of cosines, of their squares, of tokens, of sequences."""
-    *sums, tokens, sequences = distributed.all_sum(sums + 0).cpu()
-    cosines, squares = (torch.stack(sums) / tokens).chunk(2)
-    errors = ((squares - cosines ** 2).clamp(min=0) / max(1, int(sequences) - 1)).sqrt()
-    return cosines, errors, int(sequences)
+    """The results of layer_cosines from its sums over the sequences: of cosines, of their squares, of 1."""
+    cosines, squares, n = distributed.all_sum(sums + 0).cpu()
+    cosines, squares = cosines / n, squares / n
+    return cosines, ((squares - cosines ** 2).clamp(min=0) / (n - 1)).sqrt(), int(n[0])
 
 
 @torch.no_grad()
@@ -93,6 +91,8 @@ def weight_gradients(model: Transformer, names: list[str], batches: Iterable[Ten
     count = 0
     try:
         for tokens in batches:
+            if not 0 < label_shift < tokens.shape[1]:
+                raise ValueError(f"label shift {label_shift}: expected 1 to {tokens.shape[1] - 1}")
             tokens = tokens.to(model.device)
             backward(model, tokens.clamp(min=0), tokens, shift=label_shift)
             count += (tokens[:, label_shift:] >= 0).sum()
@@ -124,8 +124,8 @@ def backward(model: Transformer, tokens: Tensor, labels: Tensor, scale: float = 
 def svd(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Thin SVD of W (m, n): U (m, r), S (r,) descending, Vh (r, n), in fp32 at least.
 
-    fp32: by eigenvectors of the smaller Gram matrix, in fp64: W^T W = V S^2 V^T, U = W V / S. LAPACK's SVD,
-    which is slower, for fp64 and below 1e-5 of the largest singular value, where U would not be orthogonal.
+    fp32: by eigenvectors of the smaller Gram matrix, in fp64: W^T W = V S^2 V^T, U = W V / S. For fp64, and
+    for singular values below 1e-5 of the largest, where U would not be orthogonal: torch's SVD.
     """
     W = upcast(W.detach())
     tall = W if W.shape[0] >= W.shape[1] else W.mT
@@ -152,10 +152,10 @@ def importance(S: Tensor, sigma_grad: Tensor | None = None, score: str = "taylor
     signed      -sigma_k dL/d sigma_k, how much the loss would rise without it, to first order
     gradient    |dL/d sigma_k|;   magnitude    sigma_k, i.e. plain SVD, which needs no gradient
     """
-    if score in ("taylor", "signed"):
-        rise = -S.double() * sigma_grad
-        return rise.abs() if score == "taylor" else rise
-    return sigma_grad.abs() if score == "gradient" else S
+    if score == "magnitude":
+        return S
+    rise = -S.double() * sigma_grad
+    return {"taylor": rise.abs(), "signed": rise, "gradient": sigma_grad.abs()}[score]
 
 
 def rank_for_ratio(m: int, n: int, ratio: float) -> int:

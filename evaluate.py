@@ -74,7 +74,7 @@ def table(rows: list[dict], texts: Texts, dense_params: int) -> str:
 
 
 def protocols(texts: Texts) -> str:
-    """What each text's perplexity is of, a line for each."""
+    """A line for each text: its source, its tokens and the windows evaluated."""
     return "\n".join(
         f"{label}: {p['text']}; {p['tokens']:,} tokens, {'first ' * (p['windows'] < p['all_windows'])}"
         f"{p['windows']} window{'s' * (p['windows'] > 1)} of {p['seq_len']:,}, "

@@ -14,14 +14,14 @@ import argparse
 import math
 from collections.abc import Callable, Iterable, Iterator
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from attribution import (angular_distances, importance, layer_cosines, low_rank_factors, rank_for_ratio,
                          rank_for_threshold, sigma_gradients, svd, top_k, weight_gradients)
-from model import LowRankLinear, Transformer, finite, matrix_names, save_checkpoint
+from model import LowRankLinear, Transformer, finite, save_checkpoint
 from runtime import cli, distributed
 from runtime.files import check_output, check_space, optional_json
-from runtime.job import Job, check_dense, check_layers, ratio_that_removes
+from runtime.job import Job, check_dense, check_layers, dense_matrices
 
 SCORES = {  # of importance, and what the table calls a model made by it
     "taylor": "GRASP", "signed": "GRASP, signed", "gradient": "GRASP, gradient", "magnitude": "plain SVD"}
@@ -38,7 +38,7 @@ def find_redundant(model: Transformer, sweep: Sweep, n: int, contiguous: bool = 
     between their two ends, over all sequences [arXiv 2403.17887 §3.2].
     """
     def known(cosines, errors, sequences):
-        return sequences >= 32 and margin(cosines, errors, top_k(cosines, n).tolist())[0] > 4
+        return sequences >= 32 and margin(cosines, errors, n)[0] > 4
 
     check_layers(model.args.n_layers, n)
     stop = None if all_sequences or contiguous else known
@@ -50,13 +50,15 @@ def find_redundant(model: Transformer, sweep: Sweep, n: int, contiguous: bool = 
     return cosines, errors, sequences, redundant
 
 
-def margin(cosines: Tensor, errors: Tensor, redundant: list[int]) -> tuple[float, int, int]:
-    """Return (how far apart they are, in standard errors; last redundant layer; first of the others)."""
-    others = [layer for layer in range(len(cosines)) if layer not in redundant]
-    last, first = min(redundant, key=cosines.__getitem__), max(others, key=cosines.__getitem__, default=None)
-    if first is None:
-        return math.inf, last, last
-    return float((cosines[last] - cosines[first]) / math.hypot(errors[last], errors[first])), last, first
+def margin(cosines: Tensor, errors: Tensor, n: int) -> tuple[float, list[int]]:
+    """Return (by how many standard errors the nth highest cosine is above the next, those two layers).
+
+    Layers' errors are taken as independent.
+    """
+    pair = cosines.argsort(descending=True, stable=True)[n - 1:n + 1]
+    if len(pair) < 2:  # all layers are redundant
+        return math.inf, pair.tolist()
+    return float(-cosines[pair].diff() / errors[pair].norm()), pair.tolist()
 
 
 def compress(model: Transformer, layer_ids: list[int], sweep: Sweep, ratio: float | None = None,
@@ -74,12 +76,12 @@ def compress(model: Transformer, layer_ids: list[int], sweep: Sweep, ratio: floa
     """
     check_layers(model.args.n_layers, None, layer_ids)
     check_settings(sweep, ratio, threshold, score, iterative, gradients)
-    groups = [matrix_names(*layer_ids)]
+    groups = [(layer_ids, "")]
     if iterative:
-        groups = [[name for name in matrix_names(layer) if half in name]
-                  for layer in sorted(layer_ids, reverse=True) for half in ("feed_forward", "attention")]
-    for group in groups:
-        names = [name for name in group if isinstance(model.get_submodule(name), nn.Linear)]  # still dense
+        groups = [([layer], half) for layer in sorted(layer_ids, reverse=True)
+                  for half in ("feed_forward", "attention")]
+    for layers, half in groups:
+        names = [name for name in dense_matrices(model, layers) if half in name]
         G = gradients
         if names and G is None and score != "magnitude":
             G = weight_gradients(model, names, sweep("attribution"), label_shift)
@@ -122,15 +124,11 @@ def main() -> None:
     check_layers(model.args.n_layers, a.layers, a.layer_ids)
     check_space(a.out, model.n_params * model.dtype.itemsize)
     job = Job(model, a.samples, a.seq_len, a.batch_size, a.layers or len(a.layer_ids))
-    ratio = a.ratio
-    asked = f"threshold {a.threshold}" if a.threshold else f"ratio {ratio}"
-    asked = f"remove {a.remove}" if a.remove else asked
+    asked = f"threshold {a.threshold}" if a.threshold else f"ratio {a.ratio}"
     which = f"layers {a.layer_ids}" if a.layer_ids else f"{a.layers} layer{'s' * (a.layers > 1)}"
     print(f"method       {asked} of {which}{' in a row' * a.contiguous}, score {a.score}, "
           f"label shift {a.label_shift}, {'iterative' if a.iterative else 'one-shot'}; to {a.out}")
-    check_settings(job.sweep, ratio, a.threshold, a.score, a.iterative, None)
-    if a.label_shift >= job.seq_len:
-        raise ValueError(f"--label-shift {a.label_shift}: expected less than {job.seq_len}, the window")
+    check_settings(job.sweep, a.ratio, a.threshold, a.score, a.iterative, None)
     job.calibrate(tokenizer, a.calibration, a.seed, a.data_dir)
     job.read_texts(tokenizer, a.eval, a.windows, a.data_dir)
 
@@ -139,18 +137,15 @@ def main() -> None:
         cosines, *found, redundant = find_redundant(model, job.sweep, a.layers, a.contiguous, a.all_sequences)
         print_cosines(cosines, *found, redundant, a.contiguous)
     check_dense(model, redundant)
-    if a.remove:
-        ratio = ratio_that_removes(model, redundant, a.remove)
-        asked += f", so ratio {ratio}"
     job.evaluate()
     with cli.timed(job.seconds, "compression", model.device):
-        for record in compress(model, redundant, job.sweep, ratio, a.threshold, a.score, a.iterative,
+        for record in compress(model, redundant, job.sweep, a.ratio, a.threshold, a.score, a.iterative,
                                label_shift=a.label_shift):
             records.append(record)
             print_record(record)
     job.evaluate(SCORES[a.score], job.seconds.get("redundancy", 0) + job.seconds["compression"])
     print(f"\n{job.table()}\nasked: {asked} of layers {redundant}; achieved: {job.achieved()}")
-    report = job.report({**vars(a), "ratio": ratio}, cosines=None if cosines is None else cosines.tolist(),
+    report = job.report(vars(a), cosines=None if cosines is None else cosines.tolist(),
                         redundant=redundant, matrices=records, input=earlier)
     save_checkpoint(model, a.out, report, tokenizer.files, a.overwrite)
     print(f"written to {a.out}")
@@ -162,9 +157,9 @@ def print_cosines(cosines: Tensor, errors: Tensor, sequences: int, redundant: li
     for layer, (cosine, error) in enumerate(zip(cosines.tolist(), errors.tolist())):
         print(f"layer {layer:3}  cosine {cosine:.4f} ± {error:.4f}{'  redundant' * (layer in redundant)}")
     print(f"{sequences} sequence{'s' * (sequences > 1)} read for the cosines")
-    far, last, first = margin(cosines, errors, redundant)
-    if not far >= 2 and not contiguous:  # NaN, if two layers are equal
-        print(f"layers {last} and {first} nearly tie; more --samples or --layer-ids decide between them")
+    far, pair = margin(cosines, errors, len(redundant))
+    if not far >= 2 and not contiguous:  # NaN: two layers are equal, or one sequence was read
+        print(f"layers {pair[0]} and {pair[1]} nearly tie; more --samples or --layer-ids decide between them")
 
 
 def print_record(record: dict) -> None:
@@ -184,9 +179,8 @@ def parse() -> argparse.Namespace:
     either = group.add_mutually_exclusive_group().add_argument
     either("--ratio", type=cli.fraction, help="fraction of each matrix's parameters to keep (default: 0.1)")
     either("--threshold", type=cli.fraction, help="instead: fraction of the sum of scores to keep")
-    either("--remove", type=cli.fraction, metavar="FRACTION",
-           help="instead: fraction of the whole model's parameters to remove")
-    group.add_argument("--score", choices=SCORES, default="taylor", help="of a component (default: taylor)")
+    group.add_argument("--score", choices=SCORES, default="taylor", help="taylor: |sigma dL/dsigma|, "
+                       "signed: -sigma dL/dsigma, gradient: |dL/dsigma|, magnitude: sigma (default: taylor)")
     group.add_argument("--label-shift", type=cli.positive, metavar="N", default=1,
                        help="position t predicts token t + N (default: 1; the authors' code: 2)")
     group.add_argument("--iterative", action="store_true", help="Algorithm 1's order, half a block at a time")

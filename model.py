@@ -55,9 +55,9 @@ def finite(t: Tensor) -> bool:
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean x^2 + eps) * weight, normalised in fp32, in the weight's dtype [arXiv 1910.07467]."""
+    """x / sqrt(mean x^2 + eps) * weight; x fp32 at least, the result in weight's dtype [arXiv 1910.07467]."""
     def forward(self, x):
-        return F.rms_norm(upcast(x), self.normalized_shape, eps=self.eps).type_as(self.weight) * self.weight
+        return F.rms_norm(x, self.normalized_shape, eps=self.eps).type_as(self.weight) * self.weight
 
 
 class LowRankLinear(nn.Module):

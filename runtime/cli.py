@@ -23,6 +23,7 @@ from runtime.files import error_prefix
 
 TINY = Path(__file__).resolve().parent.parent / "data" / "tiny"  # the embedded model
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+Group = argparse._ArgumentGroup
 EMBEDDED = "with the embedded model: embedded"
 
 
@@ -54,7 +55,7 @@ class Parser(argparse.ArgumentParser):
         return a
 
 
-def model_flags(parser: Parser, title: str, **ckpt):
+def model_flags(parser: Parser, title: str, **ckpt) -> Group:
     """Add --ckpt. Each of these functions makes a group of flags and returns it."""
     group = parser.add_argument_group(title)
     group.add_argument("--ckpt", **{
@@ -63,7 +64,7 @@ def model_flags(parser: Parser, title: str, **ckpt):
     return group
 
 
-def calibration_flags(parser: Parser, samples: int = 512):
+def calibration_flags(parser: Parser, samples: int = 512) -> Group:
     group = parser.add_argument_group("calibration")
     parser.texts["calibration"] = "embedded", "wikitext2"
     add = group.add_argument
@@ -75,7 +76,7 @@ def calibration_flags(parser: Parser, samples: int = 512):
     return group
 
 
-def evaluation_flags(parser: Parser):
+def evaluation_flags(parser: Parser) -> Group:
     group = parser.add_argument_group("evaluation")
     parser.texts["eval"] = ["embedded"], ["wikitext2", "ptb"]
     add = group.add_argument
@@ -87,14 +88,14 @@ def evaluation_flags(parser: Parser):
     return group
 
 
-def output_flags(parser: Parser, suffix: str):
+def output_flags(parser: Parser, suffix: str) -> Group:
     group, parser.suffix = parser.add_argument_group("output"), suffix
     group.add_argument("--out", type=Path, metavar="FOLDER", help=f"to write (default: ./CKPT-{suffix})")
     group.add_argument("--overwrite", action="store_true", help="replace a folder that an earlier run wrote")
     return group
 
 
-def machine_flags(parser: Parser, batches: bool = False, several: bool = False):
+def machine_flags(parser: Parser, batches: bool = False, several: bool = False) -> Group:
     """Add --device and --dtype; batches: --batch-size; several processes: --shard."""
     group = parser.add_argument_group("machine")
     add = group.add_argument
@@ -110,7 +111,7 @@ def machine_flags(parser: Parser, batches: bool = False, several: bool = False):
     return group
 
 
-def between(text: str, kind: type, low: int, high: int, expected: str):
+def between(text: str, kind: type, low: int, high: int, expected: str) -> int | float:
     with suppress(ValueError):
         if low < kind(text) <= high:
             return kind(text)
@@ -193,23 +194,15 @@ def batch_size(asked: int | None, seq_len: int, model: Transformer | None = None
 
 
 def fitting(model: Transformer, seq_len: int, layers: int, free: int) -> int:
-    """Sequences that fit into `free` bytes beside the weights, in a backward sweep over all layers: up to
-    8,192 tokens, at least one sequence."""
-    fixed = sweep_memory(model, 0, layers)
-    room = (free - fixed) / (sweep_memory(model, 1, layers) - fixed)
-    return max(1, int(min(8192, room)) // seq_len)
+    """Sequences that surely fit into `free` bytes beside the weights, in weight_gradients of `layers` layers.
 
-
-def sweep_memory(model: Transformer, tokens: int, layers: int) -> int:
-    """Upper bound, in bytes, of what weight_gradients needs beside the weights of a model.
-
-    tokens: of a micro-batch; autograd keeps those of all blocks. layers: whose gradients are summed.
+    At least one, at most 8,192 tokens. Autograd is taken to keep the activations of every block.
     """
-    a, s = model.args, model.dtype.itemsize
+    a, s = model.args, model.dtype.itemsize  # the numbers below are bytes
     gradients = layers * max(4, s) * max(sum(p.numel() for p in block.parameters()) for block in model.layers)
-    kept = s * (8 * a.dim + 4 * a.n_heads * a.head_dim + 4 * a.hidden_dim)  # of a token in a block
     head = 4 * max(4, s) * model.head_chunk * a.vocab_size
-    return gradients + head + tokens * kept * (a.n_layers + 1)
+    token = s * (8 * a.dim + 4 * a.n_heads * a.head_dim + 4 * a.hidden_dim) * (a.n_layers + 1)
+    return max(1, int(min(8192, (free - gradients - head) / token)) // seq_len)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -238,7 +231,7 @@ def show(line: str, last: bool) -> None:
 
 
 @contextmanager
-def timed(seconds: dict[str, float], phase: str, device: torch.device | None = None):
+def timed(seconds: dict[str, float], phase: str, device: torch.device | None = None) -> Iterator[None]:
     """Add the wall time of a block to seconds[phase], including what a CUDA device still has to do."""
     start = time.perf_counter()
     try:
@@ -249,23 +242,27 @@ def timed(seconds: dict[str, float], phase: str, device: torch.device | None = N
         seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
-def command(main: Callable[[], None], parallel: bool = False):
+def terminate(number, frame):
+    raise KeyboardInterrupt("terminated")
+
+
+def command(main: Callable[[], None], parallel: bool = False) -> None:
     """Run a command. A user's mistake is one line and exit code 2; GRASP_DEBUG=1 shows a stack trace.
 
-    Ctrl-C and SIGTERM are exceptions, so that unfinished files are removed. parallel: whether torchrun may
-    start it. Then the first process that fails says why, and torchrun ends the others.
+    Ctrl-C and SIGTERM raise KeyboardInterrupt, so that unfinished files are removed. parallel: whether
+    torchrun may start it. Then the first process that fails says why, and torchrun ends the others.
     """
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # for logs, and any file name
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, terminate)
     try:
         with distributed.joined():
             if distributed.count() > 1 and not parallel:
                 raise ValueError("this command runs in one process: start it with python, not with torchrun")
             return main()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
         if not distributed.index():
-            print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
+            print(f"\n{str(e) or 'interrupted'}", file=sys.stderr)
+        sys.exit(128 + (signal.SIGTERM if e.args else signal.SIGINT))
     except Exception as e:
         memory = isinstance(e, MemoryError) or re.search("out of memory|can't allocate memory", str(e))
         known = memory or isinstance(e, (ValueError, OSError, ModuleNotFoundError)) or distributed.lost(e)

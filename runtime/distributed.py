@@ -6,6 +6,7 @@ holds some rows.
 """
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -16,7 +17,7 @@ store = None  # torchrun's key-value store; None with one process
 
 
 @contextmanager
-def joined():
+def joined() -> Iterator[None]:
     """Join the processes that torchrun started, if it did. All but process 0 print nothing."""
     global store
     if "TORCHELASTIC_RUN_ID" in os.environ:

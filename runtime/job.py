@@ -1,5 +1,4 @@
 """What the commands that compress share: checks, the texts of a run, its sweeps, its table and its report."""
-import math
 import platform
 from collections.abc import Iterable, Iterator
 
@@ -17,8 +16,8 @@ def check_layers(count: int, layers: int | None, layer_ids: list[int] | None = N
     """Raise ValueError if a model of `count` layers has fewer, or if an id is out of range or given twice."""
     ids = range(layers) if layer_ids is None else layer_ids
     if not 0 < len(ids) <= count or len(set(ids)) < len(ids) or not all(0 <= layer < count for layer in ids):
-        raise ValueError(f"--layers, --layer-ids: this model has {count} layers, 0 to {count - 1}; asked for "
-                         f"{layers if layer_ids is None else layer_ids}, expected different ones of them")
+        raise ValueError(f"this model has {count} layers, 0 to {count - 1}; asked for "
+                         f"{layers if layer_ids is None else layer_ids}, expected some of them, each once")
 
 
 def dense_matrices(model: Transformer, layer_ids: Iterable[int]) -> dict[str, torch.Size]:
@@ -33,15 +32,6 @@ def check_dense(model: Transformer, layer_ids: list[int]) -> None:
         raise ValueError(f"--ckpt: layers {layer_ids} are low-rank already; ask for more layers or others")
 
 
-def ratio_that_removes(model: Transformer, layer_ids: list[int], fraction: float) -> float:
-    """The ratio by which these layers lose this fraction of the model's parameters, or a little more."""
-    dense = sum(m * n for m, n in dense_matrices(model, layer_ids).values())
-    millionths = dense and math.floor(10 ** 6 * (1 - fraction * model.n_params / dense))  # ranks round down
-    if millionths <= 0:
-        raise ValueError(f"--remove {fraction}: layers {layer_ids} cannot lose that many parameters")
-    return millionths / 10 ** 6
-
-
 class Job:
     """One run of a command on a model.
 
@@ -51,8 +41,8 @@ class Job:
     """
     def __init__(self, model: Transformer, samples: int, seq_len: int | None, batch_size: int | None,
                  layers: int | None = None):
-        """layers: how many layers' gradients a sweep sums. None: the command keeps more than gradients, so a
-        sweep takes 1,024 tokens on CUDA, too."""
+        """layers: how many layers' gradients a sweep sums, which sets the micro-batch on CUDA. None: the
+        command keeps more than gradients, so a micro-batch has 1,024 tokens there, too."""
         self.model, self.before, self.dense = model, model.n_params, model.n_params_dense
         self.rows, self.seconds = [], {}
         self.samples, self.seq_len = samples, cli.sequence_length(seq_len, 512, model)

@@ -373,6 +373,7 @@ def test_the_standard_error_is_that_of_the_sequences_means():
     torch.testing.assert_close(errors, each.std(0) / 7 ** 0.5)
     idle = torch.full_like(tokens[:2], -100)  # what a process without sequences gets
     torch.testing.assert_close(layer_cosines(model, [tokens, idle]), (cosines, errors, 7))
+    assert not layer_cosines(model, [tokens[:1]])[1].isfinite().any()  # of one sequence nothing is known
 
 
 def test_enough_is_asked_after_powers_of_two_batches():

@@ -2,6 +2,7 @@
 import copy
 import json
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -101,6 +102,19 @@ def test_a_folder_made_from_the_embedded_model_takes_its_text(tmp_path):
 @pytest.mark.parametrize("main", [grasp.main, evaluate.main])
 def test_help_shows_the_defaults(main, capsys):
     assert "default: the embedded model" in output_of(main, "--help", capsys)
+
+
+@pytest.mark.parametrize("main", [grasp.main, evaluate.main])
+def test_help_says_the_default_of_each_flag(main, monkeypatch):
+    """The numbers and names; "auto" is explained in words."""
+    parsers = []
+    monkeypatch.setattr(cli.Parser, "parse_args", lambda self: parsers.append(self) or sys.exit())
+    with pytest.raises(SystemExit):
+        main()
+    defaults = {action.dest: (action.default, action.help) for action in parsers[0]._actions
+                if type(action.default) in (int, str) and action.default not in ("auto", "==SUPPRESS==")}
+    assert all(f"(default: {default}" in shown for default, shown in defaults.values())
+    assert main is evaluate.main or {*defaults} == {"samples", "seed", "score", "label_shift"}
 
 
 def test_help_shows_the_flags_in_groups(capsys):
@@ -218,7 +232,7 @@ def test_a_stack_trace_on_request(tmp_path):
     ("--layers 2 --ratio 0.1 --threshold 0.5", "argument --threshold: not allowed with argument --ratio"),
     ("--layers 2 --score sigma", "--score: invalid choice: 'sigma'"),
     ("--layers 2 --label-shift 0", "--label-shift: '0', expected"),
-    ("--layers 2 --seq-len 8 --label-shift 8", "--label-shift 8: expected less than 8, the window"),
+    ("--layers 2 --seq-len 8 --label-shift 8", "label shift 8: expected 1 to 7"),
     ("--layers 2 --score signed --threshold 0.5", "signed scores may sum to 0"),
     ("--layers 2 --seed -1", "--seed: '-1', expected a whole number from 0 to 2^63 - 1"),
     ("--layers 2 --samples 0", "--samples: '0', expected"),
@@ -226,7 +240,6 @@ def test_a_stack_trace_on_request(tmp_path):
     ("--layers 2 --seq-len 1", "--seq-len 1: expected 2 to 256"),
     ("--layers 2 --batch-size 0", "--batch-size: '0', expected"),
     ("--layers 2 --no-such-flag", "unrecognized arguments: --no-such-flag\n"),
-    ("--layers 2 --remove 0.1 --ratio 0.1", "argument --ratio: not allowed with argument --remove"),
     ("--layers 2 --ckpt nowhere", "nowhere: no such folder\n"),
     ("--layers 2 --ckpt no/such/folder", "no/such/folder: no such folder\n"),
     ("--layers 2 --ckpt file", "file: no such folder"),
@@ -247,7 +260,7 @@ def test_a_stack_trace_on_request(tmp_path):
     ("--layers 2 --out empty", "empty: exists; choose another, or overwrite it"),
     ("--layers 2 --out empty --overwrite", "empty: --overwrite replaces only a folder"),
     ("--layers 2 --ckpt bare --out ./bare", "bare: exists; choose another, or overwrite it"),
-    ("--layers 2 --out no/such/parent", "No such file or directory: "),
+    ("--layers 2 --out no/such/parent", "no/such is no folder that can be written to"),
 ])
 def test_mistakes_are_one_line_and_write_nothing(words, message, nowhere, monkeypatch, capsys):
     (nowhere / "file").touch()

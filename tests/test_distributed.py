@@ -150,7 +150,7 @@ def test_the_job_is_the_same_job(n, done, tmp_path, capsys):
 @pytest.mark.parametrize("n, shard", [(2, False), (4, False), pytest.param(2, True, marks=SHARD),
                                       pytest.param(4, True, marks=SHARD)])
 def test_scores_and_memory_of_each_process(n, shard, done):
-    """Each matrix has one owner. Split, a process holds its rows; the head and the embeddings stay whole."""
+    """Split, a process holds its rows; the head and the embeddings stay whole."""
     model, (folder, _) = small_model(), done[n]
     cosines, scores = sweeps(model)
     found = [torch.load(folder / f"{place}-{shard}.pt") for place in range(n)]

@@ -137,6 +137,9 @@ def test_gradients_can_be_given():
     ({"layer_ids": [-1]}, r"this model has 4 layers, 0 to 3; asked for \[-1\]"),
     ({"layer_ids": [1, 1]}, r"asked for \[1, 1\]"),
     ({"layer_ids": []}, r"asked for \[\]"),
+    ({"label_shift": 0}, "label shift 0: expected 1 to 11"),
+    ({"label_shift": -1}, "label shift -1: expected 1 to 11"),
+    ({"label_shift": 12}, "label shift 12: expected 1 to 11"),
     ({"sweep": [1, 2]}, "sweep is a list, expected a function"),
     ({"sweep": None}, "sweep is a NoneType, expected a function"),
     ({"ratio": None, "threshold": 0.5, "score": "signed"}, "signed scores may sum to 0"),
@@ -199,9 +202,9 @@ def test_the_redundancy_sweep_stops_once_the_layers_are_known(scale, read):
 
 def test_the_margin_is_in_standard_errors():
     cosines, errors = torch.tensor([0.5, 0.9, 0.8]), torch.tensor([0.1, 0.03, 0.04])
-    assert grasp.margin(cosines, errors, [1]) == (pytest.approx(2), 1, 2)
-    assert grasp.margin(cosines, errors, [1, 2]) == (pytest.approx(0.3 / math.hypot(0.04, 0.1)), 2, 0)
-    assert grasp.margin(cosines, errors, [0, 1, 2])[0] == math.inf
+    assert grasp.margin(cosines, errors, 1) == (pytest.approx(2), [1, 2])
+    assert grasp.margin(cosines, errors, 2) == (pytest.approx(0.3 / math.hypot(0.04, 0.1)), [2, 0])
+    assert grasp.margin(cosines, errors, 3)[0] == math.inf
 
 
 @pytest.mark.parametrize("score", ["taylor", "gradient"])

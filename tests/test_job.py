@@ -7,10 +7,8 @@ import torch
 
 import grasp
 from evaluate import perplexity
-from grasp import compress
-from model import load_checkpoint
 from runtime import cli, files
-from runtime.job import Job, dense_matrices, ratio_that_removes
+from runtime.job import Job
 from tests.conftest import error_of, job_of, output_of, random_model, random_tokens
 
 QUICK = "--samples 4 --seq-len 32 --windows 1"
@@ -83,26 +81,6 @@ def test_an_error_in_a_sweep_passes(capsys):
 
 
 # ------------------------------------------------------------------------------------- before and after the sweep
-
-@pytest.mark.parametrize("layer_ids, fraction", [([3, 4, 5], 0.1), ([0, 5], 0.05), ([1], 0.09)])
-def test_the_ratio_removes_what_was_asked(layer_ids, fraction):
-    """At most one more component of each matrix goes than would have to."""
-    model = load_checkpoint(cli.TINY)
-    ratio, before = ratio_that_removes(model, layer_ids, fraction), model.n_params
-    more = sum(m + n for m, n in dense_matrices(model, layer_ids).values())  # parameters of a component each
-    list(compress(model, layer_ids, None, ratio, score="magnitude"))
-    assert (1 - fraction) * before - more < model.n_params <= (1 - fraction) * before
-    with pytest.raises(ValueError, match="--remove 0.9: layers .* cannot lose that many parameters"):
-        ratio_that_removes(model, layer_ids, 0.9)
-
-
-def test_a_fraction_of_the_whole_model_can_be_asked_for(nowhere, capsys):
-    out = output_of(grasp.main, f"--layers 2 --remove 0.15 --eval none {QUICK}", capsys)
-    report = json.loads((nowhere / "tiny-grasp/report.json").read_text())
-    assert "method       remove 0.15 of 2 layers, score taylor" in out
-    assert f"asked: remove 0.15, so ratio {report['settings']['ratio']} of layers {report['redundant']}" in out
-    assert 0.84 < report["parameters_after"] / report["parameters_before"] <= 0.85
-
 
 def test_a_full_disk_is_found_before_the_sweep(nowhere, monkeypatch, capsys):
     usage = shutil.disk_usage(nowhere)._replace(free=1000)

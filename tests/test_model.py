@@ -14,7 +14,7 @@ from attribution import weight_gradients
 from tests.conftest import MODELS, random_model, random_tokens, run, transformers_model
 from data.checkpoint import pair_rows
 from model import (LowRankLinear, RMSNorm, Transformer, apply_rotary, load_checkpoint, matrix_names,
-                   rotary_frequencies, save_checkpoint)
+                   repeats_heads, rotary_frequencies, save_checkpoint)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -71,11 +71,22 @@ def test_rotary_turns_by_position_only():
 
 
 def test_norms_are_taken_wide():
-    """The mean square of a bf16 row is summed in fp32. The result is rounded once."""
+    """The residual stream is fp32 and is normalised so. The result is rounded once, to the weight's dtype."""
     torch.manual_seed(0)
-    norm, x = RMSNorm(512, 1e-5).bfloat16(), torch.randn(4, 512).bfloat16()
+    norm, x = RMSNorm(512, 1e-5).bfloat16(), torch.randn(4, 512)
     wide = x.double()
     assert torch.equal(norm(x), (wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()).bfloat16())
+
+
+@pytest.mark.parametrize("dtype, capability, repeats", [
+    (torch.float32, (9, 0), True), (torch.float64, (9, 0), True), (torch.bfloat16, (9, 0), False),
+    (torch.float16, (8, 0), False), (torch.float16, (7, 5), True)])
+def test_heads_are_repeated_where_cuda_has_no_fused_kernel_for_grouped_queries(
+        dtype, capability, repeats, monkeypatch):
+    """docs/numerics.md has the table of kernels."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert repeats_heads(torch.device("cuda"), dtype) == repeats
+    assert not repeats_heads(torch.device("cpu"), dtype)
 
 
 # --------------------------------------------------------------------------------------------------- the loss

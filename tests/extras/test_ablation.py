@@ -250,7 +250,7 @@ def test_a_row_is_the_row_of_the_command_grasp(nowhere, monkeypatch, capsys):
     ("score --layers 2 --layer-ids 1", "give one of --layers N and --layer-ids"),
     ("score --layers 9", "this model has 8 layers, 0 to 7; asked for 9"),
     ("score --layer-ids 8", "this model has 8 layers, 0 to 7; asked for [8]"),
-    ("score --layer-ids 3 3", "expected different ones of them"),
+    ("score --layer-ids 3 3", "expected some of them, each once"),
     ("score --layers 2 --label-shifts 1 2", "--label-shifts [1, 2]: the labels study varies it, the score study takes 1"),
     ("samples --layers 2 --ratio 0.1 0.2", "--ratio [0.1, 0.2]: the score study varies it, the samples study takes 1"),
     ("labels --layers 2 --seq-len 8 --label-shifts 1 8", "--label-shifts [1, 8]: expected less than 8, the window"),
