@@ -362,7 +362,7 @@ def test_dtype_is_what_is_written(small, capsys):
     ("--ckpt small", "the following arguments are required: --out"),
     ("--ckpt nowhere --out out", "nowhere: no such folder"),
     ("--ckpt small --out small", "small: exists"),
-    ("--ckpt small --out no/such/parent", "No such file or directory: "),
+    ("--ckpt small --out no/such/parent", "no/such is no folder that can be written to"),
     ("--ckpt small --out out --format onnx", "--format: invalid choice: 'onnx'"),
     ("--ckpt small --out out --overwrite", "unrecognized arguments: --overwrite"),
 ])
