@@ -70,10 +70,11 @@ def test_rotary_turns_by_position_only():
     assert torch.allclose(q.norm(dim=1), q[0].norm().expand(12), atol=1e-6)
 
 
-def test_norms_are_taken_wide():
-    """The residual stream is fp32 and is normalised so. The result is rounded once, to the weight's dtype."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_are_taken_wide(dtype):
+    """The mean square of a row, fp32 or bf16, is summed in fp32. The result is rounded once."""
     torch.manual_seed(0)
-    norm, x = RMSNorm(512, 1e-5).bfloat16(), torch.randn(4, 512)
+    norm, x = RMSNorm(512, 1e-5).bfloat16(), torch.randn(4, 512).to(dtype)
     wide = x.double()
     assert torch.equal(norm(x), (wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()).bfloat16())
 

@@ -91,6 +91,11 @@ def input_sums(model, names, term):
         yield sums
 
 
+def gram(x):
+    """x^T x (n, n): the sum of the outer products of the rows of x (tokens, n)."""
+    return x.mT @ x
+
+
 def damped(moment):
     """The moment in fp64, DAMPING of its mean diagonal added to its diagonal."""
     moment = moment.to(torch.float64, copy=True)

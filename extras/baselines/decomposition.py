@@ -31,7 +31,7 @@ import torch
 
 from attribution import backward, svd
 from extras import keep
-from extras.baselines import input_of, input_sums, uniform_ranks
+from extras.baselines import gram, input_of, input_sums, uniform_ranks
 from extras.controls import truncate
 from model import matrix_names, upcast
 
@@ -62,7 +62,7 @@ def svd_llm(model, sweep, budget, layers=None):
     no A B of rank k has less. Holds an fp64 n x n moment for each of the four different inputs of every block.
     """
     ranks = ranks_of(model, layers, budget)
-    sums = moments(model, ranks, sweep("SVD-LLM"), lambda x: x.double().mT @ x.double())
+    sums = moments(model, ranks, sweep("SVD-LLM"), lambda x: gram(x.double()))
     for source, moment in sums.items():
         sums[source] = triangular(moment)
     return decompose(model, ranks, {name: sums[input_of(name)] for name in ranks})

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 from attribution import rank_for_ratio, svd
 from extras import DENSE, keep, linear, open_dense, product, recover
-from extras.baselines import input_of, input_sums
+from extras.baselines import gram, input_of, input_sums
 from extras.controls import truncate
 from model import MATRICES, LowRankLinear, rotary_frequencies, upcast
 from runtime import cli
@@ -141,8 +141,7 @@ def squares(x):
 
 def affine_moments(x):
     """x (tokens, n) -> (n + 1, n + 1): the sum of (x, 1)(x, 1)^T, which is count, sums and products of x in one."""
-    x = F.pad(x, (0, 1), value=1.0)
-    return x.mT @ x
+    return gram(F.pad(x, (0, 1), value=1.0))
 
 
 def basis(W, sums, decomposition):

@@ -20,7 +20,7 @@ from torch import nn
 
 from attribution import layer_cosines, top_k
 from extras import linear
-from extras.baselines import damped, input_sums, keep_channels
+from extras.baselines import damped, gram, input_sums, keep_channels
 from extras.baselines.decomposition import triangular
 from model import apply_rotary, attend
 
@@ -52,7 +52,7 @@ class NarrowAttention(nn.Module):
 def modegpt(model, sweep, budget, epsilon=0.03):
     """Remove `budget` parameters from the model, in place, and return it. ValueError if there is less to remove."""
     names = [f"layers.{i}.{matrix}" for i in range(len(model.layers)) for matrix in MOMENTS]
-    with input_sums(model, names, lambda x: x.double().mT @ x.double()) as sums:
+    with input_sums(model, names, lambda x: gram(x.double())) as sums:
         cosines = layer_cosines(model, sweep("MoDeGPT"))[0]
     shares = torch.softmax((cosines - 1) / epsilon, 0)
     for layer, (pairs, width, channels) in enumerate(sizes_for(model, shares, budget)):

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from extras import is_tied
+from extras.baselines import gram
 from model import RMSNorm, rotary_frequencies, upcast
 
 
@@ -103,7 +104,7 @@ def principal_directions(signal, width):
 
     signal: a list of (B, T, dim).
     """
-    moment = sum(x.mT @ x for x in (part.flatten(0, 1).double() for part in signal))
+    moment = sum(gram(part.flatten(0, 1).double()) for part in signal)
     return torch.linalg.eigh(moment).eigenvectors.flip(-1)[:, :width]
 
 

@@ -2,7 +2,7 @@
 from functools import partial
 
 from attribution import backward
-from extras.baselines import input_of, input_sums
+from extras.baselines import gram, input_of, input_sums
 from model import upcast
 
 
@@ -15,12 +15,9 @@ def second_moments(model, names, batches, basis="kfac", channels=False):
     H, count = dict.fromkeys(names if basis == "kfac" else (), 0), 0
     gates = {name: 0 for name in names if channels and name.endswith(".w2")}
 
-    def products(rows):
-        return upcast(rows).mT @ upcast(rows)
-
     def on_output(name, module, inputs, y):
         def on_gradient(d):
-            H[name] += products(d.flatten(0, -2))
+            H[name] += gram(upcast(d.flatten(0, -2)))
             if name in gates:
                 gates[name] += (upcast(inputs[0]) * upcast(d @ module.weight)).square().flatten(0, -2).sum(0)
 
@@ -28,7 +25,7 @@ def second_moments(model, names, batches, basis="kfac", channels=False):
 
     hooks = [model.get_submodule(name).register_forward_hook(partial(on_output, name)) for name in H]
     try:
-        with input_sums(model, map(input_of, names), products) as C:
+        with input_sums(model, map(input_of, names), lambda x: gram(upcast(x))) as C:
             for tokens in batches:
                 tokens = tokens.to(model.device)
                 backward(model, tokens, tokens) if H else model.final_state(tokens)
