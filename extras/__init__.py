@@ -4,6 +4,7 @@ import math
 import os
 import resource
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -22,6 +23,11 @@ def keep(model, name, usv, kept):
     """Replace the matrix `name` by the factors of its kept components, in the model's dtype."""
     A, B = low_rank_factors(*usv, kept)
     model.set_submodule(name, LowRankLinear(A, B).to(model.dtype))
+
+
+def shared_copy(model):
+    """A copy that shares the model's weights. What is replaced in one of them stays in the other."""
+    return deepcopy(model, {id(p): p for p in model.parameters()})
 
 
 def linear(W):

@@ -96,15 +96,18 @@ def gram(x):
     return x.mT @ x
 
 
-def damped(moment):
-    """The moment in fp64, DAMPING of its mean diagonal added to its diagonal."""
+def damped(moment, fraction=DAMPING):
+    """The moment in fp64, `fraction` of its mean diagonal added to its diagonal."""
     moment = moment.to(torch.float64, copy=True)
-    moment.diagonal().add_(DAMPING * moment.diagonal().mean() + 1e-60)  # all 0: its factor, 1e-30, is not 0 in fp32
+    moment.diagonal().add_(fraction * moment.diagonal().mean() + 1e-60)  # all 0: its factor, 1e-30, is not 0 in fp32
     return moment
 
 
-def keep_channels(model, name, kept, C):
-    """Leave the kept channels (k,) of the feed-forward `name`; w2 takes over by least squares what the others did."""
-    ff, C = model.get_submodule(name), damped(C)
+def keep_channels(model, name, kept, C, fraction=DAMPING):
+    """Leave the kept channels (k,) of the feed-forward `name`; w2 takes over by least squares what the others did.
+
+    fraction: C (n, n), the second moment of w2's inputs, is damped by it.
+    """
+    ff, C = model.get_submodule(name), damped(C, fraction)
     w2 = torch.linalg.solve(C[kept][:, kept], C[kept] @ ff.w2.weight.double().mT).mT
     ff.w1, ff.w3, ff.w2 = (linear(W.to(model.dtype)) for W in (ff.w1.weight[kept], ff.w3.weight[kept], w2))

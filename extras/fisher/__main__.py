@@ -1,4 +1,6 @@
 """The command `python -m extras.fisher`."""
+import torch
+
 from data.corpus import calibration_windows
 from extras import DENSE, fisher, open_dense
 from extras.baselines import blocks_params
@@ -28,6 +30,7 @@ def main():
     others = a.shape == "llama" and calibration_windows(  # drawn anew: from a short text they overlap the first ones
         tokenizer, a.calibration, job.samples // 4 + 1, job.seq_len, a.seed + 1, a.data_dir)[0].split(job.size)
     job.evaluate()
+    torch.manual_seed(a.seed)  # of the labels that the model draws
     made = {}  # for the report
     with cli.timed(job.seconds, "compression", model.device):
         made["layers"] = find_redundant(model, job.sweep, a.layers)[-1] if a.layers else a.layer_ids

@@ -3,8 +3,11 @@ import math
 
 import torch
 
+from attribution import svd
 from extras.baselines import damped
 from model import upcast
+
+DAMPING = 0.1  # fraction of the mean diagonal of C and of H that is added to it
 
 
 def components(W, C=None, H=None):
@@ -18,9 +21,9 @@ def components(W, C=None, H=None):
     of sigma u v^T over the kept, and dL/d sigma_k = u_k^T G v_k.
     """
     W = upcast(W.detach())
-    L, M = (None if moment is None else torch.linalg.cholesky(damped(moment)).to(W.dtype) for moment in (C, H))
+    L, M = (None if moment is None else torch.linalg.cholesky(damped(moment, DAMPING)).to(W.dtype) for moment in (C, H))
     X = W if L is None else W @ L
-    U, S, Vh = torch.linalg.svd(X if M is None else M.mT @ X, full_matrices=False)
+    U, S, Vh = svd(X if M is None else M.mT @ X)
     return (U if M is None else torch.linalg.solve_triangular(M.mT, U, upper=True), S,
             Vh if L is None else torch.linalg.solve_triangular(L, Vh, upper=False, left=False))
 
@@ -36,7 +39,7 @@ def channel_costs(W, C, H, gates=None, rounds=16):
     gates (n,): E[(x_c w_c^T d)^2], exact. C and H, taken for independent, estimate it by C_cc w_c^T H w_c. At the end
     each cost is multiplied by gates / estimate. None: costs stay as C and H give them.
     """
-    W, inverse, H = W.double(), torch.linalg.inv(damped(C)), damped(H)
+    W, inverse, H = W.double(), torch.linalg.inv(damped(C, DAMPING)), damped(H, DAMPING)
     missed = 1 if gates is None else gates / (C.diagonal() * (W * (H @ W)).sum(0)).clamp(min=1e-300)
     m, n = W.shape
     costs, left, least = torch.zeros_like(W[0]), torch.arange(n, device=W.device), 0.0

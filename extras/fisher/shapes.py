@@ -6,7 +6,6 @@
 A whole layer costs what is lost if the outputs of its wo and of its w2 become zero, tr(H W C W^T) each. That price is
 rougher than a channel's, so `llama` builds the cheapest shapes and takes the one with the lowest perplexity.
 """
-from copy import deepcopy
 from dataclasses import replace
 
 import torch
@@ -14,10 +13,12 @@ from torch import nn
 
 from attribution import top_k
 from evaluate import perplexity
+from extras import shared_copy
 from extras.baselines import block_params, keep_channels
 from extras.fisher.moments import second_moments
-from extras.fisher.prices import channel_costs
+from extras.fisher.prices import DAMPING, channel_costs
 from extras.fisher.ranking import global_ranks
+from extras.fisher.refit import refit
 
 TRIED = 3  # how many of the cheapest shapes are built
 
@@ -37,12 +38,13 @@ def widths(model, sweep, budget, layers=None, multiple=64):
     groups = {name: torch.stack([group.sum() for group in cost.sort(descending=True).values.split(multiple)])
               for name, cost in costs.items()}
     sizes = dict.fromkeys(names, (channel * multiple, channel * hidden))
-    changed = {}
+    changed, dense = {}, shared_copy(model)
     for name, k in global_ranks(groups, sizes, budget).items():
         if k:
             kept = top_k(costs[name], k * multiple)
-            keep_channels(model, name, kept, moments[f"{name}.w2"][0])
+            keep_channels(model, name, kept, moments[f"{name}.w2"][0], DAMPING)
             changed[name] = kept.tolist()
+    refit(model, dense, sweep("refit"))
     return changed
 
 
@@ -63,7 +65,7 @@ def llama(model, sweep, budget, batches=None, multiple=64):
     def cut(model, width, lost):
         kept = {f"layers.{i}.feed_forward": top_k(costs[i], width) for i in dense if i not in lost}
         for name, channels in kept.items():
-            keep_channels(model, name, channels, moments[f"{name}.w2"][0])
+            keep_channels(model, name, channels, moments[f"{name}.w2"][0], DAMPING)
         model.layers = nn.ModuleList(block for i, block in enumerate(model.layers) if i not in lost)
         model.args = replace(model.args, hidden_dim=width, n_layers=len(model.layers))
         return model, kept
@@ -71,14 +73,15 @@ def llama(model, sweep, budget, batches=None, multiple=64):
     shapes = cheapest_shapes(costs, whole, model, budget, multiple)[:TRIED]
     losses = []
     for shape in shapes:
-        copy = deepcopy(model, {id(p): p for p in model.parameters()})  # shares the weights
+        copy = shared_copy(model)
         losses.append(perplexity(cut(copy, *shape)[0], batches or sweep("shapes")))
         del copy
     for (width, lost), loss in zip(shapes, losses):
         print(f"width {width:,}, {len(dense) - len(lost)} layers: perplexity {loss:.2f} on "
               f"{'other windows of ' * bool(batches)}the calibration text")
     width, lost = shapes[losses.index(min(losses))]
-    _, kept = cut(model, width, lost)
+    original, (_, kept) = shared_copy(model), cut(model, width, lost)
+    refit(model, original, sweep("refit"), lost)
     return {name: channels.tolist() for name, channels in kept.items()}, lost
 
 

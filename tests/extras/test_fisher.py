@@ -10,11 +10,10 @@ import torch.nn.functional as F
 import evaluate
 from attribution import sigma_gradients
 from tests.conftest import error_of, output_of, random_model, random_tokens
-from extras import baselines
-from extras.baselines import damped, keep_channels
+from extras.baselines import damped as damped_by, keep_channels
 from extras.baselines.decomposition import plain_svd, svd_llm
 from extras.export.dense import dense_weight
-from extras.fisher import compress, moments
+from extras.fisher import compress, moments, prices
 from extras.fisher.__main__ import main
 from extras.fisher.prices import channel_costs, components
 from extras.fisher.moments import second_moments
@@ -36,15 +35,30 @@ def cost_of(D, C, H):
     return torch.trace(H @ D @ C @ D.mT).item()
 
 
+def damped(moment):
+    return damped_by(moment, prices.DAMPING)
+
+
 @pytest.fixture
 def undamped(monkeypatch):
-    monkeypatch.setattr(baselines, "DAMPING", 0.0)
+    monkeypatch.setattr(prices, "DAMPING", 0.0)
+
+
+def second_best(logits):
+    """Instead of a draw, so that a test knows which label it is."""
+    return logits.argsort()[:, -2]
+
+
+def backward_of_second_best(model, tokens):
+    logits = model(tokens).flatten(0, 1)
+    F.cross_entropy(logits, second_best(logits), reduction="sum").backward()
 
 
 # ------------------------------------------------------------------------------------------------ moments
 
-def test_moments_are_those_of_inputs_and_output_gradients():
+def test_moments_are_those_of_inputs_and_output_gradients(monkeypatch):
     """Against autograd: a zero added to every output, whose gradient is d, and all inputs stacked."""
+    monkeypatch.setattr(moments, "draw", second_best)
     model, names = random_model(), matrix_names(1, 2)
     batches = [random_tokens(model, 2, 7), random_tokens(model, 1, 5, seed=3)]
     found = second_moments(model, names, batches)
@@ -56,7 +70,7 @@ def test_moments_are_those_of_inputs_and_output_gradients():
             return y + zero
         model.get_submodule(name).register_forward_hook(add_zero)
     for tokens in batches:
-        F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").backward()
+        backward_of_second_best(model, tokens)
     for name in names:
         x, d = torch.cat(X[name]), torch.cat([zero.grad.flatten(0, 1) for zero in D[name]])
         assert len(x) == len(d) == 19  # every token, the last of a sequence too
@@ -64,9 +78,10 @@ def test_moments_are_those_of_inputs_and_output_gradients():
     assert found["layers.1.attention.wq"][0] is found["layers.1.attention.wv"][0]  # one input, one moment
 
 
-def test_gates_are_exact_where_the_moments_are_an_estimate():
+def test_gates_are_exact_where_the_moments_are_an_estimate(monkeypatch):
     """Against autograd: the gradient at a gate of ones on each channel, one for every token. And independent inputs
     and gradients are priced as without them."""
+    monkeypatch.setattr(moments, "draw", second_best)
     model, name, found = random_model(), "layers.2.feed_forward.w2", []
     batches = [random_tokens(model, 2, 7), random_tokens(model, 1, 5, seed=3)]
     C, H, gates = second_moments(model, [name], batches, channels=True)[name]
@@ -76,7 +91,7 @@ def test_gates_are_exact_where_the_moments_are_an_estimate():
         return args[0] * found[-1]
     model.get_submodule(name).register_forward_pre_hook(gate)
     for tokens in batches:
-        F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").backward()
+        backward_of_second_best(model, tokens)
     assert torch.allclose(gates, torch.cat([g.grad.flatten(0, 1) for g in found]).square().mean(0))
     W = model.get_submodule(name).weight
     estimate = C.diagonal() * (W * (damped(H) @ W)).sum(0)
@@ -85,11 +100,39 @@ def test_gates_are_exact_where_the_moments_are_an_estimate():
     assert torch.allclose(channel_costs(W, C, H, gates), channel_costs(W, C, H) * gates / estimate)
 
 
+def test_labels_are_drawn_as_the_model_predicts():
+    logits = weight(1, 6).log_softmax(-1)
+    torch.manual_seed(0)
+    draws = moments.draw(logits.expand(20_000, -1))
+    assert torch.allclose(draws.bincount(minlength=6) / 20_000, logits[0].exp().float(), atol=0.01)
+
+
+def test_the_moment_of_the_gradients_is_the_fisher_information():
+    """On average over draws H is sum_t J_t^T (diag(p_t) - p_t p_t^T) J_t, J_t the Jacobian of position t's logits."""
+    model, name, T = random_model(), "layers.2.attention.wv", 4
+    tokens = random_tokens(model, 1, T)
+
+    def logits(shift):
+        hook = model.get_submodule(name).register_forward_hook(lambda module, args, y: y + shift)
+        try:
+            return model(tokens)[0]
+        finally:
+            hook.remove()
+
+    zero = torch.zeros(T, 8, dtype=torch.float64)  # added to wv's outputs
+    J, exact = torch.autograd.functional.jacobian(logits, zero), 0  # (T, vocab, T, 8)
+    for p, at in zip(logits(zero).softmax(-1), J):
+        exact = exact + torch.einsum("vsi,vw,wsj->ij", at, p.diag() - torch.outer(p, p), at) / T
+    torch.manual_seed(0)
+    _, H = second_moments(model, [name], tokens.expand(20_000, T).split(4000))[name]
+    assert torch.allclose(H, exact, atol=0.03 * exact.diagonal().max().item())
+
+
 def test_without_output_gradients_no_loss_is_taken(monkeypatch):
     model = random_model()
     tokens = random_tokens(model, 2, 7)
     both = second_moments(model, matrix_names(1), [tokens])
-    monkeypatch.setattr(moments, "backward", None)
+    monkeypatch.setattr(moments, "backward_of_draws", None)
     for name, (C, H) in second_moments(model, matrix_names(1), [tokens], "whitened").items():
         assert torch.allclose(C, both[name][0]) and H is None
 
@@ -106,11 +149,13 @@ def test_no_hook_or_gradient_is_left_even_after_an_error():
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
 
 
-def test_moments_that_overflow_are_refused():
+def test_moments_that_overflow_are_refused(monkeypatch):
     model = random_model(torch.float32)
     model.layers[1].feed_forward.w3.weight.data *= 1e25
-    with pytest.raises(ValueError, match="layers.1.feed_forward.w2 is not finite"):
-        second_moments(model, matrix_names(1), [random_tokens(model, 1, 5)], "whitened")
+    for basis in ("whitened", "kfac"):  # kfac: there are no labels to draw from logits that are NaN
+        with pytest.raises(ValueError, match="layers.1.feed_forward.w2 is not finite"):
+            second_moments(model, matrix_names(1), [random_tokens(model, 1, 5)], basis)
+    monkeypatch.setattr(moments, "draw", second_best)  # a label of probability 0
     model = random_model(torch.float32)
     model.output.weight.data *= 1e25
     with pytest.raises(ValueError, match="layers.1.attention.w. is not finite"):
@@ -209,7 +254,7 @@ def test_a_channel_that_others_repeat_costs_nothing(undamped):
     costs = channel_costs(ff.w2.weight, C, torch.eye(16, dtype=torch.float64), rounds=24)
     assert int(costs.argmin()) in (0, 1, 2) and costs.min() < 1e-6 < costs.sort().values[1]
     kept, y = torch.tensor([c for c in range(24) if c != 2]), X @ ff.w2.weight.mT
-    keep_channels(model, "layers.1.feed_forward", kept, C)
+    keep_channels(model, "layers.1.feed_forward", kept, C, 0)
     assert torch.allclose(X[:, kept] @ ff.w2.weight.mT, y, atol=1e-4)
     assert ff.w1.weight.shape == ff.w3.weight.shape == (23, 16) and ff.w2.weight.shape == (16, 23)
 
