@@ -35,7 +35,7 @@ from extras.baselines.pruner import llm_pruner
 from extras.baselines.removal import laco, shortgpt, sleb
 from extras.baselines.slicegpt import slicegpt
 from extras.baselines.streamline import streamline
-from extras.fisher.shapes import llama, widths
+from extras.fisher.shapes import widths
 from grasp import compress, find_redundant
 from model import load_checkpoint, save_checkpoint
 from runtime import cli
@@ -61,7 +61,7 @@ def methods(n):
             "obd-llm": partial(in_place, fisher.compress, allocate="ratio", channels=False),
             "io-svd": partial(in_place, fisher.compress, score="taylor", channels=False),
             "fisher": partial(in_place, fisher.compress), "fisher-widths": partial(in_place, widths, multiple=1),
-            "fisher-llama": partial(in_place, llama, multiple=1)}
+            "fisher-llama": partial(in_place, widths, multiple=1, equal=True)}
 
 
 def rows_of(name, n, model, budget):

@@ -82,7 +82,6 @@ def made(report):
     elif "kept" in report:
         asked = f"--remove {settings['remove']}" if settings.get("remove") else f"--budget {settings['budget']}"
         method = f"second-order pruning, `extras.fisher --shape {settings.get('shape', 'free')} {asked}`"
-        method += f"; layers {report['lost']} removed" if report.get("lost") else ""
     elif "matrices" in report:
         method = SCORES[settings["score"]]
         method += " ([arXiv 2501.00339](https://arxiv.org/abs/2501.00339))" * method.startswith("GRASP")

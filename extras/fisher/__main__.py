@@ -1,7 +1,6 @@
 """The command `python -m extras.fisher`."""
 import torch
 
-from data.corpus import calibration_windows
 from extras import DENSE, fisher, open_dense
 from extras.baselines import blocks_params
 from extras.fisher import shapes
@@ -27,21 +26,17 @@ def main():
           f"{100 * budget / job.before:.1f} % of the model's")
     job.calibrate(tokenizer, a.calibration, a.seed, a.data_dir)
     job.read_texts(tokenizer, a.eval, a.windows, a.data_dir)
-    others = a.shape == "llama" and calibration_windows(  # drawn anew: from a short text they overlap the first ones
-        tokenizer, a.calibration, job.samples // 4 + 1, job.seq_len, a.seed + 1, a.data_dir)[0].split(job.size)
     job.evaluate()
     torch.manual_seed(a.seed)  # of the labels that the model draws
     made = {}  # for the report
     with cli.timed(job.seconds, "compression", model.device):
         made["layers"] = find_redundant(model, job.sweep, a.layers)[-1] if a.layers else a.layer_ids
-        if a.shape == "llama":
-            made["kept"], made["lost"] = shapes.llama(model, job.sweep, budget, others, a.multiple)
-        elif a.shape == "widths":
-            made["kept"] = shapes.widths(model, job.sweep, budget, made["layers"], a.multiple)
-        else:
+        if a.shape == "free":
             made["kept"] = fisher.compress(model, job.sweep, budget, made["layers"], a.basis, a.allocate, a.score,
                                            a.mlp == "channels")
-    for name, indices in made["kept"].items() if a.shape != "llama" else ():
+        else:
+            made["kept"] = shapes.widths(model, job.sweep, budget, made["layers"], a.multiple, a.shape == "llama")
+    for name, indices in made["kept"].items():
         print(f"{name:<26} keeps {len(indices):5} {'channels' if name.endswith('feed_forward') else 'components'}")
     job.evaluate("compressed", job.seconds["compression"])
     gone = job.before - model.n_params
@@ -67,7 +62,7 @@ def parse():
     either("--budget", type=cli.fraction, help="fraction of all blocks' parameters to remove")
     either("--remove", type=cli.fraction, metavar="P", help="fraction of the whole model's parameters to remove")
     add("--shape", choices=["free", "widths", "llama"], default="free", help="free: low-rank attention and narrower "
-        "MLPs; widths: narrower MLPs alone; llama: MLPs of one width, perhaps fewer layers (default: free)")
+        "MLPs; widths: narrower MLPs alone; llama: MLPs of one width (default: free)")
     add("--multiple", type=cli.positive, metavar="N", help="with --shape widths or llama: widths are multiples of N "
         "(default: 64, as GPUs and quantised formats want; --format deci of extras.export needs 256)")
     either = group.add_mutually_exclusive_group().add_argument
