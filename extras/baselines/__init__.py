@@ -13,7 +13,6 @@ from attribution import rank_for_ratio
 from extras import linear
 
 SAME_INPUT = {"wk": "wq", "wv": "wq", "w3": "w1"}
-DAMPING = 0.01  # fraction of a moment's mean diagonal that is added to it: few tokens leave it singular
 
 
 def block_params(model):
@@ -96,14 +95,14 @@ def gram(x):
     return x.mT @ x
 
 
-def damped(moment, fraction=DAMPING):
-    """The moment in fp64, `fraction` of its mean diagonal added to its diagonal."""
+def damped(moment, fraction):
+    """The moment in fp64, `fraction` of its mean diagonal added to its diagonal: few tokens leave it singular."""
     moment = moment.to(torch.float64, copy=True)
     moment.diagonal().add_(fraction * moment.diagonal().mean() + 1e-60)  # all 0: its factor, 1e-30, is not 0 in fp32
     return moment
 
 
-def keep_channels(model, name, kept, C, fraction=DAMPING):
+def keep_channels(model, name, kept, C, fraction):
     """Leave the kept channels (k,) of the feed-forward `name`; w2 takes over by least squares what the others did.
 
     fraction: C (n, n), the second moment of w2's inputs, is damped by it.

@@ -24,6 +24,7 @@ from extras.baselines import damped, gram, input_sums, keep_channels
 from extras.baselines.decomposition import triangular
 from model import apply_rotary, attend
 
+DAMPING = 0.01  # fraction of the mean diagonal of C2 that is added to it
 MOMENTS = ("attention.wq", "feed_forward.w2")  # whose inputs' C1 and C2 are taken
 
 
@@ -58,8 +59,8 @@ def modegpt(model, sweep, budget, epsilon=0.03):
     for layer, (pairs, width, channels) in enumerate(sizes_for(model, shares, budget)):
         block, (C1, C2) = model.layers[layer], (sums[f"layers.{layer}.{matrix}"] for matrix in MOMENTS)
         block.attention = narrow_attention(block.attention, C1, pairs, width, model.args)
-        leverage = 1 - torch.linalg.inv(damped(C2)).diagonal()  # without the factor lambda: the order is the same
-        keep_channels(model, f"layers.{layer}.feed_forward", top_k(leverage, channels), C2)
+        leverage = 1 - torch.linalg.inv(damped(C2, DAMPING)).diagonal()  # without the factor lambda: the order is the same
+        keep_channels(model, f"layers.{layer}.feed_forward", top_k(leverage, channels), C2, DAMPING)
     return model
 
 

@@ -29,7 +29,7 @@ from extras.bench.memory import late_layers, sweep_bytes
 from extras.bench.speed import matrix_rate, operations, turn, warm_up
 from extras.bench.svds import by_shape, svd_study
 from extras.fisher.moments import second_moments
-from extras.fisher.prices import channel_costs, components
+from extras.fisher.prices import DAMPING, channel_costs, components
 from extras.throughput import random_prompt, run_this
 from model import LowRankLinear, matrix_names
 from runtime import cli
@@ -169,7 +169,7 @@ def tests(device, end):
 
 
 def fisher(device, end):
-    """Of all blocks. A price and the factors are two decompositions; a channel's price and the refit are one each."""
+    """Of all blocks. A price and the factors are two decompositions; channels have one of each. Without the last fit."""
     model, _, windows = opened(MAIN, device, FEW)
     names = [name for name in matrix_names(*range(model.args.n_layers)) if not name.endswith((".w1", ".w3"))]
     seconds, size = {}, cli.batch_size(None, T)
@@ -183,7 +183,7 @@ def fisher(device, end):
         with cli.timed(seconds, kind, device):
             if kind == "w2":
                 kept = channel_costs(W, *moments[name]).argsort()[W.shape[1] // 5:].sort().values
-                keep_channels(model, name.removesuffix(".w2"), kept, moments[name][0])
+                keep_channels(model, name.removesuffix(".w2"), kept, moments[name][0], DAMPING)
             else:
                 components(W, *moments[name])
     block = sum(seconds[kind] * (1 if kind == "w2" else 2) for kind in seconds if kind != "sweep")

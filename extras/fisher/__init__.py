@@ -64,10 +64,10 @@ def compress(model, sweep, budget, layers=None, basis="kfac", allocate="global",
         ranks = global_ranks(costs, {name: component_size(model, name, channels) for name in names}, budget)
     else:
         ranks = uniform_ranks(model, names, budget)
-    changed, dense = {}, shared_copy(model)
+    changed, dense = {}, shared_copy(model) if channels else None
     for name, k in ((name, k) for name, k in ranks.items() if k):
         if channels and name.endswith(".w2"):
-            name, kept, C = name.removesuffix(".w2"), top_k(costs[name], k), moments[name][0]
+            kept, C, name = top_k(costs[name], k), moments[name][0], name.removesuffix(".w2")
             keep_channels(model, name, kept, C, DAMPING)
         else:
             usv, scores = decomposed(name)
@@ -75,5 +75,6 @@ def compress(model, sweep, budget, layers=None, basis="kfac", allocate="global",
             keep(model, name, usv, kept)
         changed[name] = kept.tolist()
     if channels:
-        refit(model, dense, sweep("refit"))
+        moments.clear()  # make room for the streams
+        refit(model, dense, sweep("embeddings"))
     return changed

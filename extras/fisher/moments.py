@@ -53,6 +53,6 @@ def backward_of_draws(model, h):
 
 
 def draw(logits):
-    """One token (n,) from each row of logits (n, vocab_size), as torch.multinomial draws it, which refuses NaN itself."""
+    """Draw a token (n,) from each row of logits (n, vocab_size). torch.multinomial does the same, but raises on NaN."""
     p = logits.softmax(-1)
-    return (p / torch.empty_like(p).exponential_()).argmax(-1)  # of exponential times of rates p the first
+    return (p / torch.empty_like(p).exponential_()).argmax(-1)  # the first of exponential times with rates p

@@ -37,7 +37,8 @@ def channel_costs(W, C, H, gates=None, rounds=16):
     one of an earlier round.
 
     gates (n,): E[(x_c w_c^T d)^2], exact. C and H, taken for independent, estimate it by C_cc w_c^T H w_c. At the end
-    each cost is multiplied by gates / estimate. None: costs stay as C and H give them.
+    each cost is multiplied by gates / estimate. None: costs stay as C and H give them. The estimate's C is not damped:
+    damping makes channels of small inputs dearer.
     """
     W, inverse, H = W.double(), torch.linalg.inv(damped(C, DAMPING)), damped(H, DAMPING)
     missed = 1 if gates is None else gates / (C.diagonal() * (W * (H @ W)).sum(0)).clamp(min=1e-300)

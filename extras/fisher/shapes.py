@@ -19,6 +19,7 @@ def widths(model, sweep, budget, layers=None, multiple=64, equal=False):
     multiple of `multiple`: a plain, smaller LLaMA. Holds the fp32 moments of all these MLPs (0.6 GB for each of
     LLaMA-2-7B's), and the dense weights to the end. ValueError if there is less to remove.
     """
+    assert layers is None or not equal
     names = [f"layers.{i}.feed_forward" for i in (range(len(model.layers)) if layers is None else layers)]
     channel, hidden = 3 * model.args.dim, model.args.hidden_dim
     if budget > (most := len(names) * channel * max(0, hidden - multiple)):
@@ -38,5 +39,6 @@ def widths(model, sweep, budget, layers=None, multiple=64, equal=False):
         keep_channels(model, name, channels, moments[f"{name}.w2"][0], DAMPING)
     if equal:
         model.args = replace(model.args, hidden_dim=found[names[0]])
-    refit(model, dense, sweep("refit"))
+    moments.clear()  # make room for the streams
+    refit(model, dense, sweep("embeddings"))
     return {name: channels.tolist() for name, channels in kept.items()}

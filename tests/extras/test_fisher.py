@@ -13,12 +13,13 @@ from tests.conftest import error_of, output_of, random_model, random_tokens
 from extras.baselines import damped as damped_by, keep_channels
 from extras.baselines.decomposition import plain_svd, svd_llm
 from extras.export.dense import dense_weight
+from extras import fisher
 from extras.fisher import compress, moments, prices
 from extras.fisher.__main__ import main
 from extras.fisher.prices import channel_costs, components
 from extras.fisher.moments import second_moments
 from extras.fisher.ranking import component_size, global_ranks
-from model import load_checkpoint, matrix_names, save_checkpoint
+from model import Transformer, load_checkpoint, matrix_names, save_checkpoint
 from runtime import cli
 
 
@@ -41,7 +42,8 @@ def damped(moment):
 
 @pytest.fixture
 def undamped(monkeypatch):
-    monkeypatch.setattr(prices, "DAMPING", 0.0)
+    for module in (fisher, prices):
+        monkeypatch.setattr(module, "DAMPING", 0.0)
 
 
 def second_best(logits):
@@ -59,6 +61,7 @@ def backward_of_second_best(model, tokens):
 def test_moments_are_those_of_inputs_and_output_gradients(monkeypatch):
     """Against autograd: a zero added to every output, whose gradient is d, and all inputs stacked."""
     monkeypatch.setattr(moments, "draw", second_best)
+    monkeypatch.setattr(Transformer, "head_chunk", 4)  # positions whose logits exist at once
     model, names = random_model(), matrix_names(1, 2)
     batches = [random_tokens(model, 2, 7), random_tokens(model, 1, 5, seed=3)]
     found = second_moments(model, names, batches)
@@ -171,8 +174,8 @@ def test_components_sum_up_to_the_matrix_and_the_dropped_ones_to_the_cost(m, n, 
     given = {"plain": (), "whitened": (C,), "kfac": (C, H)}[basis]
     U, S, Vh = components(W, *given)
     assert torch.allclose(U * S @ Vh, W)
-    metric_C = damped(C) if "plain" != basis else torch.eye(n, dtype=torch.float64)
-    metric_H = damped(H) if basis == "kfac" else torch.eye(m, dtype=torch.float64)
+    metric_C = damped_by(C, 0.1) if "plain" != basis else torch.eye(n, dtype=torch.float64)
+    metric_H = damped_by(H, 0.1) if basis == "kfac" else torch.eye(m, dtype=torch.float64)
     for k in range(1, 5):
         D = U[:, k:] * S[k:] @ Vh[k:]
         assert cost_of(D, metric_C, metric_H) == pytest.approx(S[k:].square().sum().item())
@@ -263,7 +266,7 @@ def test_all_channels_kept_is_no_change():
     model = random_model()
     tokens = random_tokens(model, 2, 9)
     logits = model(tokens)
-    keep_channels(model, "layers.2.feed_forward", torch.arange(24), moment(24, 1))
+    keep_channels(model, "layers.2.feed_forward", torch.arange(24), moment(24, 1), 0.01)
     assert torch.allclose(model(tokens), logits)
 
 

@@ -109,7 +109,7 @@ def test_the_whole_is_the_papers_formulas_on_the_dense_models_inputs(epsilon, mo
     torch.testing.assert_close(shares, torch.softmax(-influence / epsilon, 0), atol=1e-9, rtol=0)
     assert budget == 9_000 and len(calls) == 8
     for layer in range(4):
-        (_, (_, C1, pairs, width, _)), (_, (_, name, kept, C2)) = calls[2 * layer:2 * layer + 2]
+        (_, (_, C1, pairs, width, _)), (_, (_, name, kept, C2, _)) = calls[2 * layer:2 * layer + 2]
         assert name == f"layers.{layer}.feed_forward"
         for C, inputs in (C1, X[f"layers.{layer}.attention.wq"]), (C2, X[f"{name}.w2"]):
             torch.testing.assert_close(C, inputs.mT @ inputs, atol=1e-9, rtol=1e-9)

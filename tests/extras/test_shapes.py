@@ -1,6 +1,7 @@
 """The lesson: with channels of MLPs alone a model keeps a shape that other tools load, up to a plain, smaller LLaMA."""
 import itertools
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,9 @@ import torch
 from tests.conftest import error_of, output_of, random_model, random_tokens
 from data.tokenizer import load_tokenizer
 from extras.export import export
+from extras import fisher
+from extras.baselines import damped
+from extras.fisher import compress, shapes
 from extras.fisher.__main__ import main
 from extras.fisher.moments import second_moments
 from extras.fisher.prices import channel_costs
@@ -94,16 +98,35 @@ def test_the_largest_width_that_meets_the_budget(multiple, budget, width):
         assert torch.equal(model.get_submodule(name).w1.weight, dense.get_submodule(name).w1.weight[channels])
 
 
-@pytest.mark.parametrize("equal", [False, True])
-def test_w2_is_fitted_to_the_dense_stream_at_the_end(equal):
+METHODS = {"free": compress, "widths": partial(widths, multiple=4), "llama": partial(widths, multiple=4, equal=True)}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_w2_is_fitted_to_the_dense_stream_at_the_end(method):
     """In place of the last sweep's text, another: only w2 changes with it."""
     models = [random_model(), random_model()]
     for seed, model in enumerate(models):
-        tokens = {"second moments": random_tokens(model, 4, 9), "refit": random_tokens(model, 4, 9, seed)}
+        tokens = {"second moments": random_tokens(model, 4, 9), "embeddings": random_tokens(model, 4, 9, seed)}
         torch.manual_seed(0)
-        widths(model, lambda label: [tokens[label]], 1000, multiple=4, equal=equal)
+        METHODS[method](model, lambda label: [tokens[label]], 1000)
     changed = [name for (name, p), q in zip(models[0].named_parameters(), models[1].parameters()) if not torch.equal(p, q)]
     assert changed and all(name.endswith("w2.weight") for name in changed)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_before_that_w2_is_fitted_to_its_own_dense_output(method, monkeypatch):
+    """By least squares of C, damped by 0.1."""
+    for module in (fisher, shapes):
+        monkeypatch.setattr(module, "refit", lambda model, dense, batches: None)
+    model, dense = random_model(), random_model()
+    kept = METHODS[method](model, sweep_of(model), 1000)
+    mlps = [name for name in kept if name.endswith("feed_forward")]
+    moments = second_moments(dense, [f"{name}.w2" for name in mlps], sweep_of(dense)(""), "whitened")
+    for name in mlps:
+        C, W, k = damped(moments[f"{name}.w2"][0], 0.1), dense.get_submodule(name).w2.weight, kept[name]
+        expected = torch.linalg.solve(C[k][:, k], C[k] @ W.mT).mT
+        torch.testing.assert_close(model.get_submodule(name).w2.weight.data, expected)
+    assert mlps
 
 
 # ------------------------------------------------------------------------------------------------ the command
