@@ -28,21 +28,19 @@ def main():
     job.read_texts(tokenizer, a.eval, a.windows, a.data_dir)
     job.evaluate()
     torch.manual_seed(a.seed)  # of the labels that the model draws
-    made = {}  # for the report
     with cli.timed(job.seconds, "compression", model.device):
-        made["layers"] = find_redundant(model, job.sweep, a.layers)[-1] if a.layers else a.layer_ids
+        layers = find_redundant(model, job.sweep, a.layers)[-1] if a.layers else a.layer_ids
         if a.shape == "free":
-            made["kept"] = fisher.compress(model, job.sweep, budget, made["layers"], a.basis, a.allocate, a.score,
-                                           a.mlp == "channels")
+            kept = fisher.compress(model, job.sweep, budget, layers, a.basis, a.allocate, a.score, a.mlp == "channels")
         else:
-            made["kept"] = shapes.widths(model, job.sweep, budget, made["layers"], a.multiple, a.shape == "llama")
-    for name, indices in made["kept"].items():
+            kept = shapes.widths(model, job.sweep, budget, layers, a.multiple, a.shape == "llama")
+    for name, indices in kept.items():
         print(f"{name:<26} keeps {len(indices):5} {'channels' if name.endswith('feed_forward') else 'components'}")
     job.evaluate("compressed", job.seconds["compression"])
     gone = job.before - model.n_params
     print(f"\n{job.table()}\nasked: {budget:,} parameters less; achieved: {job.achieved()}, "
           f"{100 * gone / blocks:.1f} % of the blocks'")
-    report = job.report(vars(a), **made, input=earlier)
+    report = job.report(vars(a), layers=layers, kept=kept, input=earlier)
     save_checkpoint(model, a.out, report, tokenizer.files, a.overwrite)
     print(f"written to {a.out}")
 

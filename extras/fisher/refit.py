@@ -2,6 +2,7 @@
 import torch
 import torch.nn.functional as F
 
+from extras.baselines import damped
 from model import finite, rotary_frequencies, upcast
 from runtime import cli
 
@@ -22,7 +23,7 @@ def refit(model, dense, batches):
     batches: (B, T) int64, all of one T. Holds both streams in fp32: 2 GB for 128 x 512 tokens of LLaMA-2-7B. ValueError
     if a w2 is not finite then.
     """
-    streams = [(h, h) for h in (upcast(dense.tok_embeddings(tokens.to(dense.device))) for tokens in batches)]
+    streams = [(h, h) for h in (next(dense.residual_stream(tokens.to(dense.device))) for tokens in batches)]
     cos, sin = rotary_frequencies(dense.args, streams[0][0].shape[1], dense.device)
     for i, (old, new) in enumerate(zip(dense.layers, model.layers)):
         cli.show(f"refit  block {i + 1}/{len(model.layers)}", last=False)
@@ -37,10 +38,9 @@ def refit(model, dense, batches):
                 C, target = C + weighted @ z, target + weighted @ (h - g).flatten(0, 1)
             streams[j] = h, g
         if narrower:
-            C, ridge = C.double(), RIDGE * C.diagonal().mean().double() + 1e-60  # dead channels: not singular
-            C.diagonal().add_(ridge)
             before = ff.w2.weight.mT.double()
-            ff.w2.weight.copy_(torch.linalg.solve(C, target.double() + ridge * before).mT)
+            change = torch.linalg.solve(damped(C, RIDGE), target.double() - C.double() @ before)
+            ff.w2.weight.copy_((before + change).mT)
             if not finite(ff.w2.weight):
                 raise ValueError(f"w2 of block {i} is not finite after its refit; try --dtype bfloat16 or float32")
         for j, (h, g) in enumerate(streams):
