@@ -262,7 +262,7 @@ def command(main: Callable[[], None], parallel: bool = False) -> None:
     except KeyboardInterrupt as e:
         if not distributed.index():
             print(f"\n{str(e) or 'interrupted'}", file=sys.stderr)
-        sys.exit(128 + (signal.SIGTERM if e.args else signal.SIGINT))
+        distributed.leave(128 + (signal.SIGTERM if e.args else signal.SIGINT))
     except Exception as e:
         memory = isinstance(e, MemoryError) or re.search("out of memory|can't allocate memory", str(e))
         known = memory or isinstance(e, (ValueError, OSError, ModuleNotFoundError)) or distributed.lost(e)
@@ -271,4 +271,4 @@ def command(main: Callable[[], None], parallel: bool = False) -> None:
         hint = ["out of memory; use a smaller --batch-size, --dtype bfloat16, or torchrun"] * bool(memory)
         if distributed.fails_first():
             print("error:", " ".join(str(e).splitlines()), *hint, file=sys.stderr)
-        sys.exit(2)
+        distributed.leave(2)
