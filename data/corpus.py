@@ -5,7 +5,7 @@ compared. `embedded` is the language reference that Python carries, for the embe
 """
 import hashlib
 import os
-import sys
+import platform
 from functools import partial
 from pathlib import Path
 
@@ -63,8 +63,7 @@ def load_text(name: str, use: str, data_dir: str | None = None) -> tuple[str, st
     """
     if name == "embedded":
         part = "held-out last tenth" if use == "test" else "first nine tenths"
-        version = ".".join(map(str, sys.version_info[:2]))
-        return embedded_text(use), f"Python {version}'s language reference, {part}"
+        return embedded_text(use), f"Python {platform.python_version()}'s language reference, {part}"
     if (name, use) in TEXTS:
         file, description, join = TEXTS[name, use]
         content, head = find_file(file, data_dir)

@@ -283,6 +283,7 @@ def records(tmp_path, count):
 
 def test_the_command_compresses_trains_and_decomposes_again(run, tmp_path, monkeypatch):
     monkeypatch.setitem(SCRIPT, "held_out", 8)
+    monkeypatch.setitem(SCRIPT, "lr", 1e-3)
     rows = run("--recover", records(tmp_path, 40), "--lora", "4")
     assert list(rows) == ["dense", "LoRAP", "recovered, multiplied out", "re-decomposed, rank + 4", "re-decomposed"]
     parameters = [int(cells[0].replace(",", "")) for cells in rows.values()]
