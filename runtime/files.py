@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import TemporaryDirectory
 
 OURS = ("params.json", "consolidated.00.pth", "report.json")  # in every folder that is written
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer.model.v*", "tokenizer_config.json",
@@ -50,7 +50,7 @@ def check_output(path: str | Path, overwrite: bool = False) -> None:
     path, parent = Path(path), Path(path).absolute().parent
     if not os.access(parent, os.W_OK):
         raise OSError(f"{path}: {parent} is no folder that can be written to")
-    NamedTemporaryFile(dir=parent, prefix=f".{path.name}.partial-").close()  # no name may be too long
+    TemporaryDirectory(dir=parent, prefix=f".{path.name}.partial-").cleanup()  # no name may be too long
     if os.path.lexists(path) and not overwrite:
         raise FileExistsError(f"{path}: exists; choose another, or overwrite it (with --overwrite)")
     names = {*os.listdir(path)} if path.is_dir() else set()

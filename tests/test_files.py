@@ -4,6 +4,7 @@ If it fails or is interrupted, the target stays as it was and nothing is left ov
 """
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -116,6 +117,15 @@ def test_the_next_write_begins_by_removing_what_a_killed_one_left(tmp_path):
         assert names(tmp_path) == [new.parent.name, other] and new.parent.name.startswith(".out[1].partial-")
         new.touch()
     assert names(tmp_path) == [other, "out[1]"]
+
+
+def test_a_check_that_is_killed_leaves_nothing_that_the_next_write_does_not_remove(tmp_path, monkeypatch):
+    monkeypatch.setattr(TemporaryDirectory, "cleanup", lambda folder: folder._finalizer.detach())
+    check_output(tmp_path / "out")
+    assert [name.startswith(".out.partial-") for name in names(tmp_path)] == [True]
+    with atomic_write(tmp_path / "out") as new:
+        new.touch()
+    assert names(tmp_path) == ["out"]
 
 
 def test_of_two_writes_at_once_one_fails_and_the_target_is_complete(tmp_path):
