@@ -93,7 +93,7 @@ def commands(work):
 def start(words, folder, **how):
     """A command of this project, on one core, with no network but this machine."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "no_proxy": "*", "GRASP_DATA": ""}
-    obedient = ["env", "--default-signal", sys.executable]  # undoes what nohup or a shell's & ignore
+    obedient = ["env", "--default-signal", sys.executable]  # undoes ignored signals; a preexec_fn is unsafe beside threads
     return subprocess.Popen([*obedient, *map(str, words)], cwd=folder, env=env, stdin=subprocess.DEVNULL,
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **how)
 

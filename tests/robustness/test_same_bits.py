@@ -91,4 +91,4 @@ def test_bf16_keeps_what_fp32_keeps_of_a_real_model(smollm2, data_dir):
     Of 1,449 components of seven layers, 96.5 % were kept in both from 8 sequences and 97.3 % from 128.
     """
     assert fraction_kept_in_both(smollm2, [25, 26],
-                                 calibration(smollm2, "wikitext2", 2, 256, data_dir)) >= 0.92
+                                 calibration(smollm2, "wikitext2", 2, 256, data_dir)) >= 0.94
