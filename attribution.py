@@ -1,9 +1,10 @@
 """The mathematics: which layers are redundant, and which singular components of their matrices to keep.
 
-Each function can be called alone. Those that run a model take token batches (B, T) int64. A sequence of -100
-counts nowhere: a process without work passes it through its model.
+Each function can be called alone. Those that run a model take token batches (B, T) int64.
 
     code         paper           shape                meaning
+    h            h_l             (B, T, dim)          residual stream before block l
+    c            s_l is its mean (n_layers, N)        each layer's mean cosine over each of N sequences
     U, S, Vh     U, Sigma, V^T   (m, r) (r,) (r, n)   thin SVD of a weight matrix W (m, n), r = min(m, n)
     G            dL/dW           (m, n)               L: mean nats per predicted token of the calibration set
     sigma_grad   dL/d sigma      (r,)                 one number for each singular component u_k, sigma_k, v_k
@@ -11,65 +12,41 @@ counts nowhere: a process without work passes it through its model.
     kept         top-k           (k,)                 indices of the components that stay, ascending
 """
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from functools import partial
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from torch import Tensor
 
 from model import Transformer, finite, upcast
-from runtime import distributed
 
 
 @torch.no_grad()
-def layer_cosines(model: Transformer, batches: Iterable[Tensor],
-                  enough: Callable[[Tensor, Tensor, int], bool] | None = None) -> tuple[Tensor, Tensor, int]:
-    """Return (s_l, its standard error, each (n_layers,) fp64; the number of sequences) [GRASP §2.1, Eq. 1].
+def layer_cosines(model: Transformer, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield c (n_layers, B) fp64 for each batch: the means of cos(h_l, h_{l+1}) over each sequence's tokens.
 
-    s_l is the mean over all tokens of cos(h_l, h_{l+1}). The last block's output is taken before the final
-    norm. The error is that over the sequences; not finite for one. enough: whether to stop, given the three
-    results so far; called after 1, 2, 4, 8 ... batches. Raises ValueError if a state is not finite.
+    Their mean over all sequences is s_l [GRASP §2.1, Eq. 1]. The last block's output is taken before the
+    final norm. c is NaN where a state is not finite.
     """
-    sums = 0  # (3, n_layers): of the sequences' mean cosines, of their squares, of 1
-    for i, tokens in enumerate(batches, 1):
-        tokens = tokens.to(model.device)
-        states = pairwise(model.residual_stream(tokens.clamp(min=0)))
-        c = torch.stack([cosine(h, h_next).mean(1) for h, h_next in states])  # (n_layers, B)
-        sums = sums + (torch.stack([c, c ** 2, torch.ones_like(c)]) * (tokens[:, 0] >= 0)).sum(2)
-        if enough and i.bit_count() == 1 and enough(*mean_and_error(sums)):
-            break
-    cosines, errors, sequences = mean_and_error(sums)
-    if not finite(cosines):
-        layer = cosines.isfinite().tolist().index(False)
-        raise ValueError(f"the cosine of layer {layer} is not a number in {model.dtype}; try --dtype float32")
-    return cosines, errors, sequences
-
-
-def mean_and_error(sums: Tensor) -> tuple[Tensor, Tensor, int]:
-    """The results of layer_cosines from its sums over the sequences: of cosines, of their squares, of 1."""
-    cosines, squares, n = distributed.all_sum(sums + 0).cpu()
-    cosines, squares = cosines / n, squares / n
-    return cosines, ((squares - cosines ** 2).clamp(min=0) / (n - 1)).sqrt(), int(n[0])
-
-
-@torch.no_grad()
-def angular_distances(model: Transformer, batches: Iterable[Tensor], n: int) -> Tensor:
-    """arccos(cos(h_l, h_{l+n})) / pi, on the last tokens: (n_layers - n + 1,) [arXiv 2403.17887 §3.2]."""
-    total = count = 0
     for tokens in batches:
-        tokens = tokens.to(model.device)
-        last = torch.stack([h[:, -1].clone() for h in model.residual_stream(tokens.clamp(min=0))])
-        angles = cosine(last[:-n], last[n:]).clamp(-1, 1).arccos() / math.pi * (tokens[:, -1] >= 0)
-        total, count = total + angles.sum(1), count + (tokens[:, -1] >= 0).sum()
-    return distributed.mean(total, count)
+        states = map(Tensor.double, model.residual_stream(tokens.to(model.device)))
+        with_norms = ((h, h.norm(dim=-1)) for h in states)  # each state's norm is taken once
+        yield torch.stack([cosine(h, h_next, norm, norm_next).mean(1)
+                           for (h, norm), (h_next, norm_next) in pairwise(with_norms)])
 
 
-def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine over the last dimension, in fp64: no square overflows. Equal vectors, zeros too, give 1."""
-    return F.cosine_similarity(a.double(), b.double(), dim=-1, eps=1e-300).masked_fill((a == b).all(-1), 1)
+def cosine(a: Tensor, b: Tensor, norm_a: Tensor | None = None, norm_b: Tensor | None = None) -> Tensor:
+    """Cosine over the last dimension, in fp64 so that squares cannot overflow. norm_a, norm_b: if known.
+
+    Equal vectors give 1, and so do two zero vectors. If only one is zero the result is 0.
+    """
+    a, b = a.double(), b.double()
+    norm_a, norm_b = (v.norm(dim=-1) if norm is None else norm for v, norm in ((a, norm_a), (b, norm_b)))
+    norms = norm_a * norm_b
+    return torch.where(norms == 0, (norm_a == norm_b).double(), (a * b).sum(-1) / norms)
 
 
 def weight_gradients(model: Transformer, names: list[str], batches: Iterable[Tensor],
@@ -84,25 +61,29 @@ def weight_gradients(model: Transformer, names: list[str], batches: Iterable[Ten
     sums = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights]
 
     def move_gradient(G, w):  # frees w.grad at once
-        distributed.local(G).add_(distributed.local(w.grad))
+        G.add_(w.grad)
         w.grad = None
 
     hooks = [w.register_post_accumulate_grad_hook(partial(move_gradient, G)) for G, w in zip(sums, weights)]
-    count = 0
+    count = torch.zeros((), dtype=torch.int64)  # of predicted tokens
     try:
         for tokens in batches:
             if not 0 < label_shift < tokens.shape[1]:
                 raise ValueError(f"label shift {label_shift}: expected 1 to {tokens.shape[1] - 1}")
             tokens = tokens.to(model.device)
-            backward(model, tokens.clamp(min=0), tokens, shift=label_shift)
-            count += (tokens[:, label_shift:] >= 0).sum()
+            backward(model, tokens, tokens, shift=label_shift)
+            count += tokens[:, label_shift:].numel()
     finally:
         for w, hook in zip(weights, hooks):
             hook.remove()
             w.requires_grad_(False).grad = None
-    count = distributed.all_sum(count)
+    if dist.is_initialized():  # torchrun: each process has read its part of the sequences
+        for total in (count, *sums):
+            dist.all_reduce(total)
+    if not count:
+        raise ValueError("no batches of tokens: the sweep is empty or used up")
     for name, G in zip(names, sums):
-        if not finite(distributed.local(distributed.all_sum(G).div_(count))):
+        if not finite(G.div_(count)):
             raise ValueError(f"the gradient of {name} is not finite; try --dtype bfloat16 or float32")
     return dict(zip(names, sums))
 
@@ -141,7 +122,7 @@ def svd(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def sigma_gradients(U: Tensor, G: Tensor, Vh: Tensor) -> Tensor:
     """dL/d sigma_k = u_k^T G v_k for all k: (r,), the diagonal of U^T G V [GRASP §2.2, Eqs. 3-5]."""
-    return (U * (G @ Vh.mT)).sum(0)
+    return (U * (G.to(U.device) @ Vh.mT)).sum(0)
 
 
 def importance(S: Tensor, sigma_grad: Tensor | None = None, score: str = "taylor") -> Tensor:

@@ -8,13 +8,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from data.corpus import TEXTS, consecutive_windows, load_text
+from data.files import error_prefix, write_json
 from data.tokenizer import Tokenizer
 from model import Transformer
-from runtime import cli, distributed
-from runtime.files import error_prefix, write_json
 
 Texts = dict[str, tuple[Tensor, dict]]  # label -> (windows (n, seq_len) int64, protocol)
 
@@ -23,16 +23,20 @@ Texts = dict[str, tuple[Tensor, dict]]  # label -> (windows (n, seq_len) int64, 
 def perplexity(model: Transformer, batches: Iterable[Tensor]) -> float:
     """exp of the mean NLL (nats) per predicted token over batches (B, T) int64 of equally long windows.
 
-    Each window predicts its tokens 1..T-1; tokens of -100 are not counted. Raises ValueError if the result is
-    NaN or infinite.
+    Each window predicts its tokens 1..T-1. Raises ValueError if the result is NaN or infinite.
     """
-    total = count = 0
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
+    count = torch.zeros((), dtype=torch.int64)  # of predicted tokens
     for tokens in batches:
         tokens = tokens.to(model.device)
-        h = model.final_state(tokens.clamp(min=0))
-        total = total + sum(nll.double() for nll in model.losses(h, tokens))
-        count = count + (tokens[:, 1:] >= 0).sum()
-    mean = distributed.mean(total, count)
+        total += sum(nll.double() for nll in model.losses(model.final_state(tokens), tokens))
+        count += tokens[:, 1:].numel()
+    if dist.is_initialized():  # torchrun: each process has read its part of the windows
+        dist.all_reduce(total)
+        dist.all_reduce(count)
+    if not count:
+        raise ValueError("no batches of tokens: the sweep is empty or used up")
+    mean = (total / count).cpu()
     if not mean.exp().isfinite():
         raise ValueError(f"no finite perplexity: the mean loss is {mean.item():.4g} nats per token in "
                          f"{model.dtype}; try --dtype bfloat16 or float32")
@@ -54,14 +58,6 @@ def evaluation_windows(names: list[str], tokenizer: Tokenizer, seq_len: int, lim
                                  "seq_len": seq_len, "all_windows": len(tokens) // seq_len,
                                  "bos": tokenizer.bos_id is not None}
     return texts
-
-
-def result_row(name: str, model: Transformer, texts: Texts, batch_size: int,
-               seconds: float | None = None) -> dict:
-    """Evaluate a model: one row of the table. seconds: what it took to make the model."""
-    results = {label: perplexity(model, cli.batches(windows, batch_size, f"{name} on {label}"))
-               for label, (windows, _) in texts.items()}
-    return {"model": name, "parameters": model.n_params, "perplexity": results, "seconds": seconds}
 
 
 def table(rows: list[dict], texts: Texts, dense_params: int) -> str:
@@ -90,24 +86,26 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def main() -> None:
+    from runtime import cli, job  # they stand on this file
     p, seconds = cli.Parser(__doc__), {}
     cli.model_flags(p, "what to evaluate")
     cli.evaluation_flags(p).add_argument("--seq-len", type=cli.positive, metavar="T", help=(
         "tokens in a window (default: 2048, or the model's maximum if less)"))
     p.add_argument_group("output").add_argument("--json", type=cli.json_file, metavar="FILE", help=(
         "also write the results to this file"))
-    cli.machine_flags(p, batches=True, several=True)
+    cli.machine_flags(p, batches=True, offload=True)
     a = p.parse_args()
-    model, tokenizer = cli.open_checkpoint(a.ckpt, a.device, a.dtype, a.shard)
+    model, tokenizer = cli.open_checkpoint(a.ckpt, a.device, a.dtype, a.offload)
     seq_len = cli.sequence_length(a.seq_len, 2048, model)
     texts = evaluation_windows(a.eval, tokenizer, seq_len, a.windows, a.data_dir)
     with cli.timed(seconds, "evaluation"):
-        row = result_row(a.ckpt.name, model, texts, cli.batch_size(a.batch_size, seq_len, model))
+        row = job.result_row(a.ckpt.name, model, texts, cli.batch_size(a.batch_size, seq_len, model))
     row["seconds"] = seconds["evaluation"]
     print(f"\n{table([row], texts, model.n_params_dense)}")
-    if a.json and not distributed.index():
+    if a.json and cli.first_process():
         write_json(a.json, {**row, "protocol": {label: protocol for label, (_, protocol) in texts.items()}})
 
 
 if __name__ == "__main__":
-    cli.command(main, parallel=True)
+    from runtime.cli import command
+    command(main, parallel=True)

@@ -14,51 +14,63 @@ import argparse
 import math
 from collections.abc import Callable, Iterable, Iterator
 
-from torch import Tensor
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from attribution import (angular_distances, importance, layer_cosines, low_rank_factors, rank_for_ratio,
-                         rank_for_threshold, sigma_gradients, svd, top_k, weight_gradients)
-from model import LowRankLinear, Transformer, finite, save_checkpoint
-from runtime import cli, distributed
-from runtime.files import check_output, check_space, optional_json
-from runtime.job import Job, check_dense, check_layers, dense_matrices
+from attribution import (importance, layer_cosines, low_rank_factors, rank_for_ratio, rank_for_threshold,
+                         sigma_gradients, svd, top_k, weight_gradients)
+from data.checkpoint import save_checkpoint
+from data.files import check_output, check_space, optional_json
+from model import Transformer, finite, matrix_names, replace
+from runtime import cli
+from runtime.job import Job
 
 SCORES = {  # of importance, and what the table calls a model made by it
     "taylor": "GRASP", "signed": "GRASP, signed", "gradient": "GRASP, gradient", "magnitude": "plain SVD"}
 Sweep = Callable[[str], Iterable[Tensor]]  # label of its progress line -> fresh iterator over batches (B, T)
 
 
-def find_redundant(model: Transformer, sweep: Sweep, n: int, contiguous: bool = False,
-                   all_sequences: bool = False) -> tuple[Tensor, Tensor, int, list[int]]:
-    """Return (cosine of every layer, its standard error, how many sequences were read, ids of the n redundant
-    layers) [GRASP §2.1].
+def find_redundant(model: Transformer, sweep: Sweep, n: int,
+                   all_sequences: bool = False) -> tuple[Tensor, list[int]]:
+    """Return (c (n_layers, N) fp64, the ids of the n redundant layers) [GRASP §2.1].
 
-    Stops once the n layers are known (see `margin`): 4 standard errors, after 32 sequences or more.
-    all_sequences: reads all in any case. contiguous: the n neighbours with the smallest angular distance
-    between their two ends, over all sequences [arXiv 2403.17887 §3.2].
+    c: each layer's mean cosine over each of the N sequences that were read; s = c.mean(1). The first 32, 64,
+    128 ... sequences are enough if they decide by 4 standard errors (`margin`); not with all_sequences or
+    several processes. Raises ValueError if n is out of range or a cosine is not finite.
     """
-    def known(cosines, errors, sequences):
-        return sequences >= 32 and margin(cosines, errors, n)[0] > 4
+    check_layers(model, n)
+    c, asked = torch.zeros(model.args.n_layers, 0, dtype=torch.float64, device=model.device), 32
+    for part in layer_cosines(model, sweep("redundancy")):
+        c = torch.cat([c, part], 1)
+        while c.shape[1] >= asked and not (all_sequences or dist.is_initialized()):
+            if margin(c[:, :asked], n)[0] > 4:
+                return c[:, :asked].cpu(), top_k(c[:, :asked].mean(1), n).tolist()
+            asked *= 2
+    if dist.is_initialized():  # torchrun: each process has read its part of the sequences
+        parts = [c] * dist.get_world_size()
+        dist.all_gather_object(parts, c.cpu())
+        c = torch.cat(parts, 1)
+    if not c.numel():
+        raise ValueError("no batches of tokens: the sweep is empty or used up")
+    if not finite(c):
+        layer = c.isfinite().all(1).tolist().index(False)
+        raise ValueError(f"the cosine of layer {layer} is not a number in {model.dtype}; try --dtype float32")
+    return c.cpu(), top_k(c.mean(1), n).tolist()
 
-    check_layers(model.args.n_layers, n)
-    stop = None if all_sequences or contiguous else known
-    cosines, errors, sequences = layer_cosines(model, sweep("redundancy"), stop)
-    redundant = top_k(cosines, n).tolist()
-    if contiguous:
-        first = int(angular_distances(model, sweep("redundancy"), n).argmin())
-        redundant = list(range(first, first + n))
-    return cosines, errors, sequences, redundant
 
-
-def margin(cosines: Tensor, errors: Tensor, n: int) -> tuple[float, list[int]]:
-    """Return (by how many standard errors the nth highest cosine is above the next, those two layers).
-
-    Layers' errors are taken as independent.
-    """
-    pair = cosines.argsort(descending=True, stable=True)[n - 1:n + 1]
+def margin(c: Tensor, n: int) -> tuple[float, list[int]]:
+    """Return (how many standard errors the nth highest mean cosine is above the next, those two layers)."""
+    pair = c.mean(1).argsort(descending=True, stable=True)[n - 1:n + 1].tolist()
     if len(pair) < 2:  # all layers are redundant
-        return math.inf, pair.tolist()
-    return float(-cosines[pair].diff() / errors[pair].norm()), pair.tolist()
+        return math.inf, pair
+    difference = c[pair[0]] - c[pair[1]]
+    return float(difference.mean() / standard_error(difference)), pair
+
+
+def standard_error(x: Tensor) -> Tensor:
+    """Standard error of the mean over the last dimension, the N sequences; NaN if N = 1."""
+    return (x.var(-1, correction=0) / (x.shape[-1] - 1)).sqrt()
 
 
 def compress(model: Transformer, layer_ids: list[int], sweep: Sweep, ratio: float | None = None,
@@ -74,21 +86,19 @@ def compress(model: Transformer, layer_ids: list[int], sweep: Sweep, ratio: floa
     Record: {name, shape [m, n], rank k, kept (k indices)}. If the factors would not be smaller, the matrix
     stays dense: rank and kept are None. Raises ValueError for arguments out of range.
     """
-    check_layers(model.args.n_layers, None, layer_ids)
-    check_settings(sweep, ratio, threshold, score, iterative, gradients)
-    groups = [(layer_ids, "")]
-    if iterative:
-        groups = [([layer], half) for layer in sorted(layer_ids, reverse=True)
-                  for half in ("feed_forward", "attention")]
-    for layers, half in groups:
-        names = [name for name in dense_matrices(model, layers) if half in name]
+    check_settings(ratio, threshold, score)
+    if iterative and gradients is not None:
+        raise ValueError("iterative takes fresh gradients before each half block: give it no gradients")
+    if score != "magnitude" and gradients is None and not callable(sweep):
+        raise ValueError(f"sweep is a {type(sweep).__name__}, expected a function that gives batches")
+    for names in groups(dense_matrices(model, layer_ids), iterative):
         G = gradients
-        if names and G is None and score != "magnitude":
+        if G is None and score != "magnitude":
             G = weight_gradients(model, names, sweep("attribution"), label_shift)
         for name in names:
-            U, S, Vh = svd(distributed.whole(model.get_submodule(name).weight))
+            U, S, Vh = svd(model.weight(name))
             m, n = len(U), Vh.shape[1]
-            sigma_grad = None if score == "magnitude" else sigma_gradients(U, distributed.whole(G[name]), Vh)
+            sigma_grad = None if score == "magnitude" else sigma_gradients(U, G[name], Vh)
             scores = importance(S, sigma_grad, score)
             if not finite(scores):
                 raise ValueError(f"{name}: a score is not finite; try --dtype float64")
@@ -96,47 +106,65 @@ def compress(model: Transformer, layer_ids: list[int], sweep: Sweep, ratio: floa
             kept = top_k(scores, k)
             record = {"name": name, "shape": [m, n], "rank": None, "kept": None}
             if k * (m + n) < m * n:
-                A, B = low_rank_factors(U, S, Vh, kept)
-                model.set_submodule(name, LowRankLinear(A, B).to(model.dtype))
+                replace(model, name, *low_rank_factors(U, S, Vh, kept))
                 record.update(rank=k, kept=kept.tolist())
             yield record
 
 
-def check_settings(sweep: Sweep, ratio: float | None, threshold: float | None, score: str, iterative: bool,
-                   gradients: dict[str, Tensor] | None) -> None:
-    """Raise ValueError for arguments that compress cannot take."""
+def groups(names: list[str], iterative: bool) -> list[list[str]]:
+    """The matrices that share a sweep: all; iterative: each half of a block, from the deepest block up."""
+    if not iterative:
+        return [names]
+    halves = dict.fromkeys(name.rpartition(".")[0] for name in names)  # "layers.22.attention" ...
+    return [[name for name in names if name.startswith(f"{half}.")] for half in reversed(halves)]
+
+
+def dense_matrices(model: Transformer, layer_ids: list[int]) -> list[str]:
+    """The names of these layers' dense matrices, by ascending layer. Raises ValueError if there are none."""
+    check_layers(model, layer_ids)
+    names = matrix_names(*sorted(layer_ids))
+    if not (dense := [name for name in names if isinstance(model.get_submodule(name), nn.Linear)]):
+        raise ValueError(f"layers {layer_ids} are low-rank already; take more, others, or the dense model")
+    return dense
+
+
+def check_layers(model: Transformer, asked: int | list[int]) -> None:
+    """Raise ValueError unless the model has so many layers, or each of these ids once."""
+    count, ids = len(model.layers), range(asked) if isinstance(asked, int) else asked
+    if not 0 < len(ids) <= count or len(set(ids)) < len(ids) or not all(0 <= layer < count for layer in ids):
+        raise ValueError(f"this model has {count} layers, 0 to {count - 1}; asked for {asked}, expected some "
+                         "of them, each once")
+
+
+def check_settings(ratio: float | None, threshold: float | None, score: str) -> None:
+    """Raise ValueError for settings that compress cannot take."""
     if score not in SCORES:
         raise ValueError(f"score {score!r}: expected one of {', '.join(SCORES)}")
     if (ratio is None) == (threshold is None) or not 0 < (threshold if ratio is None else ratio) <= 1:
         raise ValueError(f"ratio {ratio}, threshold {threshold}: expected one of them, above 0 and at most 1")
     if threshold and score == "signed":
         raise ValueError("threshold: a fraction of a sum of scores, and signed scores may sum to 0")
-    if iterative and gradients is not None:
-        raise ValueError("iterative takes fresh gradients before each half block: give it no gradients")
-    if score != "magnitude" and gradients is None and not callable(sweep):
-        raise ValueError(f"sweep is a {type(sweep).__name__}, expected a function that gives batches")
 
 
 def main() -> None:
     a, records = parse(), []
     earlier = optional_json(a.ckpt / "report.json")  # of the run that made the folder, if one did
-    model, tokenizer = cli.open_checkpoint(a.ckpt, a.device, a.dtype, a.shard)
-    check_layers(model.args.n_layers, a.layers, a.layer_ids)
+    model, tokenizer = cli.open_checkpoint(a.ckpt, a.device, a.dtype, a.offload)
+    check_layers(model, a.layers or a.layer_ids)
     check_space(a.out, model.n_params * model.dtype.itemsize)
     job = Job(model, a.samples, a.seq_len, a.batch_size, a.layers or len(a.layer_ids))
     asked = f"threshold {a.threshold}" if a.threshold else f"ratio {a.ratio}"
     which = f"layers {a.layer_ids}" if a.layer_ids else f"{a.layers} layer{'s' * (a.layers > 1)}"
-    print(f"method       {asked} of {which}{' in a row' * a.contiguous}, score {a.score}, "
-          f"label shift {a.label_shift}, {'iterative' if a.iterative else 'one-shot'}; to {a.out}")
-    check_settings(job.sweep, a.ratio, a.threshold, a.score, a.iterative, None)
+    print(f"method       {asked} of {which}, score {a.score}, label shift {a.label_shift}, "
+          f"{'iterative' if a.iterative else 'one-shot'}; to {a.out}")
     job.calibrate(tokenizer, a.calibration, a.seed, a.data_dir)
     job.read_texts(tokenizer, a.eval, a.windows, a.data_dir)
 
-    cosines, redundant = None, sorted(a.layer_ids or [])
-    if not a.layer_ids:
-        cosines, *found, redundant = find_redundant(model, job.sweep, a.layers, a.contiguous, a.all_sequences)
-        print_cosines(cosines, *found, redundant, a.contiguous)
-    check_dense(model, redundant)
+    found, redundant = {"cosines": None}, sorted(a.layer_ids or [])
+    if a.layers:
+        c, redundant = find_redundant(model, job.sweep, a.layers, a.all_sequences)
+        found = print_cosines(c, redundant)
+    dense_matrices(model, redundant)  # there must be some
     job.evaluate()
     with cli.timed(job.seconds, "compression", model.device):
         for record in compress(model, redundant, job.sweep, a.ratio, a.threshold, a.score, a.iterative,
@@ -145,21 +173,24 @@ def main() -> None:
             print_record(record)
     job.evaluate(SCORES[a.score], job.seconds.get("redundancy", 0) + job.seconds["compression"])
     print(f"\n{job.table()}\nasked: {asked} of layers {redundant}; achieved: {job.achieved()}")
-    report = job.report(vars(a), cosines=None if cosines is None else cosines.tolist(),
-                        redundant=redundant, matrices=records, input=earlier)
-    save_checkpoint(model, a.out, report, tokenizer.files, a.overwrite)
+    report = job.report(vars(a), **found, redundant=redundant, matrices=records, input=earlier)
+    if cli.first_process():
+        save_checkpoint(model, a.out, report, tokenizer.files, a.overwrite)
     print(f"written to {a.out}")
 
 
-def print_cosines(cosines: Tensor, errors: Tensor, sequences: int, redundant: list[int],
-                  contiguous: bool) -> None:
-    """Print each layer's cosine with its standard error, and whether the choice is close."""
-    for layer, (cosine, error) in enumerate(zip(cosines.tolist(), errors.tolist())):
+def print_cosines(c: Tensor, redundant: list[int]) -> dict:
+    """Print each layer's mean cosine with its standard error, and whether the choice is close.
+
+    Returns the figures for the report."""
+    n, cosines, errors = c.shape[1], c.mean(1).tolist(), standard_error(c).tolist()
+    for layer, (cosine, error) in enumerate(zip(cosines, errors)):
         print(f"layer {layer:3}  cosine {cosine:.4f} ± {error:.4f}{'  redundant' * (layer in redundant)}")
-    print(f"{sequences} sequence{'s' * (sequences > 1)} read for the cosines")
-    far, pair = margin(cosines, errors, len(redundant))
-    if not far >= 2 and not contiguous:  # NaN: two layers are equal, or one sequence was read
+    print(f"{n} sequence{'s' * (n > 1)} read for the cosines")
+    far, pair = margin(c, len(redundant))
+    if not far >= 2:  # NaN: two layers are equal, or one sequence was read
         print(f"layers {pair[0]} and {pair[1]} nearly tie; more --samples or --layer-ids decide between them")
+    return {"cosines": cosines, "cosine_errors": errors if n > 1 else None, "cosine_sequences": n}
 
 
 def print_record(record: dict) -> None:
@@ -174,11 +205,10 @@ def parse() -> argparse.Namespace:
     either = group.add_mutually_exclusive_group(required=True).add_argument
     either("--layers", type=cli.positive, metavar="N", help="how many redundant layers to compress")
     either("--layer-ids", type=int, nargs="+", metavar="ID", help="compress these layers instead, from 0 on")
-    group.add_argument("--contiguous", action="store_true", help="take neighbours [arXiv 2403.17887]")
     group.add_argument("--all-sequences", action="store_true", help="no early stop of the redundancy sweep")
     either = group.add_mutually_exclusive_group().add_argument
-    either("--ratio", type=cli.fraction, help="fraction of each matrix's parameters to keep (default: 0.1)")
-    either("--threshold", type=cli.fraction, help="instead: fraction of the sum of scores to keep")
+    either("--ratio", type=float, help="fraction of each matrix's parameters to keep (default: 0.1)")
+    either("--threshold", type=float, help="instead: fraction of the sum of scores to keep")
     group.add_argument("--score", choices=SCORES, default="taylor", help="taylor: |sigma dL/dsigma|, "
                        "signed: -sigma dL/dsigma, gradient: |dL/dsigma|, magnitude: sigma (default: taylor)")
     group.add_argument("--label-shift", type=cli.positive, metavar="N", default=1,
@@ -187,11 +217,10 @@ def parse() -> argparse.Namespace:
     cli.calibration_flags(p)
     cli.evaluation_flags(p)
     cli.output_flags(p, "grasp")
-    cli.machine_flags(p, batches=True, several=True)
+    cli.machine_flags(p, batches=True, offload=True)
     a = p.parse_args()
-    if a.layer_ids and a.contiguous:
-        raise ValueError("--contiguous finds the layers itself: it goes with --layers, not with --layer-ids")
-    a.ratio = None if a.threshold else a.ratio or 0.1
+    a.ratio = 0.1 if a.ratio is None and a.threshold is None else a.ratio
+    check_settings(a.ratio, a.threshold, a.score)
     check_output(a.out, a.overwrite)
     return a
 

@@ -1,4 +1,4 @@
-"""Checkpoint formats: the tensors of a folder, memory-mapped, and its hyper-parameters, under Meta's names.
+"""load_checkpoint and save_checkpoint, and the formats behind them. Tensors have Meta's names.
 
     Meta            params.json + consolidated.NN.pth, one file for each model-parallel shard
     Mistral         the same, or consolidated.safetensors
@@ -10,15 +10,17 @@ The format is detected from the files; the folder's name does not matter.
 import json
 import warnings
 import zipfile
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data import need
-from runtime import distributed
-from runtime.files import atomic_write, check_output, error_prefix, read_json, refuse_pointer
+from data.files import atomic_write, check_output, error_prefix, read_json, refuse_pointer
+from model import FeedForward, LowRankLinear, ModelArgs, Transformer, finite
 
+SMALL, THREADS = 10 ** 7, torch.get_num_threads()  # a model of fewer parameters is faster on one thread
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 LAYOUTS = {  # hyper-parameters: weights, the first that is there
@@ -36,6 +38,90 @@ HF_TENSORS = (("model.", ""), ("embed_tokens", "tok_embeddings"), ("lm_head", "o
               ("self_attn.v_proj", "attention.wv"), ("self_attn.o_proj", "attention.wo"),
               ("mlp.gate_proj", "feed_forward.w1"), ("mlp.down_proj", "feed_forward.w2"),
               ("mlp.up_proj", "feed_forward.w3"))  # parts of tensor names, Hugging Face's -> Meta's
+
+
+def load_checkpoint(path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu",
+                    offload: bool = False) -> Transformer:
+    """Read a checkpoint folder of any kind. No parameter requires a gradient.
+
+    dtype: None keeps the folder's own; in host memory the weights then stay memory-mapped. offload: the
+    blocks' matrices stay in host memory; embeddings, norms and head go to the device. Sets torch's number of
+    threads: 1 for a small model. Raises FileNotFoundError and ValueError: the file or tensor, what was found
+    and what was expected.
+    """
+    fields, table, shards, hugging_face = read_folder(Path(path))
+    dtype = dtype or shards[0]["tok_embeddings.weight"].dtype
+    with error_prefix(path):
+        model = empty_model(ModelArgs(**fields), "output.weight" not in shards[0], table)
+        parameters, model.offload = dict(model.named_parameters()), offload
+        if unknown := {name for shard in shards for name in shard} - {*parameters}:
+            raise ValueError(f"tensor {min(unknown)} is not one of this model's ({len(unknown)} such)")
+        for name, parameter in parameters.items():
+            tensor = gather(shards, name, parameter.shape, model.args.head_dim if hugging_face else None)
+            host = offload and name.startswith("layers.") and tensor.ndim == 2
+            tensor = tensor.to("cpu" if host else device, dtype)
+            if not finite(tensor):
+                raise ValueError(f"tensor {name} holds NaN or infinite values in {dtype}")
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
+    if "output.weight" not in parameters:
+        model.output.weight = model.tok_embeddings.weight
+    torch.set_num_threads(1 if model.n_params < SMALL else THREADS)
+    return model
+
+
+def empty_model(args: ModelArgs, tied: bool, table: dict[str, int]) -> Transformer:
+    """A model on the meta device. table: {low-rank matrix: rank}, {narrower feed-forward: its channels}."""
+    with torch.device("meta"):
+        model = Transformer(args, tied)
+        for name, k in sorted(table.items()):  # a feed-forward comes before its matrices
+            with error_prefix(f"ranks, {name}"):
+                if name.endswith("feed_forward"):
+                    model.set_submodule(name, FeedForward(replace(args, hidden_dim=k)))
+                else:
+                    m, n = model.get_submodule(name).weight.shape
+                    model.set_submodule(name, LowRankLinear(torch.empty(m, k), torch.empty(k, n)))
+    return model
+
+
+def ranks(model: Transformer) -> dict[str, int]:
+    """{name: rank} of the low-rank matrices."""
+    return {name: m.A.shape[1] for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
+
+
+def save_checkpoint(model: Transformer, path: str | Path, report: dict | None = None,
+                    tokenizer: dict[str, bytes] | None = None, overwrite: bool = False) -> None:
+    """Write `model` in Meta's layout, atomically. report: for report.json. tokenizer: its files.
+
+    Raises FileExistsError unless overwrite, OSError or ValueError if a file cannot be written, and ValueError
+    for weights that are not finite, or that load_checkpoint could not read.
+    """
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    widths = {name: m.width for name, m in model.named_modules() if isinstance(m, FeedForward)}
+    table = ranks(model) | {name: width for name, width in widths.items() if width < model.args.hidden_dim}
+    with error_prefix(f"{path}: not written"):
+        empty = empty_model(model.args, model.tied, table)
+        readable = {name: p.shape for name, p in empty.named_parameters()}
+        if wrong := {*readable.items()} ^ {(name, p.shape) for name, p in weights.items()}:
+            raise ValueError("no folder can hold this model, e.g. tensor {} of {}".format(*min(wrong)))
+        for name, p in weights.items():
+            if not finite(p):
+                raise ValueError(f"{name} holds NaN or infinite values in {p.dtype}")
+    check_output(path, overwrite)
+    with error_prefix(f"{path}: not written"), atomic_write(path) as folder:
+        folder.mkdir()
+        torch.save({name: own_storage(p) for name, p in weights.items()}, folder / "consolidated.00.pth")
+        params = {**asdict(model.args), "ranks": table}
+        (folder / "params.json").write_text(json.dumps(params, indent=1) + "\n")
+        (folder / "report.json").write_text(json.dumps(report or {}, indent=1, default=str) + "\n")
+        for name, content in (tokenizer or {}).items():
+            (folder / name).write_bytes(content)
+
+
+def own_storage(t: Tensor) -> Tensor:
+    """t on the CPU, contiguous and alone in its storage, because torch.save writes whole storages."""
+    t = t.cpu().contiguous()
+    return t if t.untyped_storage().nbytes() == t.nbytes else t.clone()
 
 
 def read_folder(folder: Path) -> tuple[dict, dict[str, int], list[dict[str, Tensor]], bool]:
@@ -124,7 +210,7 @@ def read_pth(file: Path) -> dict[str, Tensor]:
     with zipfile.ZipFile(file) as archive:
         records = sorted(archive.infolist(), key=lambda record: record.header_offset)
         sizes = [record.compress_size for record in records if "/data/" in record.filename]
-        if not distributed.index() and (bad := archive.testzip()):
+        if bad := archive.testzip():
             raise ValueError(f"wrong CRC-32 of {bad}")
     try:
         with warnings.catch_warnings():
@@ -232,22 +318,3 @@ def gather(shards: list[dict[str, Tensor]], name: str, shape: torch.Size, head_d
     if tensor.shape != shape:
         raise ValueError(f"tensor {name} is {tuple(tensor.shape)}, expected {tuple(shape)}")
     return pair_rows(tensor, head_dim) if head_dim and name.endswith(("wq.weight", "wk.weight")) else tensor
-
-
-def write_folder(path: str | Path, params: dict, weights: dict[str, Tensor], report: dict | None,
-                 tokenizer: dict[str, bytes] | None, overwrite: bool) -> None:
-    """Write params.json, consolidated.00.pth, report.json and the tokenizer's files, atomically."""
-    check_output(path, overwrite)
-    with error_prefix(f"{path}: not written"), atomic_write(path) as folder:
-        folder.mkdir()
-        torch.save({name: own_storage(t) for name, t in weights.items()}, folder / "consolidated.00.pth")
-        (folder / "params.json").write_text(json.dumps(params, indent=1) + "\n")
-        (folder / "report.json").write_text(json.dumps(report or {}, indent=1, default=str) + "\n")
-        for name, content in (tokenizer or {}).items():
-            (folder / name).write_bytes(content)
-
-
-def own_storage(t: Tensor) -> Tensor:
-    """t on the CPU, contiguous and alone in its storage, because torch.save writes whole storages."""
-    t = t.cpu().contiguous()
-    return t if t.untyped_storage().nbytes() == t.nbytes else t.clone()

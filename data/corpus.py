@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data.files import error_prefix, read_bytes
 from data.tokenizer import Tokenizer
-from runtime.files import error_prefix, read_bytes
 
 CACHE = Path.home() / ".cache/grasp"  # where python -m extras.texts puts them
 HELD_OUT = "typesfunctions"  # topics from here on are the last tenth of the embedded text

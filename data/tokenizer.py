@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from data import need
-from runtime.files import TOKENIZER_FILES, error_prefix, optional_json, read_bytes
+from data.files import TOKENIZER_FILES, error_prefix, optional_json, read_bytes
 
 # Llama 3 splits text by this pattern before it merges bytes; its file does not hold it.
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+"

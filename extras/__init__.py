@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from attribution import low_rank_factors, rank_for_ratio
-from model import LowRankLinear, matrix_names, upcast
+from data.files import optional_json
+from model import matrix_names, replace, upcast
 from runtime.cli import open_checkpoint
-from runtime.files import optional_json
 
 
 DENSE = "Meta's, Mistral's or Hugging Face's folder, dense (default: the embedded model)"  # help of --ckpt
@@ -21,8 +21,7 @@ DENSE = "Meta's, Mistral's or Hugging Face's folder, dense (default: the embedde
 
 def keep(model, name, usv, kept):
     """Replace the matrix `name` by the factors of its kept components, in the model's dtype."""
-    A, B = low_rank_factors(*usv, kept)
-    model.set_submodule(name, LowRankLinear(A, B).to(model.dtype))
+    replace(model, name, *low_rank_factors(*usv, kept))
 
 
 def shared_copy(model):
@@ -45,11 +44,6 @@ def product(factors):
 def held(shapes, ratio=None):
     """The parameters in matrices of these shapes, dense or, with a ratio, as grasp.compress leaves them."""
     return sum(m * n if ratio is None else min(m * n, rank_for_ratio(m, n, ratio) * (m + n)) for m, n in shapes)
-
-
-def is_tied(model):
-    """Whether the output head is the embeddings."""
-    return model.output.weight is model.tok_embeddings.weight
 
 
 def peak_bytes(device: torch.device) -> int:

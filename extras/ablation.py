@@ -27,14 +27,15 @@ import torch
 from attribution import weight_gradients
 from data import need
 from data.corpus import load_text, random_windows, text_names
+from data.files import write_json
 from evaluate import markdown, protocols
 from extras import held, short_names
+from extras.baselines.patch import angular_distances
 from extras.controls import drop_layers
 from extras.plot import plot_ratios, write
-from grasp import SCORES, compress, find_redundant
+from grasp import SCORES, check_layers, compress, dense_matrices, find_redundant
 from runtime import cli
-from runtime.files import write_json
-from runtime.job import Job, check_layers, dense_matrices
+from runtime.job import Job
 
 EQUAL = "equal"                                          # as a ratio: the one that keeps what the variant before kept
 DRAWN_BY = itemgetter("calibration", "samples", "seed")  # the settings that say which windows are drawn
@@ -77,11 +78,10 @@ def grid(ratios, seeds, shifts):
     return rows
 
 
-def ablate(job, variants, windows, layers=None, layer_ids=None):
+def ablate(job, variants, windows, layers=None, layer_ids=None, contiguous=False):
     """Compress and evaluate job.model for each variant (name, settings), yielding a row. Restores it after each.
 
-    windows: {DRAWN_BY(settings): (samples, seq_len) int64}. layers: how many redundant ones to find; or layer_ids:
-    which they are. Row: that of the table, and the settings, the redundant layers, the matrices as `compress` records
+    windows: {DRAWN_BY(settings): (samples, seq_len) int64}. layers, contiguous, layer_ids: see `find`. Row: that of the table, and the settings, the redundant layers, the matrices as `compress` records
     them, and the fraction of its components kept `in_common` with the first variant of its group.
     """
     drawn, shift, row, firsts, model = None, None, None, {}, job.model
@@ -89,7 +89,7 @@ def ablate(job, variants, windows, layers=None, layer_ids=None):
     for name, s in variants:
         if drawn != DRAWN_BY(s):
             drawn, shift, job.windows, seconds = DRAWN_BY(s), None, windows[DRAWN_BY(s)], {}
-            redundant, dense = find(model, job.sweep, layers, layer_ids, seconds)
+            redundant, dense = find(model, job.sweep, layers, layer_ids, contiguous, seconds)
         if shift != s["label_shift"]:
             shift, G = s["label_shift"], None  # the old gradients make room
             seconds["attribution"] = 0.0
@@ -115,17 +115,21 @@ def ablate(job, variants, windows, layers=None, layer_ids=None):
         yield row
 
 
-def find(model, sweep, layers, layer_ids, seconds):
+def find(model, sweep, layers, layer_ids, contiguous, seconds):
     """Find the redundant layers: (their ids, {name: dense matrix}). Adds to `seconds`.
 
-    Raises ValueError if none of those layers' matrices is dense.
+    layers: how many to find; contiguous: the neighbours with the smallest angular distance between their two ends
+    [arXiv 2403.17887 §3.2]. Or layer_ids: which they are. Raises ValueError if none of their matrices is dense.
     """
     with cli.timed(seconds, "redundancy", model.device):
-        redundant = sorted(layer_ids) if layer_ids else find_redundant(model, sweep, layers)[-1]
-    dense = {name: model.get_submodule(name) for name in dense_matrices(model, redundant)}
-    if not dense:
-        raise ValueError(f"layers {redundant} are low-rank already; give the dense checkpoint, or other --layer-ids")
-    return redundant, dense
+        if layer_ids:
+            redundant = sorted(layer_ids)
+        elif contiguous:
+            first = int(angular_distances(model, sweep("angular distances"), layers).argmin())
+            redundant = list(range(first, first + layers))
+        else:
+            _, redundant = find_redundant(model, sweep, layers)
+    return redundant, {name: model.get_submodule(name) for name in dense_matrices(model, redundant)}
 
 
 def compress_as(model, redundant, G, sweep, s):
@@ -207,7 +211,7 @@ def main():
     a = parse()
     model, tokenizer = cli.open_checkpoint(a.ckpt, a.device, a.dtype)
     n = a.layers or len(a.layer_ids)
-    check_layers(model.args.n_layers, a.layers, a.layer_ids)
+    check_layers(model, a.layers or a.layer_ids)
     job = Job(model, max(a.samples), a.seq_len, a.batch_size, n)
     if max(a.label_shifts) >= job.seq_len:
         raise ValueError(f"--label-shifts {a.label_shifts}: expected less than {job.seq_len}, the window")
@@ -226,7 +230,7 @@ def main():
     print(f"study        {a.study}, {len(variants)} variants, each of {n} layer{'s' * (n > 1)}; "
           f"{', '.join(fixed[s] for s in fixed if s != a.study)}; windows of {job.seq_len}, batches of {job.size}\n")
     job.evaluate()
-    for row in ablate(job, variants, windows, a.layers, a.layer_ids):
+    for row in ablate(job, variants, windows, a.layers, a.layer_ids, a.contiguous):
         print(describe(row))
     if a.json:
         write_json(a.json, job.report(vars(a)))
@@ -255,6 +259,8 @@ def parse():
     add = cli.model_flags(p, "what to compress").add_argument
     add("--layers", type=cli.positive, metavar="N", help="how many redundant layers to compress")
     add("--layer-ids", type=int, nargs="+", metavar="ID", help="compress these layers instead")
+    add("--contiguous", action="store_true", help="with --layers: N neighbours, by angular distance [arXiv 2403.17887]; "
+        "each row says which, for --layer-ids of other commands")
     add("--ratio", type=cli.fraction, nargs="+", metavar="FRACTION", help="of each matrix's parameters to keep (default: "
         "0.1; studies score, labels: 0.05 0.1 0.2 0.4)")
     add("--label-shifts", type=cli.positive, nargs="+", metavar="N", help="study labels: position t predicts token t + N "
@@ -277,6 +283,8 @@ def parse():
     a = p.parse_args()
     if (a.layers is None) == (a.layer_ids is None):
         raise ValueError("give one of --layers N and --layer-ids ID ...")
+    if a.contiguous and a.layer_ids:
+        raise ValueError("--contiguous finds the layers itself: it goes with --layers, not with --layer-ids")
     if a.ratio and a.study == "budget":
         raise ValueError("--ratio: the budget study finds its ratios itself, by --thresholds")
     if a.figure and (a.study not in GRIDS or not need("matplotlib", "--figure")):

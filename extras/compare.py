@@ -23,7 +23,9 @@ from pathlib import Path
 
 import torch
 
-from evaluate import markdown, protocols, result_row
+from data.checkpoint import load_checkpoint, save_checkpoint
+from data.files import check_output, write_json
+from evaluate import markdown, protocols
 from extras import DENSE, fisher, held, open_dense, peak_bytes, reset_peak
 from extras.ablation import ratio_of_size
 from extras.baselines import block_params, blocks_params
@@ -36,11 +38,9 @@ from extras.baselines.removal import laco, shortgpt, sleb
 from extras.baselines.slicegpt import slicegpt
 from extras.baselines.streamline import streamline
 from extras.fisher.shapes import widths
-from grasp import compress, find_redundant
-from model import load_checkpoint, save_checkpoint
+from grasp import check_layers, compress, dense_matrices, find_redundant
 from runtime import cli
-from runtime.files import check_output, write_json
-from runtime.job import Job, check_layers, dense_matrices
+from runtime.job import Job, result_row
 
 BLOCKS = {"shortgpt": shortgpt, "sleb": sleb, "laco": laco, "linearpatch": linearpatch, "replaceme": replaceme}
 CLOSE = 0.005  # of the budget: off by more than that is said
@@ -91,12 +91,16 @@ def on_redundant(method, n, model, sweep, budget):
 
 def grasp(model, sweep, budget, layers):
     """The paper's method with its defaults, at the one ratio by which these layers lose `budget` parameters."""
-    shapes = dense_matrices(model, layers).values()
+    shapes = shapes_of(model, layers)
     most = held(shapes) - held(shapes, 0)  # of rank 1
     if budget > most:
         raise ValueError(f"cannot remove {budget:,} parameters: GRASP of {len(layers)} layers removes {most:,} at most")
     list(compress(model, layers, sweep, ratio_of_size(shapes, held(shapes) - budget)))
     return model
+
+
+def shapes_of(model, layers):
+    return [model.get_submodule(name).weight.shape for name in dense_matrices(model, layers)]
 
 
 def in_place(method, model, sweep, budget, **settings):
@@ -109,7 +113,7 @@ def budget_of(model, n, ratio, part=None):
     """How many parameters to remove: as GRASP does from n layers at `ratio`; or the fraction `part` of all blocks'."""
     if part:
         return round(part * blocks_params(model))
-    shapes = dense_matrices(model, range(n)).values()  # all layers are alike
+    shapes = shapes_of(model, range(n))  # all layers are alike
     return held(shapes) - held(shapes, ratio)
 
 
@@ -165,7 +169,7 @@ def compared(rows, texts, notes):
 def main():
     a = parse()
     model, tokenizer = open_dense(a.ckpt, a.device, a.dtype)
-    check_layers(model.args.n_layers, a.layers)
+    check_layers(model, a.layers)
     budget = budget_of(model, a.layers, a.ratio, a.budget)
     job = Job(model, a.samples, a.seq_len, a.batch_size)
     if not budget:

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from attribution import svd
+from data.checkpoint import save_checkpoint
+from data.files import check_output
 from extras import keep, open_original, read_report
-from model import save_checkpoint
 from runtime import cli
-from runtime.files import check_output
 
 
 def drop_layers(model, layer_ids):

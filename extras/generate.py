@@ -15,7 +15,7 @@ from contextlib import redirect_stdout
 
 import torch
 
-from model import apply_rotary, attend, rotary_frequencies, upcast
+from model import apply_rotary, attend, rotations, upcast
 from runtime import cli
 
 
@@ -33,11 +33,11 @@ def generate(model, prompt, max_new_tokens, temperature=0.0, top_k=None, top_p=N
 def new_tokens(model, prompt, max_new_tokens, temperature, top_k, top_p, seed):
     max_len = prompt.shape[1] + max_new_tokens
     cache = empty_cache(model, len(prompt), max_len)
-    cos, sin = rotary_frequencies(model.args, max_len, model.device)
+    rotary = rotations(model.args, max_len, model.device)
     generator = torch.Generator(model.device).manual_seed(seed)
     tokens, start = prompt.to(model.device), 0
     for _ in range(max_new_tokens):
-        logits = step(model, tokens, cache, start, cos, sin)
+        logits = step(model, tokens, cache, start, rotary)
         start += tokens.shape[1]
         tokens = sample(logits, generator, temperature, top_k, top_p)[:, None]
         yield tokens[:, 0]
@@ -57,25 +57,25 @@ def empty_cache(model, B, max_len):
     return [torch.empty(2, *shape, dtype=model.dtype, device=model.device).unbind() for _ in model.layers]
 
 
-def step(model, tokens, cache, start, cos, sin):
+def step(model, tokens, cache, start, rotary):
     """Logits (B, vocab_size) of the token after tokens (B, t), which come after the `start` tokens in the cache.
 
-    Their keys and values join the cache. cos, sin: the rotary angles of all positions up to max_len.
+    Their keys and values join the cache. rotary: `rotations` of all positions up to max_len.
     """
-    cos, sin = (angles[start:start + tokens.shape[1]] for angles in (cos, sin))
+    rotary = rotary[start:start + tokens.shape[1]]
     h = upcast(model.tok_embeddings(tokens))
     for block, (keys, values) in zip(model.layers, cache):
-        h = h + attend_cached(block.attention, block.attention_norm(h), cos, sin, keys, values, start)
+        h = h + attend_cached(block.attention, block.attention_norm(h), rotary, keys, values, start)
         h = h + block.feed_forward(block.ffn_norm(h))
     return model.output(model.norm(h[:, -1]))
 
 
-def attend_cached(attention, x, cos, sin, keys, values, start):
+def attend_cached(attention, x, rotary, keys, values, start):
     """model.Attention's forward for new tokens x (B, t, dim), which see the cached ones too: (B, t, dim)."""
     end = start + x.shape[1]
     assert start == 0 or end == start + 1  # is_causal takes the first query to stand with the first key
     q, k, v = (w(x).unflatten(-1, (-1, attention.head_dim)) for w in (attention.wq, attention.wk, attention.wv))
-    q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+    q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
     keys[:, :, start:end], values[:, :, start:end] = k.transpose(1, 2), v.transpose(1, 2)
     y = attend(q.transpose(1, 2), keys[:, :, :end], values[:, :, :end], is_causal=start == 0)
     return attention.wo(y.transpose(1, 2).flatten(2))

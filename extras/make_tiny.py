@@ -11,12 +11,13 @@ from tempfile import TemporaryDirectory
 import sentencepiece
 import torch
 
+from data.checkpoint import save_checkpoint
 from data.corpus import consecutive_windows, embedded_text, random_windows
+from data.files import check_output
 from data.tokenizer import load_tokenizer
 from evaluate import perplexity
-from model import ModelArgs, Transformer, save_checkpoint
+from model import ModelArgs, Transformer
 from runtime import cli
-from runtime.files import check_output
 
 ARGS = ModelArgs(dim=96, n_layers=8, n_heads=6, n_kv_heads=2, head_dim=16, hidden_dim=256, vocab_size=1024,
                  norm_eps=1e-5, max_seq_len=256)

@@ -22,11 +22,11 @@ from torch import nn
 from attribution import importance, sigma_gradients, svd, weight_gradients
 from data import need
 from data.corpus import text_names
+from data.files import atomic_write, write_json
 from evaluate import evaluation_windows, perplexity
 from extras import open_original, read_report
 from model import matrix_names, upcast
 from runtime import cli
-from runtime.files import atomic_write, write_json
 
 GROUP = 10  # singular values set to zero together, as in the paper's figure
 DARK, LIGHT, GREY = "#00437a", "#f5a623", "#8c8c8c"  # blue, orange: apart for colour-blind eyes and in grey print

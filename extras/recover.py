@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from attribution import backward
+from data.checkpoint import save_checkpoint
+from data.files import atomic_write, check_output, error_prefix, optional_json
 from extras import linear, peak_bytes
-from model import LowRankLinear, matrix_names, save_checkpoint, upcast
+from model import LowRankLinear, matrix_names, upcast
 from runtime import cli
-from runtime.files import atomic_write, check_output, error_prefix, optional_json
 
 # Alpaca's own two templates (github.com/tatsu-lab/stanford_alpaca): models tuned on it know these words.
 WRITE = "Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"

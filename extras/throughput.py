@@ -25,13 +25,14 @@ from torch import nn
 
 from data import need
 from data.corpus import text_names
-from evaluate import evaluation_windows, markdown, protocols, result_row
+from evaluate import evaluation_windows, markdown, protocols
 from extras import check_dtypes, export, short_names
 from extras.export.__main__ import PACKAGES
 from extras.export.dense import exported_params
 from extras.generate import check_length, generate
 from model import LowRankLinear
 from runtime import cli
+from runtime.job import result_row
 
 ENGINES = {"this": (), "transformers": ("transformers", *PACKAGES["hf"]),  # the packages that each needs
            "llama.cpp": ("xllamacpp", *PACKAGES["gguf"])}

@@ -31,12 +31,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data import need
 from data.checkpoint import read_folder
+from data.files import error_prefix, write_json
 from evaluate import markdown
 from extras import check_dtypes, short_names
 from extras.generate import generate
 from model import upcast
 from runtime import cli
-from runtime.files import error_prefix, write_json
 
 SEVEN = ["openbookqa", "arc_easy", "winogrande", "hellaswag", "arc_challenge", "piqa", "mathqa"]
 SHARES = "acc", "acc_norm", "exact_match", "score"  # the metrics shown in %; `score` is LongBench's

@@ -12,14 +12,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from data.checkpoint import weight_files
+from data.checkpoint import load_checkpoint, weight_files
 from data.corpus import text_names
+from data.files import error_prefix
 from data.tokenizer import Tokenizer, load_tokenizer
-from model import Transformer, load_checkpoint
-from runtime import distributed
-from runtime.files import error_prefix
+from model import Transformer
 
 TINY = Path(__file__).resolve().parent.parent / "data" / "tiny"  # the embedded model
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
@@ -95,8 +95,8 @@ def output_flags(parser: Parser, suffix: str) -> Group:
     return group
 
 
-def machine_flags(parser: Parser, batches: bool = False, several: bool = False) -> Group:
-    """Add --device and --dtype; batches: --batch-size; several processes: --shard."""
+def machine_flags(parser: Parser, batches: bool = False, offload: bool = False) -> Group:
+    """Add --device and --dtype; batches: --batch-size; offload: --offload."""
     group = parser.add_argument_group("machine")
     add = group.add_argument
     add("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: CUDA where there is one)")
@@ -105,9 +105,10 @@ def machine_flags(parser: Parser, batches: bool = False, several: bool = False) 
     if batches:
         add("--batch-size", type=positive, metavar="N",
             help="sequences at a time (default: 1,024 tokens; for sweeps and evaluations on CUDA up to "
-            "8,192 where memory allows)")
-    if several:
-        add("--shard", action="store_true", help="split the matrices over the processes (FSDP2)")
+            "8,192, with --offload 32,768, where memory allows)")
+    if offload:
+        add("--offload", action="store_true", help="for a model larger than the GPU: the blocks' weights "
+            "stay in host memory, and one block at a time is copied to the GPU")
     return group
 
 
@@ -136,13 +137,16 @@ def made_on_embedded(ckpt: Path) -> bool:
 
 
 def open_checkpoint(ckpt: Path, device: str, dtype: str,
-                    split: bool = False) -> tuple[Transformer, Tokenizer]:
-    """Load model and tokenizer, and print what they are and where they run. device, dtype: as their flags."""
+                    offload: bool = False) -> tuple[Transformer, Tokenizer]:
+    """Load model and tokenizer, and print what they are and where they run. The others: as their flags."""
     device = pick_device(device)
+    if offload and device == "cpu":
+        raise ValueError("--offload copies weights from host memory to a GPU, and this run is on the CPU; "
+                         "leave it out: weights on the CPU are memory-mapped anyway")
     _, files = weight_files(ckpt)
     adapter = ", without the adapter beside them" * (ckpt / "adapter_config.json").is_file()
     print(f"reading      {', '.join(file.name for file in files)} of {ckpt}{adapter}")
-    model = load_checkpoint(ckpt, DTYPES.get(dtype), device, split)
+    model = load_checkpoint(ckpt, DTYPES.get(dtype), device, offload)
     introduce(ckpt, model)
     return model, load_tokenizer(ckpt, model.args.vocab_size)
 
@@ -152,7 +156,7 @@ def pick_device(device: str) -> str:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        device = f"cuda:{os.environ['LOCAL_RANK'] if dist.is_initialized() else 0}"
     if not re.fullmatch(r"cpu|cuda:\d+", device):
         raise ValueError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
     with error_prefix(f"--device {device}"):
@@ -167,12 +171,12 @@ def introduce(name: str | Path, model: Transformer) -> None:
     a = model.args
     print(f"model        {name}  {a.n_layers} layers, dim {a.dim}, {a.n_heads} heads over {a.n_kv_heads}, "
           f"{model.n_params:,} parameters\n"
-          f"device       {model.device}, dtype {str(model.dtype).removeprefix('torch.')}")
+          f"device       {model.device}, dtype {str(model.dtype).removeprefix('torch.')}"
+          f"{', the blocks in host memory' * model.offload}")
     if model.device.type == "cuda":
         print(f"memory       {free_bytes(model.device) / 2 ** 30:.1f} GiB are free beside the weights")
-    if distributed.count() > 1:
-        held = sum(p.nbytes for p in map(distributed.local, model.parameters())) / 2 ** 30
-        print(f"processes    {distributed.count()}; this one holds {held:.3f} GiB of the weights")
+    if dist.is_initialized():
+        print(f"processes    {dist.get_world_size()}, each with its part of the sequences")
 
 
 def sequence_length(asked: int | None, default: int, model: Transformer) -> int:
@@ -190,19 +194,24 @@ def batch_size(asked: int | None, seq_len: int, model: Transformer | None = None
     """
     if asked or model is None or model.device.type != "cuda":
         return asked or max(1, 1024 // seq_len)
-    return fitting(model, seq_len, layers, distributed.smallest(free_bytes(model.device)))
+    return fitting(model, seq_len, layers, free_bytes(model.device))
 
 
 def fitting(model: Transformer, seq_len: int, layers: int, free: int) -> int:
     """Sequences that surely fit into `free` bytes beside the weights, in weight_gradients of `layers` layers.
 
-    At least one, at most 8,192 tokens. Autograd is taken to keep the activations of every block.
+    At least one, at most 8,192 tokens. Autograd is taken to keep the activations of every block; with offload
+    those of one, the states between the blocks, and two copies of a block (weights, gradients); then at most
+    32,768 tokens, since each micro-batch costs a pass of all weights over the bus.
     """
     a, s = model.args, model.dtype.itemsize  # the numbers below are bytes
-    gradients = layers * max(4, s) * max(sum(p.numel() for p in block.parameters()) for block in model.layers)
-    head = 4 * max(4, s) * model.head_chunk * a.vocab_size
-    token = s * (8 * a.dim + 4 * a.n_heads * a.head_dim + 4 * a.hidden_dim) * (a.n_layers + 1)
-    return max(1, int(min(8192, (free - gradients - head) / token)) // seq_len)
+    wide, block = max(4, s), max(sum(p.numel() for p in block.parameters()) for block in model.layers)
+    head = 4 * wide * model.head_chunk * a.vocab_size
+    one = s * (8 * a.dim + 4 * a.n_heads * a.head_dim + 4 * a.hidden_dim)  # a block's activations of a token
+    most, fixed, token = 8192, layers * wide * block, one * (a.n_layers + 1)
+    if model.offload:
+        most, fixed, token = 32768, 2 * s * block, 2 * one + wide * a.dim * a.n_layers
+    return max(1, int(min(most, (free - fixed - head) / token)) // seq_len)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -212,9 +221,11 @@ def free_bytes(device: torch.device) -> int:
 
 
 def batches(windows: Tensor, size: int, label: str) -> Iterator[Tensor]:
-    """Yield this process's micro-batches of windows (n, T), with progress on a terminal."""
+    """Yield micro-batches of (this process's part of) windows (n, T), with progress on a terminal."""
     start = time.monotonic()
-    parts = distributed.local_batches(windows, size)
+    if dist.is_initialized():
+        windows = windows.tensor_split(dist.get_world_size())[dist.get_rank()]
+    parts = windows.split(size) if len(windows) else ()
     try:
         for i, batch in enumerate(parts, 1):
             yield batch
@@ -226,7 +237,7 @@ def batches(windows: Tensor, size: int, label: str) -> Iterator[Tensor]:
 
 def show(line: str, last: bool) -> None:
     """Rewrite one line of progress, if stderr is a terminal. The last one erases it."""
-    if sys.stderr.isatty() and not distributed.index():
+    if sys.stderr.isatty() and first_process():
         print(f"\r\x1b[K{line * (not last)}", end="", file=sys.stderr)
 
 
@@ -246,29 +257,43 @@ def terminate(number, frame):
     raise KeyboardInterrupt("terminated")
 
 
+def first_process() -> bool:
+    """Whether this process prints and writes: process 0 of those that torchrun started, or the only one."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def join_processes(parallel: bool) -> None:
+    """If torchrun started this process, join the others. All but process 0 print nothing but errors."""
+    if dist.is_torchelastic_launched():  # a scheduler's leftover WORLD_SIZE alone means nothing
+        if not parallel:
+            raise ValueError("this command runs in one process: start it with python, not with torchrun")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        sys.stdout = sys.stdout if first_process() else open(os.devnull, "w")
+
+
 def command(main: Callable[[], None], parallel: bool = False) -> None:
     """Run a command. A user's mistake is one line and exit code 2; GRASP_DEBUG=1 shows a stack trace.
 
     Ctrl-C and SIGTERM raise KeyboardInterrupt, so that unfinished files are removed. parallel: whether
-    torchrun may start it. Then the first process that fails says why, and torchrun ends the others.
+    torchrun may start it. A process that fails says why, and torchrun ends the others.
     """
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # for logs, and any file name
     signal.signal(signal.SIGTERM, terminate)
     try:
-        with distributed.joined():
-            if distributed.count() > 1 and not parallel:
-                raise ValueError("this command runs in one process: start it with python, not with torchrun")
-            return main()
+        join_processes(parallel)
+        return main()
     except KeyboardInterrupt as e:
-        if not distributed.index():
-            print(f"\n{str(e) or 'interrupted'}", file=sys.stderr)
-        distributed.leave(128 + (signal.SIGTERM if e.args else signal.SIGINT))
+        print(f"\n{str(e) or 'interrupted'}", file=sys.stderr)
+        sys.exit(128 + (signal.SIGTERM if e.args else signal.SIGINT))
     except Exception as e:
         memory = isinstance(e, MemoryError) or re.search("out of memory|can't allocate memory", str(e))
-        known = memory or isinstance(e, (ValueError, OSError, ModuleNotFoundError)) or distributed.lost(e)
+        known = memory or isinstance(e, (ValueError, OSError, ModuleNotFoundError, RuntimeError))
         if os.environ.get("GRASP_DEBUG") or not known:
             raise
-        hint = ["out of memory; use a smaller --batch-size, --dtype bfloat16, or torchrun"] * bool(memory)
-        if distributed.fails_first():
-            print("error:", " ".join(str(e).splitlines()), *hint, file=sys.stderr)
-        distributed.leave(2)
+        what, *_ = str(e).split("\nException raised from")  # torch's own C++ trace
+        hint = ["out of memory; use a smaller --batch-size, --dtype bfloat16 or --offload"] * bool(memory)
+        print("error:", " ".join(what.splitlines()), *hint, file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,35 +1,23 @@
-"""What the commands that compress share: checks, the texts of a run, its sweeps, its table and its report."""
+"""What the commands that compress share: the texts of a run, its sweeps, its table and its report."""
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.corpus import calibration_windows
 from data.tokenizer import Tokenizer
-from evaluate import evaluation_windows, result_row, table
-from model import Transformer, matrix_names
+from evaluate import Texts, evaluation_windows, perplexity, table
+from model import Transformer
 from runtime import cli
 
 
-def check_layers(count: int, layers: int | None, layer_ids: list[int] | None = None) -> None:
-    """Raise ValueError if a model of `count` layers has fewer, or if an id is out of range or given twice."""
-    ids = range(layers) if layer_ids is None else layer_ids
-    if not 0 < len(ids) <= count or len(set(ids)) < len(ids) or not all(0 <= layer < count for layer in ids):
-        raise ValueError(f"this model has {count} layers, 0 to {count - 1}; asked for "
-                         f"{layers if layer_ids is None else layer_ids}, expected some of them, each once")
-
-
-def dense_matrices(model: Transformer, layer_ids: Iterable[int]) -> dict[str, torch.Size]:
-    """{name: shape (m, n)} of those matrices of these layers that are still dense."""
-    modules = {name: model.get_submodule(name) for name in matrix_names(*layer_ids)}
-    return {name: m.weight.shape for name, m in modules.items() if isinstance(m, nn.Linear)}
-
-
-def check_dense(model: Transformer, layer_ids: list[int]) -> None:
-    """Raise ValueError if nothing in these layers is dense."""
-    if not dense_matrices(model, layer_ids):
-        raise ValueError(f"--ckpt: layers {layer_ids} are low-rank already; ask for more layers or others")
+def result_row(name: str, model: Transformer, texts: Texts, batch_size: int,
+               seconds: float | None = None) -> dict:
+    """Evaluate a model: one row of the table. seconds: what it took to make the model."""
+    results = {label: perplexity(model, cli.batches(windows, batch_size, f"{name} on {label}"))
+               for label, (windows, _) in texts.items()}
+    return {"model": name, "parameters": model.n_params, "perplexity": results, "seconds": seconds}
 
 
 class Job:

@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attribution import (angular_distances, importance, layer_cosines, low_rank_factors,
-                         rank_for_ratio, rank_for_threshold, sigma_gradients, svd, top_k, weight_gradients)
+from attribution import (cosine, importance, layer_cosines, low_rank_factors, rank_for_ratio,
+                         rank_for_threshold, sigma_gradients, svd, top_k, weight_gradients)
+from evaluate import perplexity
+from grasp import find_redundant, standard_error
 from tests.conftest import random_model, random_tokens
 from model import LowRankLinear, matrix_names
 
@@ -161,7 +163,7 @@ def test_no_sweep_waits_for_the_gpu():
 
     model = random_model(torch.bfloat16).to("cuda")
     tokens = random_tokens(model, 4, 16)
-    assert layer_cosines(model, watched(tokens))[0].isfinite().all()
+    assert torch.cat([*layer_cosines(model, watched(tokens))], 1).isfinite().all()
     assert len(weight_gradients(model, NAMES, watched(tokens))) == len(NAMES)
 
 
@@ -182,25 +184,12 @@ def test_a_sweep_without_batches_is_an_error(batches):
     """An iterator can be used once; without this check the second sweep would divide by zero."""
     model = random_model()
     with pytest.raises(ValueError, match="no batches"):
-        layer_cosines(model, batches())[0]
+        find_redundant(model, lambda label: batches(), 2)
     with pytest.raises(ValueError, match="no batches"):
-        angular_distances(model, batches(), 2)
+        perplexity(model, batches())
     with pytest.raises(ValueError, match="no batches"):
         weight_gradients(model, NAMES, batches())
     assert not any(p.requires_grad for p in model.parameters())
-
-
-def test_a_sequence_of_minus_100_is_not_counted():
-    """An idle process of several gets one such sequence for each of its steps."""
-    model = random_model()
-    tokens, idle = random_tokens(model, 3, 8), torch.full((1, 8), -100)
-    for batches in ([tokens, idle], [torch.cat((idle, tokens))]):
-        for ours, right in ((layer_cosines(model, batches)[0], layer_cosines(model, [tokens])[0]),
-                            (angular_distances(model, batches, 2), angular_distances(model, [tokens], 2))):
-            assert torch.allclose(ours, right, rtol=0, atol=1e-14)
-        expected = weight_gradients(model, NAMES, [tokens])
-        for name, G in weight_gradients(model, NAMES, batches).items():
-            assert torch.allclose(G, expected[name], rtol=0, atol=1e-14), name
 
 
 # ---------------------------------------------------------------------------------------------------- the SVD
@@ -317,11 +306,16 @@ def test_full_rank_leaves_the_logits():
 
 # ------------------------------------------------------------------------------------------- redundant layers
 
+def means(model, batches):
+    """s_l of every layer: (n_layers,)."""
+    return torch.cat([*layer_cosines(model, batches)], 1).mean(1)
+
+
 def test_a_layer_that_does_nothing_has_cosine_1():
     model = random_model()
     for w in (model.layers[2].attention.wo, model.layers[2].feed_forward.w2):
         w.weight.data.zero_()
-    cosines = layer_cosines(model, random_tokens(model, 4, 7).split(3))[0]
+    cosines = means(model, random_tokens(model, 4, 7).split(3))
     assert cosines[2] == pytest.approx(1.0, abs=1e-12) and cosines.argmax() == 2 and cosines.min() < 0.99
 
 
@@ -331,7 +325,7 @@ def test_half_precision_streams_are_compared_wide():
     tokens = random_tokens(model, 2, 9)
     states = [h.double() for h in model.residual_stream(tokens)]
     expected = [torch.cosine_similarity(a, b, dim=-1).mean().item() for a, b in zip(states, states[1:])]
-    assert layer_cosines(model, [tokens])[0].tolist() == pytest.approx(expected, abs=1e-6)
+    assert means(model, [tokens]).tolist() == pytest.approx(expected, abs=1e-6)
 
 
 class Stream:
@@ -345,44 +339,30 @@ class Stream:
         return iter(self.h)
 
 
-def test_cosines_and_angles_by_hand():
+def test_cosines_by_hand():
+    """Two layers, two sequences: the mean over each sequence's two tokens."""
     tokens, root = torch.zeros(2, 2, dtype=torch.int64), math.sqrt(0.5)
-    expected = [(0 + 1 + root + root) / 4, (-1 + 1 + 0 + 1) / 4]
-    assert layer_cosines(Stream(), [tokens])[0].tolist() == pytest.approx(expected)
-    # on the last tokens only: angles 0 and 45 degrees, then 0 and 0; from end to end 0 and 45
-    assert angular_distances(Stream(), [tokens], 1).tolist() == pytest.approx([0.125, 0.0])
-    assert angular_distances(Stream(), [tokens], 2).tolist() == pytest.approx([0.125])
+    (c,) = layer_cosines(Stream(), [tokens])
+    expected = torch.tensor([[(0 + 1) / 2, (root + root) / 2], [(-1 + 1) / 2, (0 + 1) / 2]], dtype=torch.float64)
+    torch.testing.assert_close(c, expected)
 
 
-def test_angles_of_equal_vectors_are_zero():
-    """Rounding can put a cosine just above 1, where arccos is not a number."""
-    class Same(Stream):
-        h = torch.rand(1, 50, 1, 30, generator=torch.Generator().manual_seed(0)).expand(3, 50, 1, 30)
+def test_a_norm_that_is_known_is_not_taken_again():
+    a, b = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
+    expected = F.cosine_similarity(a.double(), b.double(), dim=-1)
+    torch.testing.assert_close(cosine(a, b), expected)
+    torch.testing.assert_close(cosine(a, b, 2 * a.double().norm(dim=-1)), expected / 2)  # the norm given counts
+    torch.testing.assert_close(cosine(a, b, None, 4 * b.double().norm(dim=-1)), expected / 4)
 
-    assert F.cosine_similarity(Same.h[0], Same.h[0], dim=-1).max() > 1
-    assert angular_distances(Same(), [torch.zeros(50, 1)], 1).max() < 1e-3
 
-
-def test_the_standard_error_is_that_of_the_sequences_means():
+def test_cosines_are_of_each_sequence():
+    """So that their mean and its standard error can be taken where they are needed."""
     model = random_model()
     tokens = random_tokens(model, 7, 9)
-    cosines, errors, sequences = layer_cosines(model, tokens.split(3))
-    assert sequences == 7
-    each = torch.stack([layer_cosines(model, [row[None]])[0] for row in tokens])  # (7, n_layers)
-    torch.testing.assert_close(cosines, each.mean(0))
-    torch.testing.assert_close(errors, each.std(0) / 7 ** 0.5)
-    idle = torch.full_like(tokens[:2], -100)  # what a process without sequences gets
-    torch.testing.assert_close(layer_cosines(model, [tokens, idle]), (cosines, errors, 7))
-    assert not layer_cosines(model, [tokens[:1]])[1].isfinite().any()  # of one sequence nothing is known
-
-
-def test_enough_is_asked_after_powers_of_two_batches():
-    model, seen = random_model(), []
-    batches = random_tokens(model, 14, 9).split(2)
-
-    def enough(cosines, errors, sequences):
-        torch.testing.assert_close((cosines, errors, sequences), layer_cosines(model, batches[:sequences // 2]))
-        seen.append(sequences)
-
-    assert layer_cosines(model, batches, enough)[2] == 14 and seen == [2, 4, 8]
-    assert layer_cosines(model, batches, lambda *results: results[2] > 3)[2] == 4
+    parts = [*layer_cosines(model, tokens.split(3))]
+    assert [part.shape for part in parts] == [(4, 3), (4, 3), (4, 1)]
+    c = torch.cat(parts, 1)
+    assert c.dtype == torch.float64
+    torch.testing.assert_close(c, torch.cat([next(layer_cosines(model, [row[None]])) for row in tokens], 1))
+    torch.testing.assert_close(standard_error(c), c.std(1) / 7 ** 0.5)
+    assert standard_error(c[:, :1]).isnan().all()  # of one sequence nothing is known

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from tests.conftest import LLAMA31, random_model, random_tokens, transformers_model
-from data.checkpoint import pair_rows, read_args
-from model import load_checkpoint, save_checkpoint
+from data.checkpoint import load_checkpoint, pair_rows, read_args, save_checkpoint
 from runtime.cli import open_checkpoint
 
 

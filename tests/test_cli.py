@@ -142,8 +142,7 @@ def test_flags_reach_the_method(nowhere, monkeypatch, capsys):
     assert plain["cosines"] != sorted(plain["cosines"]) and plain["redundant"] != [0, 1]
     assert all(m["kept"] == list(range(m["rank"])) for m in magnitude["matrices"])
     assert any(m["kept"] != list(range(m["rank"])) for m in plain["matrices"])
-    monkeypatch.setattr(grasp, "angular_distances", lambda model, batches, n: torch.arange(7))
-    assert report("--contiguous")["redundant"] == [0, 1]
+    assert plain["cosine_sequences"] == len(plain["calibration"]["offsets"]) and len(plain["cosine_errors"]) == 8
 
 
 def test_layers_by_hand_need_no_redundancy_sweep(nowhere, monkeypatch, capsys):
@@ -156,7 +155,7 @@ def test_layers_by_hand_need_no_redundancy_sweep(nowhere, monkeypatch, capsys):
 @pytest.mark.parametrize("main, words", [
     (grasp.main, "--layers 2 --samples 3"),
     (grasp.main, "--layer-ids 3 --samples 1 --batch-size 2"),
-    (grasp.main, "--layers 1 --threshold 0.5 --contiguous --samples 1 --eval none"),
+    (grasp.main, "--layers 1 --threshold 0.5 --samples 1 --eval none"),
     (evaluate.main, "--json e.json"), (evaluate.main, "--data none --dtype bfloat16")])
 def test_nothing_changes_the_settings_after_parsing(main, words, nowhere, monkeypatch, capsys):
     """What a command was asked for is what it does and what its report says."""
@@ -224,11 +223,11 @@ def test_a_stack_trace_on_request(tmp_path):
     ("--layer-ids 3 8", "this model has 8 layers, 0 to 7; asked for [3, 8]"),
     ("--layer-ids 3 -1", "this model has 8 layers"),
     ("--layer-ids 3 3", "asked for [3, 3]"),
-    ("--layer-ids 3 --contiguous", "not with --layer-ids"),
-    ("--layers 2 --ratio 0", "--ratio: '0', expected more than 0 and at most 1"),
-    ("--layers 2 --ratio 1.5", "--ratio: '1.5', expected more than 0 and at most 1"),
-    ("--layers 2 --ratio nan", "--ratio: 'nan', expected"),
-    ("--layers 2 --ratio much", "--ratio: 'much', expected more than 0 and at most 1"),
+    ("--layers 2 --ratio 0", "ratio 0.0, threshold None: expected one of them, above 0 and at most 1"),
+    ("--layers 2 --threshold 0", "ratio None, threshold 0.0: expected one of them, above 0 and at most 1"),
+    ("--layers 2 --ratio 1.5", "ratio 1.5, threshold None: expected one of them, above 0 and at most 1"),
+    ("--layers 2 --ratio nan", "ratio nan, threshold None: expected"),
+    ("--layers 2 --ratio much", "--ratio: invalid float value: 'much'"),
     ("--layers 2 --ratio 0.1 --threshold 0.5", "argument --threshold: not allowed with argument --ratio"),
     ("--layers 2 --score sigma", "--score: invalid choice: 'sigma'"),
     ("--layers 2 --label-shift 0", "--label-shift: '0', expected"),
@@ -247,7 +246,7 @@ def test_a_stack_trace_on_request(tmp_path):
     ("--layers 2 --ckpt bare", "bare: no tokenizer; looked for tokenizer.model and .json"),
     ("--layers 2 --device cuda:99", "--device cuda:99"),
     ("--layers 2 --device meta", "--device meta: expected auto, cpu, cuda or cuda:N"),
-    ("--layers 2 --shard", "--shard divides the weights among processes: start them with torchrun"),
+    ("--layers 2 --device cpu --offload", "--offload copies weights from host memory to a GPU, and this run is"),
     ("--layers 2 --dtype int8", "--dtype: invalid choice: 'int8'"),
     ("--layers 2 --calibration nowhere",
      "no text 'nowhere': expected wikitext2, ptb, embedded, or the path of a file"),
@@ -331,14 +330,19 @@ def test_devices_and_clocks():
 
 
 def test_a_cuda_device_has_a_number(monkeypatch):
-    """Without a number torch does not make it the current device. Under torchrun the number is LOCAL_RANK."""
+    """Without a number torch does not make it the current device. Under torchrun the number is LOCAL_RANK.
+
+    A LOCAL_RANK that a scheduler has left means nothing.
+    """
     chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(torch.device(device).index))
     monkeypatch.setattr(torch, "empty", lambda *_, device: SimpleNamespace(device=torch.device(device)))
     assert pick_device("auto") == "cuda:0"
     monkeypatch.setenv("LOCAL_RANK", "2")
-    assert pick_device("cuda") == "cuda:2" and chosen == [0, 2]
+    assert pick_device("cuda") == "cuda:0"
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert pick_device("cuda") == "cuda:2" and chosen == [0, 0, 2]
 
 
 def test_sequence_length_fits_the_model():

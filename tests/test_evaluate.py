@@ -31,13 +31,6 @@ def test_a_perplexity_without_batches_is_an_error(batches):
         perplexity(random_model(), batches)
 
 
-def test_a_sequence_of_minus_100_is_not_counted():
-    model = random_model()
-    tokens, idle = random_tokens(model, 3, 8), torch.full((1, 8), -100)
-    for batches in ([tokens, idle], [torch.cat((idle, tokens))]):
-        assert perplexity(model, batches) == pytest.approx(perplexity(model, [tokens]), rel=1e-13)
-
-
 def test_the_protocol_describes_the_text(tmp_path):
     class Letters:
         bos_id = None

@@ -8,8 +8,8 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from model import save_checkpoint
-from runtime.files import OURS, atomic_write, check_output, read_bytes, read_json, write_json
+from data.checkpoint import save_checkpoint
+from data.files import OURS, atomic_write, check_output, read_bytes, read_json, write_json
 from tests.conftest import random_model
 
 

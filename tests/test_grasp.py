@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import grasp
-from attribution import (importance, low_rank_factors, rank_for_ratio, sigma_gradients, svd, top_k,
-                         weight_gradients)
+from attribution import (importance, layer_cosines, low_rank_factors, rank_for_ratio, sigma_gradients, svd,
+                         top_k, weight_gradients)
 from tests.conftest import random_model, random_tokens
 from grasp import compress, find_redundant
 from model import MATRICES, LowRankLinear, matrix_names
@@ -99,12 +99,14 @@ def test_a_matrix_whose_factors_are_no_smaller_stays():
 
 
 def test_low_rank_matrices_are_left_alone(monkeypatch):
-    """A second call yields no record and does no sweep."""
+    """A second call compresses what is still dense. If that is nothing it says so, before any sweep."""
     model, _, sweep = setup()
     list(compress(model, [1], sweep, ratio=0.4))
     before = {name: p.clone() for name, p in model.named_parameters() if name.startswith("layers.1.")}
+    assert {record["name"][:8] for record in compress(model, [1, 2], sweep, ratio=0.2)} == {"layers.2"}
     monkeypatch.setattr(grasp, "weight_gradients", None)
-    assert list(compress(model, [1], sweep, ratio=0.2)) == []
+    with pytest.raises(ValueError, match=r"layers \[2, 1\] are low-rank already; take more, others, or the dense"):
+        list(compress(model, [2, 1], sweep, ratio=0.2))
     assert all(torch.equal(model.get_parameter(name), p) for name, p in before.items())
 
 
@@ -168,43 +170,65 @@ def test_a_sweep_that_gives_no_batches_is_an_error():
         list(compress(model, [1], lambda label: batches, 0.4))
 
 
-def test_redundant_layers_alone_or_in_a_row():
+def test_redundant_layers_change_their_input_least():
     model, tokens, sweep = setup(n_layers=6)
     for layer in (1, 4):
         for w in (model.layers[layer].attention.wo, model.layers[layer].feed_forward.w2):
             w.weight.data *= 1e-3
-    model.layers[5].feed_forward.w2.weight.data *= 0.1
-    model.layers[5].attention.wo.weight.data *= 0.1
-    cosines, *_, redundant = find_redundant(model, sweep, 2)
-    assert redundant == [1, 4] and cosines.shape == (6,) and cosines[1] > 0.999
-    assert find_redundant(model, sweep, 2, contiguous=True)[-1] == [4, 5]
+    c, redundant = find_redundant(model, sweep, 2)
+    assert redundant == [1, 4] and c.shape == (6, len(tokens)) and c[1].mean() > 0.999
 
 
-@pytest.mark.parametrize("scale, read", [(1e-3, 32), (0.0, 80)])
-def test_the_redundancy_sweep_stops_once_the_layers_are_known(scale, read):
-    """Layers 1 and 3 hardly change their input. With scale 0, layers 0, 1 and 3 tie: all cosines are 1."""
-    model, _, _ = setup()
-    for layer in (1, 3) if scale else (0, 1, 3):
+def nearly_idle(scale, layers):
+    """A model whose `layers` change their input by a share `scale` only."""
+    model = random_model()
+    for layer in layers:
         for w in (model.layers[layer].attention.wo, model.layers[layer].feed_forward.w2):
             w.weight.data *= scale
-    tokens, seen = random_tokens(model, 80, 7), []
+    return model
+
+
+@pytest.mark.parametrize("size, seen", [(1, 32), (4, 32), (5, 35), (48, 48), (80, 80)])
+def test_the_sequences_that_count_do_not_hang_on_the_batch_size(size, seen):
+    """Layers 1 and 3 hardly change their input, so 32 sequences are enough. Exactly the first 32 count."""
+    model = nearly_idle(1e-3, (1, 3))
+    tokens, read = random_tokens(model, 80, 7), []
 
     def sweep(label):
-        for batch in tokens.split(4):
-            seen.append(len(batch))
+        for batch in tokens.split(size):
+            read.append(len(batch))
             yield batch
 
-    *_, sequences, redundant = find_redundant(model, sweep, 2)
-    assert sequences == sum(seen) == read
-    cosines, _, every, same = find_redundant(model, sweep, 2, all_sequences=True)
-    assert every == 80 and redundant == same == top_k(cosines, 2).tolist()
+    c, redundant = find_redundant(model, sweep, 2)
+    assert sum(read) == seen and redundant == [1, 3]
+    torch.testing.assert_close(c, torch.cat([*layer_cosines(model, [tokens[:32]])], 1))
 
 
-def test_the_margin_is_in_standard_errors():
-    cosines, errors = torch.tensor([0.5, 0.9, 0.8]), torch.tensor([0.1, 0.03, 0.04])
-    assert grasp.margin(cosines, errors, 1) == (pytest.approx(2), [1, 2])
-    assert grasp.margin(cosines, errors, 2) == (pytest.approx(0.3 / math.hypot(0.04, 0.1)), [2, 0])
-    assert grasp.margin(cosines, errors, 3)[0] == math.inf
+def test_all_sequences_are_read_while_the_layers_tie():
+    """With scale 0 the cosines of layers 0, 1 and 3 are all 1."""
+    model = nearly_idle(0.0, (0, 1, 3))
+    tokens = random_tokens(model, 80, 7)
+    assert find_redundant(model, lambda label: tokens.split(4), 2)[0].shape == (4, 80)
+
+
+def test_all_sequences_are_read_if_asked():
+    model = nearly_idle(1e-3, (1, 3))
+    tokens = random_tokens(model, 80, 7)
+    c, redundant = find_redundant(model, lambda label: tokens.split(4), 2, all_sequences=True)
+    assert c.shape == (4, 80) and redundant == [1, 3] == top_k(c.mean(1), 2).tolist()
+
+
+def test_the_margin_is_the_paired_standard_error():
+    """Layers 0 and 1 rise and fall together: their difference is sure though neither mean is."""
+    g = torch.Generator().manual_seed(0)
+    common, noise = torch.randn(64, generator=g).double(), torch.randn(64, generator=g).double()
+    c = torch.stack([common + 0.01 + 0.001 * noise, common, common - 100])
+    far, pair = grasp.margin(c, 1)
+    difference = c[0] - c[1]
+    assert pair == [0, 1] and far == pytest.approx(float(difference.mean() / (difference.std() / 8)))
+    assert far > 50 > 1 > 0.01 / float(grasp.standard_error(c[:2]).norm())  # taken as independent: not even one
+    assert grasp.margin(c, 2)[1] == [1, 2] and grasp.margin(c, 3) == (math.inf, [2])
+    assert math.isnan(grasp.margin(c[:, :1], 1)[0]) and math.isnan(grasp.margin(c[[0, 0]], 1)[0])  # nothing is known
 
 
 @pytest.mark.parametrize("score", ["taylor", "gradient"])
@@ -214,10 +238,20 @@ def test_half_precision_weights_keep_their_dtype(score):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model(tokens).isfinite().all()
 
+
 @pytest.mark.parametrize("gap, tied", [(0.001, True), (0.1, False)])
 def test_a_near_tie_is_said(gap, tied, capsys):
-    cosines, errors = torch.tensor([0.9, 0.5, 0.9 - gap]), torch.full((3,), 0.004)
-    grasp.print_cosines(cosines, errors, 32, [0], contiguous=False)
+    noise = torch.tensor([[-0.02, 0.02] * 16, [0.02, -0.02] * 16, [0.02, -0.02] * 16], dtype=torch.float64)
+    c = torch.tensor([[0.9], [0.5], [0.9 - gap]], dtype=torch.float64) + noise
+    report = grasp.print_cosines(c, [0])
     out = capsys.readouterr().out
-    assert "layer   0  cosine 0.9000 ± 0.0040  redundant" in out
+    assert "layer   0  cosine 0.9000 ± 0.0036  redundant" in out and "32 sequences read" in out
     assert ("layers 0 and 2 nearly tie" in out) == tied
+    assert report == {"cosines": pytest.approx([0.9, 0.5, 0.9 - gap]), "cosine_sequences": 32,
+                      "cosine_errors": pytest.approx([0.02 / 31 ** 0.5] * 3)}
+
+
+def test_of_one_sequence_no_error_is_known(capsys):
+    """NaN is no JSON."""
+    assert grasp.print_cosines(torch.tensor([[0.9], [0.5]]), [0])["cosine_errors"] is None
+    assert "cosine 0.9000 ± nan" in capsys.readouterr().out

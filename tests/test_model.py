@@ -12,9 +12,9 @@ import torch.nn.functional as F
 import model as model_file
 from attribution import weight_gradients
 from tests.conftest import MODELS, random_model, random_tokens, run, transformers_model
-from data.checkpoint import pair_rows
-from model import (LowRankLinear, RMSNorm, Transformer, apply_rotary, load_checkpoint, matrix_names,
-                   repeats_heads, rotary_frequencies, save_checkpoint)
+from data.checkpoint import load_checkpoint, pair_rows, save_checkpoint
+from model import (LowRankLinear, RMSNorm, Transformer, apply_rotary, matrix_names, repeats_heads,
+                   rotations)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -61,9 +61,9 @@ def test_the_residual_stream_is_every_blocks_output(tmp_path):
 def test_rotary_turns_by_position_only():
     """Dot products of turned vectors depend on the distance of positions only. Turning keeps lengths."""
     args = random_model().args
-    cos, sin = rotary_frequencies(args, 12, "cpu")
+    rotary = rotations(args, 12, "cpu")
     q, k = torch.randn(2, 4, dtype=torch.float64)
-    q, k = (apply_rotary(x.expand(1, 12, 1, 4), cos, sin)[0, :, 0] for x in (q, k))
+    q, k = (apply_rotary(x.expand(1, 12, 1, 4), rotary)[0, :, 0] for x in (q, k))
     dots = q @ k.T
     assert torch.allclose(dots[5, 2], dots[9, 6], atol=1e-6)
     assert not torch.allclose(dots[5, 2], dots[9, 2], atol=1e-3)
@@ -176,7 +176,7 @@ def test_only_small_models_run_on_one_thread(tmp_path):
     """A model of 10 million parameters or more, loaded after a small one, gets torch's own number again."""
     save_checkpoint(random_model(torch.bfloat16), tmp_path / "small")
     save_checkpoint(random_model(torch.bfloat16, vocab_size=320_000, tied=True, dim=32), tmp_path / "large")
-    code = ("import torch; from model import load_checkpoint\n"
+    code = ("import torch; from data.checkpoint import load_checkpoint\n"
             "for name in ('small', 'large', 'small', 'large'):\n"
             "    print(load_checkpoint(name).n_params, torch.get_num_threads())")
     done = run("-c", code, cwd=tmp_path, env={"OMP_NUM_THREADS": "2"})
@@ -238,7 +238,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     """
     code = ("import resource, signal, sys\n"
             "from tests.conftest import random_model\n"
-            "from model import save_checkpoint\n"
+            "from data.checkpoint import save_checkpoint\n"
             "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))\n"
             "try: save_checkpoint(random_model(), sys.argv[1])\n"

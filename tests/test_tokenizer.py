@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
+from data.checkpoint import load_checkpoint, save_checkpoint
 from data.tokenizer import load_tokenizer
-from model import load_checkpoint, save_checkpoint
 from runtime.cli import TINY
 
 

@@ -29,7 +29,7 @@ from attribution import rank_for_ratio, svd
 from extras import DENSE, keep, linear, open_dense, product, recover
 from extras.baselines import gram, input_of, input_sums
 from extras.controls import truncate
-from model import MATRICES, LowRankLinear, rotary_frequencies, upcast
+from model import MATRICES, LowRankLinear, rotations, upcast
 from runtime import cli
 from runtime.job import Job
 
@@ -47,7 +47,7 @@ def lorap(model, sweep, budget, sublayer="both", mlp="prune", decomposition="aws
     """
     shares = shares_for(model, budget, sublayer, mlp)
     states = [next(model.residual_stream(tokens.to(model.device))) for tokens in sweep("LoRAP")]
-    rotary = rotary_frequencies(model.args, states[0].shape[1], model.device)
+    rotary = rotations(model.args, states[0].shape[1], model.device)
     for layer, (block, rho) in enumerate(zip(model.layers, shares)):
         ranks, pruned = allot(block, rho, sublayer, mlp)
         for half, step in halves(block, rotary):
@@ -71,7 +71,7 @@ def lorap(model, sweep, budget, sublayer="both", mlp="prune", decomposition="aws
 
 def halves(block, rotary):
     """A block's two steps h -> h, as Block.forward takes them one after the other."""
-    return (("attention", lambda h: h + block.attention(block.attention_norm(h), *rotary)),
+    return (("attention", lambda h: h + block.attention(block.attention_norm(h), rotary)),
             ("feed_forward", lambda h: h + block.feed_forward(block.ffn_norm(h))))
 
 

@@ -18,10 +18,11 @@ import math
 import torch
 from torch import nn
 
-from attribution import layer_cosines, top_k
+from attribution import top_k
 from extras import linear
 from extras.baselines import damped, gram, input_sums, keep_channels
 from extras.baselines.decomposition import triangular
+from grasp import find_redundant
 from model import apply_rotary, attend
 
 DAMPING = 0.01  # fraction of the mean diagonal of C2 that is added to it
@@ -39,11 +40,10 @@ class NarrowAttention(nn.Module):
         self.wq, self.wk, self.wv, self.wo = map(linear, (wq * math.sqrt(2 * pairs.shape[1] / head_dim), wk, wv, wo))
         self.register_buffer("pairs", pairs)
 
-    def forward(self, x, cos, sin):
+    def forward(self, x, rotary):
         heads, p = self.pairs.shape
         q, k = (w(x).unflatten(-1, (-1, 2 * p)) for w in (self.wq, self.wk))
-        q, k = (apply_rotary(t, *(angle[:, 0, self.pairs].repeat_interleave(t.shape[2] // heads, 1)
-                                  for angle in (cos, sin))) for t in (q, k))
+        q, k = (apply_rotary(t, rotary[:, 0, self.pairs].repeat_interleave(t.shape[2] // heads, 1)) for t in (q, k))
         v = self.wv(x).unflatten(-1, (heads, -1))
         y = attend(*(t.transpose(1, 2) for t in (q, k, v)))  # (B, n_heads, T, width of a value)
         return self.wo(y.transpose(1, 2).flatten(2))
@@ -54,8 +54,8 @@ def modegpt(model, sweep, budget, epsilon=0.03):
     """Remove `budget` parameters from the model, in place, and return it. ValueError if there is less to remove."""
     names = [f"layers.{i}.{matrix}" for i in range(len(model.layers)) for matrix in MOMENTS]
     with input_sums(model, names, lambda x: gram(x.double())) as sums:
-        cosines = layer_cosines(model, sweep("MoDeGPT"))[0]
-    shares = torch.softmax((cosines - 1) / epsilon, 0)
+        c, _ = find_redundant(model, sweep, 1, all_sequences=True)
+    shares = torch.softmax((c.mean(1) - 1) / epsilon, 0)
     for layer, (pairs, width, channels) in enumerate(sizes_for(model, shares, budget)):
         block, (C1, C2) = model.layers[layer], (sums[f"layers.{layer}.{matrix}"] for matrix in MOMENTS)
         block.attention = narrow_attention(block.attention, C1, pairs, width, model.args)

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attribution import angular_distances, cosine
+from attribution import cosine
 from extras.baselines import check_blocks, watch_inputs
 from extras.controls import drop_layers
 from model import upcast
@@ -39,7 +39,7 @@ class Patch(nn.Module):
         super().__init__()
         self.P = nn.Parameter(P, requires_grad=False)
 
-    def forward(self, h, cos=None, sin=None):
+    def forward(self, h, rotary=None):
         return F.linear(h, upcast(self.P))
 
 
@@ -96,6 +96,17 @@ def run_cosines(model, batches, n):
             if len(states) > n:
                 cosines.append(cosine(states[0], states[-1]).sum())
         total, count = total + torch.stack(cosines), count + tokens.numel()
+    return (total / count).cpu()
+
+
+@torch.no_grad()
+def angular_distances(model, batches, n):
+    """arccos(cos(h_l, h_{l+n})) / pi, on the last tokens: (n_layers - n + 1,) fp64 [arXiv 2403.17887 §3.2]."""
+    total, count = 0, 0
+    for tokens in batches:
+        last = torch.stack([h[:, -1].clone() for h in model.residual_stream(tokens.to(model.device))])
+        total = total + cosine(last[:-n], last[n:]).clamp(-1, 1).arccos().sum(1) / math.pi
+        count += len(tokens)
     return (total / count).cpu()
 
 

@@ -23,16 +23,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attribution import layer_cosines, top_k
 from extras.baselines import check_blocks
 from extras.controls import drop_layers
-from model import MATRICES, Block, rotary_frequencies, upcast
+from grasp import find_redundant
+from model import MATRICES, Block, rotations, upcast
 
 
 def shortgpt(model, sweep, n):
     """Drop the n blocks of lowest Block Influence, all measured on the dense model [ShortGPT]."""
     check_blocks(model, n, spared=1)
-    drop_layers(model, top_k(layer_cosines(model, sweep("ShortGPT"))[0], n).tolist())
+    drop_layers(model, find_redundant(model, sweep, n, all_sequences=True)[1])
     return model
 
 
@@ -161,7 +161,7 @@ def last_state_cosine(model, blocks, l, streams):
 
 def through(model, blocks, h):
     """The residual stream h (B, T, dim) after these blocks."""
-    cos, sin = rotary_frequencies(model.args, h.shape[1], h.device)
+    rotary = rotations(model.args, h.shape[1], h.device)
     for block in blocks:
-        h = block(h, cos, sin)
+        h = block(h, rotary)
     return h

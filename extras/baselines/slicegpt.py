@@ -20,9 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from extras import is_tied
 from extras.baselines import gram
-from model import RMSNorm, rotary_frequencies, upcast
+from model import RMSNorm, rotations, upcast
 
 
 def slicegpt(model, sweep, budget):
@@ -47,7 +46,7 @@ def widths_for(model, budget):
 
     ValueError if 8 channels everywhere remove less.
     """
-    dim, tied = model.args.dim, is_tied(model)
+    dim, tied = model.args.dim, model.tied
     count = 2 * model.args.n_layers + (-1 if tied else 1)  # signals to be sliced
 
     def widths(total):  # `total` channels dealt out to them
@@ -68,7 +67,7 @@ def sliced_params(model, widths):
     """The parameters of the model sliced to these widths."""
     a = model.args
     q, kv, hidden = a.n_heads * a.head_dim, a.n_kv_heads * a.head_dim, a.hidden_dim
-    ends = a.vocab_size * (widths[0] + (0 if is_tied(model) else widths[-1])) + widths[-1]
+    ends = a.vocab_size * (widths[0] + (0 if model.tied else widths[-1])) + widths[-1]
     return ends + sum(before * (q + 2 * kv + 1) + between * (q + 2 * hidden + 1) + after * hidden
                       + between * (before + after)  # the two shortcuts
                       for before, between, after in zip(widths[0::2], widths[1::2], widths[2::2]))
@@ -77,7 +76,7 @@ def sliced_params(model, widths):
 @torch.no_grad()
 def slice_to(model, sweep, widths):
     """Slice the 2 n_layers + 1 signals to these widths, in place; with tied embeddings the two ends must be dim."""
-    tied, whole = is_tied(model), torch.eye(model.args.dim, dtype=torch.float64, device=model.device)
+    tied, whole = model.tied, torch.eye(model.args.dim, dtype=torch.float64, device=model.device)
     signal = [upcast(model.tok_embeddings(tokens.to(model.device))) for tokens in sweep("slicing")]
     before = whole if tied else principal_directions(signal, widths[0])
     if not tied:
@@ -85,7 +84,7 @@ def slice_to(model, sweep, widths):
             (model.tok_embeddings.weight.double() @ before).to(model.dtype))
     for layer, block in enumerate(model.layers):
         def attend(x):
-            return block.attention(block.attention_norm(x), *rotary_frequencies(model.args, x.shape[1], x.device))
+            return block.attention(block.attention_norm(x), rotations(model.args, x.shape[1], x.device))
 
         advance(signal, before, attend)
         between = principal_directions(signal, widths[2 * layer + 1])
@@ -130,8 +129,8 @@ class SlicedBlock(nn.Module):
         self.attention_shortcut = nn.Parameter((between.mT @ before).to(dtype), requires_grad=False)
         self.ffn_shortcut = nn.Parameter((after.mT @ between).to(dtype), requires_grad=False)
 
-    def forward(self, h, cos, sin):
-        h = F.linear(h, upcast(self.attention_shortcut)) + self.attention(self.attention_norm(h), cos, sin)
+    def forward(self, h, rotary):
+        h = F.linear(h, upcast(self.attention_shortcut)) + self.attention(self.attention_norm(h), rotary)
         return F.linear(h, upcast(self.ffn_shortcut)) + self.feed_forward(self.ffn_norm(h))
 
 

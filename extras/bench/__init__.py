@@ -16,7 +16,7 @@ The weights are a folder's, and the tokens those of grasp.py; or both are random
 --autograd adds the algorithm as published, an independent check: each half of a block has a sweep of its own, in
 which autograd differentiates the singular values. --svd compares ways to the same decompositions; alone, only
 those. --growth shows, on random models, whether seconds over floor stay while tokens, layers and width grow.
---memory only computes what the known shapes need. --report FILE measures everything that a GPU is for, once.
+--memory only computes what the known shapes need, without and with grasp.py's --offload. --report FILE measures everything that a GPU is for, once.
 """
 import torch
 
@@ -25,7 +25,8 @@ from model import ModelArgs, Transformer
 
 SHAPES = {  # dim, n_layers, n_heads, n_kv_heads, hidden_dim, vocab_size, whether the embeddings are tied
     "llama2-7b": (4096, 32, 32, 32, 11008, 32000, False), "llama3-8b": (4096, 32, 32, 8, 14336, 128256, False),
-    "llama2-13b": (5120, 40, 40, 40, 13824, 32000, False), "llama3-70b": (8192, 80, 64, 8, 28672, 128256, False),
+    "llama2-13b": (5120, 40, 40, 40, 13824, 32000, False), "codellama-34b": (8192, 48, 64, 8, 22016, 32000, False),
+    "llama3-70b": (8192, 80, 64, 8, 28672, 128256, False),
     "tinyllama-1.1b": (2048, 22, 32, 4, 5632, 32000, False), "smollm2-135m": (576, 30, 9, 3, 1536, 49152, True)}
 SEED = 0  # of random weights and tokens
 GIB = 2 ** 30

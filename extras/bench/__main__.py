@@ -4,6 +4,7 @@ from functools import partial
 import torch
 
 from data.corpus import calibration_windows
+from data.files import write_json
 from extras import DENSE, bench, open_dense, peak_bytes, reset_peak
 from extras.bench import SEED, SHAPES, random_weights, show
 from extras.bench.memory import memory
@@ -11,10 +12,8 @@ from extras.bench.report import measure_all
 from extras.bench.speed import SMALLEST, beside, growth, measure, warm_up
 from extras.bench.svds import by_shape, svd_study
 from extras.throughput import random_prompt
-from grasp import find_redundant
+from grasp import check_layers, find_redundant
 from runtime import cli
-from runtime.files import write_json
-from runtime.job import check_layers
 
 
 def run(model, windows, size, n, ratio, repeats, before, autograd, svds):
@@ -43,9 +42,11 @@ def main():
     if a.memory:
         shapes = {a.shape: SHAPES[a.shape]} if a.shape else SHAPES
         dtype = cli.DTYPES.get(a.dtype, torch.bfloat16)
-        print(show(memory(shapes, dtype, a.layers, a.seq_len or 512, a.memory)))
-        return print(f"\nin GiB, and tokens of the micro-batch that grasp.py chooses on such a card; {str(dtype)[6:]} "
-                     f"weights; {a.layers or 'a fifth of the'} layers redundant")
+        whole, offloaded = memory(shapes, dtype, a.layers, a.seq_len or 512)
+        print(f"{show(whole)}\n\nwith --offload\n\n{show(offloaded)}\n")
+        return print(f"in GiB, and tokens of the micro-batch that grasp.py chooses on such a card; {str(dtype)[6:]} "
+                     f"weights; {a.layers or 'a fifth of the'} layers redundant; bus: host to GPU and back, for each "
+                     "micro-batch, and in all (both sweeps of 512 sequences on the smallest card that can)")
     if a.report:
         device = torch.device(cli.pick_device(a.device))
         if device.type != "cuda":
@@ -56,7 +57,7 @@ def main():
     model, tokenizer = open_weights(a.ckpt, a.shape, a.growth, a.device, a.dtype)
     before = resident if model.device.type == "cpu" else 0
     n, T = a.layers or max(1, model.args.n_layers // 4), cli.sequence_length(a.seq_len, 512, model)
-    check_layers(model.args.n_layers, n)
+    check_layers(model, n)
     size = min(cli.batch_size(a.batch_size, T, model, n), a.samples)
     text = "as grasp.py takes them" if tokenizer else "random"
     peak = "of each phase" if resets or not before else "of the process so far"
@@ -96,7 +97,7 @@ def parse():
     add("--growth", action="store_true", help="instead: small random models, as tokens, layers and width grow")
     add("--report", type=cli.json_file, metavar="FILE", help="instead: everything that a GPU is for, in at most eight "
         "minutes on an H100, to FILE.json and FILE.md")
-    add("--memory", type=cli.positive, metavar="GPUS", help="instead: compute the GiB that known shapes need")
+    add("--memory", action="store_true", help="instead: compute the GiB that known shapes need")
     cli.calibration_flags(p, samples=16)
     p.add_argument_group("output").add_argument("--json", type=cli.json_file, metavar="FILE",
                                                 help="write all figures there too")

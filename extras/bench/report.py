@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from attribution import rank_for_ratio, weight_gradients
+from data.files import write_json
 from extras import peak_bytes, reset_peak
 from extras.baselines import keep_channels
 from extras.bench import GIB, SEED, SHAPES, random_weights, show
@@ -33,7 +34,6 @@ from extras.fisher.prices import DAMPING, channel_costs, components
 from extras.throughput import random_prompt, run_this
 from model import LowRankLinear, matrix_names
 from runtime import cli
-from runtime.files import write_json
 
 LIMIT = 480  # seconds for all parts
 ROOT = Path(__file__).resolve().parent.parent.parent

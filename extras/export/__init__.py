@@ -16,13 +16,13 @@ attention gives the same logits.
 """
 from pathlib import Path
 
+from data.files import atomic_write, check_output, optional_json
 from extras.export import deci
 from extras.export.card import card
 from extras.export.dense import narrowed
 from extras.export.hugging_face import CODE, low_rank_config, write_hf
 from extras.export.llama_cpp import write_gguf
 from extras.export.meta import write_meta
-from runtime.files import atomic_write, check_output, optional_json
 
 
 def export(model, tokenizer, out, layout="hf", shard="5GB", source=None, outtype=None):

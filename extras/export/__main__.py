@@ -2,11 +2,11 @@
 from pathlib import Path
 
 from data import need
+from data.files import check_output
 from extras import export
 from extras.export.dense import exported_params
 from extras.export.llama_cpp import OUTTYPES
 from runtime import cli
-from runtime.files import check_output
 
 HF = ("safetensors", "huggingface_hub", "tokenizers")
 PACKAGES = {"hf": HF, "hf-lowrank": HF, "meta": (), "deci": HF, "gguf": ("gguf", "tokenizers")}  # what a format needs

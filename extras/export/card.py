@@ -2,10 +2,11 @@
 import re
 from pathlib import Path
 
+from data.checkpoint import ranks
+from data.files import error_prefix
 from evaluate import markdown, protocols
-from extras.export.dense import channels, exported_params, ranks
+from extras.export.dense import exported_params
 from grasp import SCORES
-from runtime.files import error_prefix
 
 TRANSFORMERS = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,8 +19,8 @@ LOADING = {  # format -> how its folder is loaded
     "hf-lowrank": TRANSFORMERS.replace("{trust}", ", trust_remote_code=True")
     + "\n\nThe code that this runs is `modeling_lowrank.py` in this folder.",
     "meta": """```python
+from data.checkpoint import load_checkpoint
 from data.tokenizer import load_tokenizer
-from model import load_checkpoint
 
 model, tokenizer = load_checkpoint("{name}"), load_tokenizer("{name}")
 ```
@@ -116,7 +117,8 @@ def sizes(model, reports, layout):
 def changes(model):
     """Which layers have low-rank matrices and narrower feed-forwards."""
     low_rank = ranks(model)
-    narrow = {i: n for i, n in enumerate(channels(model)) if n < model.args.hidden_dim}
+    narrow = {i: block.feed_forward.width for i, block in enumerate(model.layers)
+              if block.feed_forward.width < model.args.hidden_dim}
 
     def of(layers, values):
         return f"layers {', '.join(map(str, sorted(layers)))}: {min(values):,} to {max(values):,}"

@@ -5,7 +5,7 @@ multiple of 256. Other widths cannot be written.
 """
 from pathlib import Path
 
-from extras.export.dense import channels, ranks
+from data.checkpoint import ranks
 
 CODE = Path(__file__).with_name("configuration_decilm.py")  # what vLLM and transformers run to read config.json
 MULTIPLE = 256
@@ -21,7 +21,7 @@ def refuse_low_rank(model, layout):
 def changes(model):
     """What config.json says instead of a Llama's. Raises ValueError for a model that it cannot describe."""
     refuse_low_rank(model, "deci")
-    args, widths = model.args, channels(model)
+    args, widths = model.args, [block.feed_forward.width for block in model.layers]
     if args.head_dim * args.n_heads != args.dim:
         raise ValueError(f"--format deci: {args.n_heads} heads of {args.head_dim} in a model of width {args.dim}, "
                          f"expected heads of {args.dim / args.n_heads:g}; use --format hf-lowrank or gguf")

@@ -5,7 +5,8 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from extras import is_tied, product
+from data.checkpoint import ranks
+from extras import product
 from model import LowRankLinear, Transformer
 
 
@@ -24,23 +25,13 @@ def dense_weight(model, name):
 def dense_shapes(model):
     """{name: meta tensor} of the dense model that `model` stands for; a tied head is not named."""
     with torch.device("meta"):
-        dense = Transformer(model.args, tied=is_tied(model)).to(model.dtype)
+        dense = Transformer(model.args, model.tied).to(model.dtype)
     return dict(dense.named_parameters())
-
-
-def channels(model):
-    """How many channels each layer's feed-forward has."""
-    return [[*block.feed_forward.w2.parameters()][-1].shape[1] for block in model.layers]  # of w2, or of its factor B
-
-
-def ranks(model):
-    """{name: rank} of the low-rank matrices."""
-    return {name: m.A.shape[1] for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
 
 
 def narrowed(model):
     """`model`, with a smaller hidden_dim if all feed-forwards have that width and nothing is low-rank."""
-    widths = {*channels(model)}
+    widths = {block.feed_forward.width for block in model.layers}
     if len(widths) == 1 and not ranks(model):
         model = copy(model)  # shares the weights
         model.args = replace(model.args, hidden_dim=widths.pop())

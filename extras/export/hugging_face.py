@@ -5,11 +5,10 @@ from pathlib import Path
 
 import torch
 
-from data.checkpoint import HF_FIELDS, HF_TENSORS, own_storage
-from extras import is_tied
-from extras.export.dense import channels, dense_shapes, dense_weight, ranks
+from data.checkpoint import HF_FIELDS, HF_TENSORS, own_storage, ranks
+from data.files import write_json
+from extras.export.dense import dense_shapes, dense_weight
 from extras.export.tokenizer import write_tokenizer
-from runtime.files import write_json
 
 CODE = Path(__file__).parent / "modeling_lowrank.py"  # what transformers runs for a low-rank folder
 
@@ -77,7 +76,7 @@ def hf_config(model, tokenizer):
     return {"architectures": [f"{family}ForCausalLM"], "model_type": family.lower(), "hidden_act": "silu",
             **{theirs: getattr(args, ours) for ours, theirs in HF_FIELDS.items()},
             "max_position_embeddings": positions, "sliding_window": None, "head_dim": args.head_dim,
-            "vocab_size": args.vocab_size, "tie_word_embeddings": is_tied(model), "rope_theta": args.rope_theta,
+            "vocab_size": args.vocab_size, "tie_word_embeddings": model.tied, "rope_theta": args.rope_theta,
             "rope_scaling": scaling and {"rope_type": "llama3", **scaling, "original_max_position_embeddings":
                                          int(scaling["original_max_position_embeddings"])},
             "torch_dtype": str(model.dtype).removeprefix("torch."), "bos_token_id": tokenizer.bos_id,
@@ -88,7 +87,8 @@ def hf_config(model, tokenizer):
 def low_rank_config(model):
     """What config.json says instead where factors and narrow feed-forwards stay: the code and the table of ranks."""
     table = {their_name(name): k for name, k in ranks(model).items()}
-    table |= {f"model.layers.{i}.mlp": n for i, n in enumerate(channels(model)) if n < model.args.hidden_dim}
+    table |= {f"model.layers.{i}.mlp": block.feed_forward.width for i, block in enumerate(model.layers)
+              if block.feed_forward.width < model.args.hidden_dim}
     classes = {"AutoConfig": "LowRankConfig", "AutoModel": "LowRankModel", "AutoModelForCausalLM": "LowRankForCausalLM"}
     return {"architectures": ["LowRankForCausalLM"], "model_type": "llama-lowrank", "ranks": table,
             "auto_map": {auto: f"{CODE.stem}.{name}" for auto, name in classes.items()}}

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 
 from extras.export.deci import refuse_low_rank
-from extras.export.dense import channels
 from extras.export.hugging_face import hf_config
 from extras.export.vocabulary import add_vocabulary
-from model import finite, rotary_frequencies
+from model import finite, rotations
 
 OUTTYPES = {"f32": ("ALL_F32", torch.float32), "f16": ("MOSTLY_F16", torch.float16),
             "bf16": ("MOSTLY_BF16", torch.bfloat16), "q8_0": ("MOSTLY_Q8_0", torch.float32)}  # q8_0 is made from fp32
@@ -31,7 +30,7 @@ def write_gguf(model, tokenizer, folder, outtype=None):
     refuse_low_rank(model, "gguf")
     outtype = outtype or next((name for name, (_, dtype) in OUTTYPES.items() if dtype == model.dtype), "f32")
     file_type, dtype = OUTTYPES[outtype]
-    widths, config = channels(model), hf_config(model, tokenizer)
+    widths, config = [block.feed_forward.width for block in model.layers], hf_config(model, tokenizer)
     writer = gguf.GGUFWriter(None, "llama" if len({*widths}) == 1 else "deci")
     add_settings(writer, model.args, widths, config["max_position_embeddings"])
     add_vocabulary(writer, tokenizer, model.args.vocab_size, config)
@@ -86,8 +85,7 @@ def gguf_tensors(model):
 def rope_factors(args):
     """By what llama.cpp divides each frequency (head_dim / 2,) for Llama 3.1's scaling."""
     def frequencies(args):
-        cos, sin = rotary_frequencies(args, 2, "cpu")
-        return torch.atan2(sin[1, 0], cos[1, 0])  # the angles of position 1, at most 1 rad
+        return rotations(args, 2, "cpu")[1, 0].angle()  # of position 1, at most 1 rad
     return frequencies(replace(args, rope_scaling=None)) / frequencies(args)
 
 

@@ -4,9 +4,9 @@ from dataclasses import asdict
 import torch
 
 from data.checkpoint import own_storage, read_args
+from data.files import error_prefix, write_json
 from extras.export.dense import dense_shapes, dense_weight
 from extras.export.tokenizer import is_json
-from runtime.files import error_prefix, write_json
 
 
 def write_meta(model, tokenizer, folder):

@@ -3,7 +3,7 @@ import base64
 import json
 
 from data.corpus import embedded_text
-from runtime.files import write_json
+from data.files import write_json
 
 # A converted tokenizer must give the same ids here, and on the embedded text with its tables and indented code.
 PROBE = "  Two  spaces,\ttabs\r\nand\n\n\nlines; 1234567 3.14; naïve été e\u0301 ½ ﬁ, 日本語 🙂 \x00 don't WE'RE ▁ a<s>b </s> <unk> "

@@ -1,14 +1,14 @@
 """The command `python -m extras.fisher`."""
 import torch
 
+from data.checkpoint import save_checkpoint
+from data.files import check_output, optional_json
 from extras import DENSE, fisher, open_dense
 from extras.baselines import blocks_params
 from extras.fisher import shapes
-from grasp import SCORES, find_redundant
-from model import save_checkpoint
+from grasp import SCORES, check_layers, find_redundant
 from runtime import cli
-from runtime.files import check_output, optional_json
-from runtime.job import Job, check_layers
+from runtime.job import Job
 
 
 def main():
@@ -16,7 +16,7 @@ def main():
     earlier = optional_json(a.ckpt / "report.json")
     model, tokenizer = open_dense(a.ckpt, a.device, a.dtype)
     if a.layers or a.layer_ids:
-        check_layers(model.args.n_layers, a.layers, a.layer_ids)
+        check_layers(model, a.layers or a.layer_ids)
     blocks, job = blocks_params(model), Job(model, a.samples, a.seq_len, a.batch_size)
     budget = round(a.remove * job.before if a.remove else a.budget * blocks)
     if not 0 < budget < blocks:

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from extras.baselines import damped
-from model import finite, rotary_frequencies, upcast
+from model import finite, rotations, upcast
 from runtime import cli
 
 RIDGE = 0.3  # how strongly w2 is held to its value before
@@ -24,13 +24,13 @@ def refit(model, dense, batches):
     if a w2 is not finite then.
     """
     streams = [(h, h) for h in (next(dense.residual_stream(tokens.to(dense.device))) for tokens in batches)]
-    cos, sin = rotary_frequencies(dense.args, streams[0][0].shape[1], dense.device)
+    rotary = rotations(dense.args, streams[0][0].shape[1], dense.device)
     for i, (old, new) in enumerate(zip(dense.layers, model.layers)):
         cli.show(f"refit  block {i + 1}/{len(model.layers)}", last=False)
         ff, C, target = new.feed_forward, 0, 0
         narrower = ff.w2.weight.shape[1] < old.feed_forward.w2.weight.shape[1]
         for j, (h, g) in enumerate(streams):
-            h, g = old(h, cos, sin), g + new.attention(new.attention_norm(g), cos, sin)
+            h, g = old(h, rotary), g + new.attention(new.attention_norm(g), rotary)
             if narrower:
                 x = new.ffn_norm(g)
                 z = upcast(F.silu(ff.w1(x)) * ff.w3(x)).flatten(0, 1)

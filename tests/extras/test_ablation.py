@@ -13,11 +13,11 @@ import torch
 import evaluate
 import grasp
 from tests.conftest import ROOT, another_tokenizer, error_of, job_of, random_model, random_tokens
+from data.checkpoint import load_checkpoint
 from data.corpus import random_windows
 from extras import ablation
 from extras.controls import drop_layers
 from extras.ablation import ablate, held, in_common, ratio_of_size, spread, studies
-from model import load_checkpoint
 from runtime import cli, job
 
 BASE = {"calibration": "a", "samples": 4, "seed": 42, "score": "taylor", "iterative": False, "ratio": 0.4,

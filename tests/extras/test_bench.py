@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from attribution import layer_cosines, svd, weight_gradients
 from tests.conftest import error_of, random_model, random_tokens
+from data.checkpoint import load_checkpoint, save_checkpoint
 from data.tokenizer import load_tokenizer
 from extras.bench import GIB, SHAPES, memory, random_weights, speed, svds
 from extras.bench import report as reports
@@ -17,7 +18,7 @@ from extras.bench import __main__ as command
 from extras.bench.speed import autograd_compress, borrowed, measure, operations, turn
 from extras.bench.svds import batched, by_shape, in_common, svd_study, time_by_shape
 from grasp import compress, find_redundant
-from model import LowRankLinear, load_checkpoint, matrix_names, save_checkpoint
+from model import LowRankLinear, matrix_names
 from runtime import cli
 
 TINY_SHAPE = 16, 4, 4, 2, 24, 50, False
@@ -59,7 +60,7 @@ def test_operations_are_what_torch_counts(redundant):
     model, (B, T) = random_model(), (3, 12)
     tokens, expected = random_tokens(model, B, T), operations(random_model(), redundant, B, T)
     names = matrix_names(*redundant)
-    for sweep, work in (("redundancy", partial(layer_cosines, model)),
+    for sweep, work in (("redundancy", lambda batches: [*layer_cosines(model, batches)]),
                         ("attribution", partial(weight_gradients, model, names))):
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             work(tokens.split(2))

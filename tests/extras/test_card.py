@@ -7,12 +7,12 @@ import pytest
 
 import grasp
 from tests.conftest import error_of, output_of, random_model
+from data.checkpoint import load_checkpoint, save_checkpoint
 from data.tokenizer import load_tokenizer
 from extras import controls, export
 from extras.export.__main__ import main
 from extras.export.card import card
 from extras.fisher.__main__ import main as fisher_main
-from model import load_checkpoint, save_checkpoint
 from tests.extras.test_export import TINY, compressed
 
 QUICK = "--samples 2 --seq-len 16 --windows 1"

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 import evaluate
 import grasp
-from attribution import layer_cosines, top_k
 from tests.conftest import error_of, job_of, random_model, random_tokens
+from data.checkpoint import load_checkpoint, save_checkpoint
 from data.corpus import load_text, random_windows
 from data.tokenizer import load_tokenizer
 from extras import compare, controls, reset_peak
@@ -24,7 +24,8 @@ from extras.compare import BLOCKS, budget_of, rows_of
 from extras.fisher.moments import second_moments
 from extras.fisher.prices import components
 from extras.fisher.ranking import global_ranks
-from model import LowRankLinear, Transformer, load_checkpoint, matrix_names, save_checkpoint
+from grasp import find_redundant
+from model import LowRankLinear, Transformer, matrix_names
 from runtime import cli
 from runtime.cli import TINY
 
@@ -164,7 +165,7 @@ def test_what_is_kept_to_the_redundant_layers_finds_them_itself():
                              ("svd-all", True), ("fwsvd-all", True), ("asvd-all", True), ("svd-llm-all", True)]:
         model = random_model(dim=32, head_dim=8, hidden_dim=56)
         windows, before = random_tokens(model, 4, 12), model.n_params
-        expected = set(range(4)) if everywhere else set(top_k(layer_cosines(model, [windows])[0], 2).tolist())
+        expected = set(range(4)) if everywhere else set(find_redundant(model, lambda label: [windows], 2)[1])
         model = compare.methods(2)[name](model, lambda label: [windows], 10_000)
         assert low_rank(model) == expected and before - model.n_params > 9_000
 

@@ -6,8 +6,9 @@ import torch
 
 import grasp
 from tests.conftest import error_of
+from data.checkpoint import load_checkpoint
 from extras import controls
-from model import LowRankLinear, load_checkpoint
+from model import LowRankLinear
 from runtime import cli
 from runtime.cli import TINY
 

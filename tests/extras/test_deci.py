@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from tests.conftest import LLAMA31, ROOT, error_of, output_of, random_model, random_tokens
+from data.checkpoint import save_checkpoint
 from data.tokenizer import load_tokenizer
 from extras import export
 from extras.export.__main__ import main
 from extras.export.deci import changes
 from grasp import compress
-from model import FeedForward, save_checkpoint
+from model import FeedForward
 
 TINY = ROOT / "data/tiny"
 SCALED = {name: value for name, value in LLAMA31.items() if name != "rope_type"}

@@ -19,8 +19,8 @@ from extras.export.__main__ import main
 from extras.export.hugging_face import halve_rows
 from extras.export.meta import meta_params
 from grasp import compress
-from data.checkpoint import pair_rows
-from model import LowRankLinear, ModelArgs, load_checkpoint, save_checkpoint
+from data.checkpoint import load_checkpoint, pair_rows, save_checkpoint
+from model import LowRankLinear, ModelArgs
 from tests.test_checkpoint import write_meta
 
 transformers = pytest.importorskip("transformers", reason="the independent implementation: pip install -r requirements-test.txt")
@@ -382,7 +382,7 @@ def test_missing_packages_are_named(package, small, monkeypatch, capsys):
 def test_a_full_disk_leaves_nothing(tmp_path):
     """Here: files may not grow past 64 KiB."""
     code = ("import resource, signal, sys; from runtime.cli import TINY; from data.tokenizer import load_tokenizer\n"
-            "from extras.export import export; from model import load_checkpoint\n"
+            "from extras.export import export; from data.checkpoint import load_checkpoint\n"
             "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16,) * 2)\n"
             "from pathlib import Path; out = Path(sys.argv[1])\n"
             "for layout in ('hf', 'meta'):\n"

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import evaluate
 from attribution import sigma_gradients
 from tests.conftest import error_of, output_of, random_model, random_tokens
+from data.checkpoint import load_checkpoint, save_checkpoint
 from extras.baselines import damped as damped_by, keep_channels
 from extras.baselines.decomposition import plain_svd, svd_llm
 from extras.export.dense import dense_weight
@@ -19,7 +20,7 @@ from extras.fisher.__main__ import main
 from extras.fisher.prices import channel_costs, components
 from extras.fisher.moments import second_moments
 from extras.fisher.ranking import component_size, global_ranks
-from model import Transformer, load_checkpoint, matrix_names, save_checkpoint
+from model import Transformer, matrix_names
 from runtime import cli
 
 

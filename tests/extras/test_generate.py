@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from tests.conftest import ROOT, error_of, random_model, random_tokens
-from data.checkpoint import HF_TENSORS
+from data.checkpoint import HF_TENSORS, load_checkpoint
 from data.tokenizer import load_tokenizer
 from extras import generate as command
 from extras.generate import check_length, empty_cache, generate, pieces, sample, step
-from model import LowRankLinear, load_checkpoint, rotary_frequencies
+from model import LowRankLinear, rotations
 from runtime import cli
 from tests.test_model import transformers_model
 
@@ -89,12 +89,12 @@ def test_cached_logits_equal_the_whole_forwards(T):
     """The prompt at once, then one token at a time: at every step what the model says of the whole sequence."""
     model = low_rank_model()
     tokens = random_tokens(model, 3, 20)
-    expected, (cos, sin) = model(tokens), rotary_frequencies(model.args, 20, "cpu")
+    expected, rotary = model(tokens), rotations(model.args, 20, "cpu")
     cache = empty_cache(model, 3, 20)
     for keys, values in cache:  # what no token has filled yet must not be read
         keys.fill_(torch.nan), values.fill_(torch.nan)
     for start, new in [(0, tokens[:, :T]), *((t, tokens[:, t:t + 1]) for t in range(T, 20))]:
-        logits = step(model, new, cache, start, cos, sin)
+        logits = step(model, new, cache, start, rotary)
         assert torch.allclose(logits, expected[:, start + new.shape[1] - 1], rtol=0, atol=1e-12)
 
 
@@ -102,7 +102,7 @@ def test_several_tokens_never_join_a_filled_cache():
     """The causal mask of a step starts at the first key, which would be wrong there."""
     model = random_model()
     with pytest.raises(AssertionError):
-        step(model, random_tokens(model, 1, 2), empty_cache(model, 1, 5), 3, *rotary_frequencies(model.args, 5, "cpu"))
+        step(model, random_tokens(model, 1, 2), empty_cache(model, 1, 5), 3, rotations(model.args, 5, "cpu"))
 
 
 def test_generate_feeds_every_token_back():

@@ -14,11 +14,11 @@ from tests.conftest import ROOT, error_of, random_model, random_tokens, run
 from tests.extras.test_deci import SCALED, narrow_model
 from tests.extras.test_export import TEXT, chatml_folder, json_folder, llama3_folder, narrow
 from tests.test_tokenizer import TEXTS
+from data.checkpoint import load_checkpoint
 from data.tokenizer import load_tokenizer
 from extras import export
 from extras.export.__main__ import main
 from extras.export.tokenizer import PROBE
-from model import load_checkpoint
 
 gguf = pytest.importorskip("gguf", reason="pip install -r requirements-test.txt")
 TINY = ROOT / "data/tiny"

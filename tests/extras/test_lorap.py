@@ -14,7 +14,8 @@ from extras.recover import LoRALinear
 from extras.baselines import block_params
 from extras.baselines.lorap import (SCRIPT, affine_moments, allot, basis, lorap, main, multiply_out, prune_channels,
                                  redecompose, squares)
-from model import MATRICES, FeedForward, LowRankLinear, load_checkpoint, save_checkpoint
+from data.checkpoint import load_checkpoint, save_checkpoint
+from model import MATRICES, FeedForward, LowRankLinear
 from runtime.cli import TINY
 
 QKVO = MATRICES[:4]

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from tests.conftest import error_of, output_of, random_model, random_tokens
+from data.checkpoint import load_checkpoint, save_checkpoint
 from data.tokenizer import load_tokenizer
 from extras import export, generate, linear
 from extras.export.__main__ import main
 from extras.export.hugging_face import CODE
-from model import LowRankLinear, load_checkpoint, save_checkpoint
+from model import LowRankLinear
 from tests.extras.test_export import FOLDERS, TINY, compressed
 
 transformers = pytest.importorskip("transformers", reason="the independent implementation: pip install -r requirements-test.txt")

@@ -14,7 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from attribution import weight_gradients
 from tests.conftest import random_model, random_tokens
-from extras.bench.memory import sweep_bytes
+from data.checkpoint import load_checkpoint, save_checkpoint
+from extras.bench.memory import offload_bytes, sweep_bytes
 from model import MATRICES, ModelArgs, Transformer
 
 GIB = 2 ** 30
@@ -88,6 +89,38 @@ def test_the_peak_does_not_grow_with_the_calibration_set(dtype, tmp_path):
     batches = random_tokens(model, 12, 64).split(2)
     twice, often = (measured_bytes(model, [2, 4], some, tmp_path) for some in (batches[:2], batches))
     assert len(batches) == 6 and often == twice  # to the byte; the first batch alone lacks the count of tokens
+
+
+# ------------------------------------------------------------------------------------------------ --offload
+
+def offloaded(model, folder):
+    """The model as it is loaded with offload; on the CPU the device is another part of the same memory."""
+    save_checkpoint(model, folder)
+    return load_checkpoint(folder, offload=True)
+
+
+@pytest.mark.parametrize("dtype, layer_ids, vocab_size, B, T", [
+    (torch.float32, [5], 1000, 2, 128), (torch.float32, [0], 500, 2, 128), (torch.float32, [1, 4], 1000, 1, 64),
+    (torch.float32, [1, 4], 32000, 1, 64), (torch.bfloat16, [2, 3], 1000, 4, 128), (torch.bfloat16, [0, 1], 2000, 2, 128)])
+def test_offloaded_the_graph_holds_one_block_and_the_states(dtype, layer_ids, vocab_size, B, T, tmp_path):
+    model = offloaded(row_model(dtype, 8, vocab_size), tmp_path / "model")
+    tokens, computed = random_tokens(model, B, T), offload_bytes(model, layer_ids, B, T)
+    on_the_host = sum(G.nbytes for G in sweep(model, layer_ids, [tokens]).values())
+    measured = measured_bytes(model, layer_ids, [tokens], tmp_path) - on_the_host
+    outside = sum(p.nbytes for name, p in model.named_parameters() if not (name.startswith("layers.") and p.ndim == 2))
+    assert measured == pytest.approx(computed["device"] - outside, rel=0.1)
+
+
+def test_offloaded_another_layer_costs_its_state_alone(tmp_path):
+    """Of 4 * dim bytes a token; whole, it would cost the activations of a block."""
+    peaks, whole = [], []
+    for n_layers in (4, 8):
+        model = random_model(torch.float32, dim=64, n_layers=n_layers, n_heads=4, n_kv_heads=4, head_dim=16, hidden_dim=256)
+        tokens = random_tokens(model, 4, 64)
+        whole.append(measured_bytes(model, [0], [tokens], tmp_path))
+        peaks.append(measured_bytes(offloaded(model, tmp_path / str(n_layers)), [0], [tokens], tmp_path))
+    assert (peaks[1] - peaks[0]) / (4 * 4 * 64 * tokens.numel()) == pytest.approx(1, rel=0.1)
+    assert whole[1] - whole[0] > 10 * (peaks[1] - peaks[0])
 
 
 # ------------------------------------------------------------------------------------------------ models of real size

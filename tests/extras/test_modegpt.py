@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tests.conftest import random_model, random_tokens
 from extras.baselines import modegpt as here
 from extras.baselines.modegpt import low_rank_values, modegpt, narrow_attention, sizes_for, strongest_pairs
-from model import apply_rotary, rotary_frequencies
+from model import apply_rotary, rotations
 
 
 def sweep_of(tokens):
@@ -47,16 +47,16 @@ def test_narrow_attention_is_the_dense_one_with_zeros_for_what_went(n_kv_heads):
         w = attention.wv.weight[8 * kv:8 * kv + 8]  # solve wo_new w = product: exact, as product's rows are in w's
         attention.wo.weight[:, 8 * head:8 * head + 8] = product @ torch.linalg.pinv(w)
     x = torch.randn(2, 12, 16, dtype=torch.float64)
-    rotary = rotary_frequencies(args, 12, x.device)
-    torch.testing.assert_close(narrow(x, *rotary), attention(x, *rotary), atol=1e-10, rtol=0)
+    rotary = rotations(args, 12, x.device)
+    torch.testing.assert_close(narrow(x, rotary), attention(x, rotary), atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("n_kv_heads", [4, 2])
 def test_pairs_are_ranked_by_the_norms_that_they_have_after_the_rotary_embedding(n_kv_heads):
     model = random_model(n_kv_heads=n_kv_heads, head_dim=8)
     args, attention, (X, C) = model.args, model.layers[0].attention, moment(16)
-    rotary = rotary_frequencies(args, len(X), X.device)
-    q, k = (apply_rotary(w(X).view(1, len(X), -1, 8), *rotary)[0] for w in (attention.wq, attention.wk))
+    rotary = rotations(args, len(X), X.device)
+    q, k = (apply_rotary(w(X).view(1, len(X), -1, 8), rotary)[0] for w in (attention.wq, attention.wk))
     squares = [t.view(len(X), n_kv_heads, -1, 4, 2).square().sum((0, 2, 4)) for t in (q, k)]
     expected = (squares[0].sqrt() * squares[1].sqrt()).topk(2).indices.sort().values
     found = strongest_pairs(attention.wq.weight, attention.wk.weight, C, 2, args).sort().values

@@ -3,12 +3,13 @@ from copy import deepcopy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from attribution import layer_cosines
 from tests.conftest import random_model, random_tokens
 from extras.baselines import block_params
-from extras.baselines.patch import Patch, hadamard, linearpatch, replaceme, run_cosines
+from extras.baselines.patch import Patch, angular_distances, hadamard, linearpatch, replaceme, run_cosines
 
 
 def removed_run(dense, model):
@@ -34,7 +35,8 @@ def test_no_hadamard_matrix_is_said_so(n):
 def test_cosines_of_runs_are_those_between_their_ends():
     model = random_model()
     tokens = random_tokens(model, 3, 7)
-    torch.testing.assert_close(run_cosines(model, tokens.split(2), 1), layer_cosines(model, [tokens])[0])
+    (c,) = layer_cosines(model, [tokens])
+    torch.testing.assert_close(run_cosines(model, tokens.split(2), 1), c.mean(1))
     states = [h.flatten(0, 1) for h in model.residual_stream(tokens)]
     by_hand = [torch.stack([a @ b / (a.norm() * b.norm()) for a, b in zip(states[l], states[l + 3])]).mean()
                for l in range(2)]
@@ -109,7 +111,7 @@ class Echo(nn.Module):
         feed_forward.register_forward_hook(lambda module, inputs, y: setattr(self, "heard", y))
         self.K = K
 
-    def forward(self, h, cos, sin):
+    def forward(self, h, rotary):
         return h + self.heard @ self.K
 
 
@@ -141,3 +143,30 @@ def test_n_blocks_go_and_the_patch_counts(method, added, dtype):
 def test_a_run_has_to_lie_between_the_ends(method, n):
     with pytest.raises(ValueError, match=f"cannot take out {n} blocks: expected 1 to 2 of 4"):
         method(random_model(), lambda label: [], n)
+
+
+class Stream:
+    """A model that has only a residual stream: two blocks, two sequences of two tokens, dim 2."""
+    device = "cpu"
+    h = torch.tensor([[[[1.0, 0.0], [0.0, 2.0]], [[3.0, 0.0], [1.0, 1.0]]],
+                      [[[0.0, 1.0], [0.0, 9.0]], [[3.0, 3.0], [1.0, 0.0]]],
+                      [[[0.0, -1.0], [0.0, 1.0]], [[-2.0, 2.0], [5.0, 0.0]]]])
+
+    def residual_stream(self, tokens):
+        return iter(self.h)
+
+
+def test_angles_by_hand():
+    """On the last tokens only: angles 0 and 45 degrees, then 0 and 0; from end to end 0 and 45."""
+    tokens = torch.zeros(2, 2, dtype=torch.int64)
+    assert angular_distances(Stream(), [tokens], 1).tolist() == pytest.approx([0.125, 0.0], abs=1e-8)
+    assert angular_distances(Stream(), [tokens], 2).tolist() == pytest.approx([0.125])
+
+
+def test_angles_of_equal_vectors_are_zero():
+    """Rounding can put a cosine just above 1, where arccos is not a number."""
+    class Same(Stream):
+        h = torch.rand(1, 50, 1, 30, generator=torch.Generator().manual_seed(0)).expand(3, 50, 1, 30)
+
+    assert F.cosine_similarity(Same.h[0], Same.h[0], dim=-1).max() > 1
+    assert angular_distances(Same(), [torch.zeros(50, 1)], 1).max() < 1e-3

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 import grasp
 from tests.conftest import error_of, random_model
+from data.checkpoint import load_checkpoint, save_checkpoint
 from data.tokenizer import load_tokenizer
 from extras import recover
-from model import load_checkpoint, save_checkpoint
 from runtime.cli import TINY
 
 RECORDS = [{"instruction": f"Say {'very ' * (i % 7)}{i}.", "input": "to me {now}" * (i % 3 == 0),

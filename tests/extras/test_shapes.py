@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.conftest import error_of, output_of, random_model, random_tokens
+from data.checkpoint import load_checkpoint, save_checkpoint
 from data.tokenizer import load_tokenizer
 from extras.export import export
 from extras import fisher
@@ -16,7 +17,6 @@ from extras.fisher.__main__ import main
 from extras.fisher.moments import second_moments
 from extras.fisher.prices import channel_costs
 from extras.fisher.shapes import widths
-from model import load_checkpoint, save_checkpoint
 from runtime.cli import TINY
 from tests.extras.test_fisher import sweep_of
 

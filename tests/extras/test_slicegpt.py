@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tests.conftest import random_model, random_tokens
 from evaluate import perplexity
 from extras.baselines.slicegpt import principal_directions, slice_to, slicegpt, sliced_params, widths_for
-from model import rotary_frequencies
+from model import rotations
 
 both = pytest.mark.parametrize("tied", [False, True])
 
@@ -35,10 +35,10 @@ def projected_logits(model, tokens, widths):
         V = torch.linalg.svd(x.flatten(0, 1), full_matrices=False).Vh[:next(widths)]
         return x @ V.mT @ V
 
-    rotary = rotary_frequencies(model.args, tokens.shape[1], tokens.device)
+    rotary = rotations(model.args, tokens.shape[1], tokens.device)
     h = project(model.tok_embeddings(tokens))
     for block in model.layers:
-        h = project(h + block.attention(block.attention_norm(h), *rotary))
+        h = project(h + block.attention(block.attention_norm(h), rotary))
         h = project(h + block.feed_forward(block.ffn_norm(h)))
     return model.output(model.norm(h))
 

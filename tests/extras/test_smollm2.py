@@ -4,10 +4,9 @@ import torch
 
 from tests.conftest import random_tokens, smollm2_folder
 from tests.test_tokenizer import TEXTS
-from data.checkpoint import pair_rows
+from data.checkpoint import load_checkpoint, pair_rows
 from data.tokenizer import load_tokenizer
 from evaluate import evaluation_windows, perplexity
-from model import load_checkpoint
 
 
 def test_gguf_rows_go_back_to_halves():

@@ -17,12 +17,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import ROOT, error_of, obey_all_signals, output_of, random_model, random_tokens, start
+from data.checkpoint import load_checkpoint, save_checkpoint
 from data.tokenizer import load_tokenizer
 from extras import throughput as command
 from extras.generate import empty_cache, step
 from extras.throughput import multiply_adds, random_prompt, throughput, weight_bytes
 from grasp import compress
-from model import load_checkpoint, rotary_frequencies, save_checkpoint
+from model import rotations
 from tests.extras.test_deci import narrow_model
 from tests.extras.test_generate import greedy, low_rank_model
 
@@ -73,10 +74,10 @@ def test_multiply_adds_by_hand_and_by_torchs_own_count():
     model = low_rank_model(tied=True)
     assert multiply_adds(model, 10) == 4 * (block + 2 * 10 * 16) + 50 * 16 - 8 * 16 + 3 * 24 - 16 * 24 + 3 * 40
 
-    cache, rotary = empty_cache(model, 1, 10), rotary_frequencies(model.args, 10, "cpu")
-    step(model, random_tokens(model, 1, 9), cache, 0, *rotary)
+    cache, rotary = empty_cache(model, 1, 10), rotations(model.args, 10, "cpu")
+    step(model, random_tokens(model, 1, 9), cache, 0, rotary)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it counts the CPU's fused one as 0
-        step(model, random_tokens(model, 1, 1), cache, 9, *rotary)
+        step(model, random_tokens(model, 1, 1), cache, 9, rotary)
     assert 2 * multiply_adds(model, 10) == counter.get_total_flops()
 
 

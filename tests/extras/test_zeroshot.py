@@ -19,10 +19,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from tests.conftest import ROOT
+from data.checkpoint import load_checkpoint, save_checkpoint
 from data.tokenizer import load_tokenizer
 from evaluate import markdown
 from extras import zeroshot
-from model import load_checkpoint, save_checkpoint
 from runtime.cli import TINY
 
 HOLD = [*zeroshot.SEVEN, "gsm8k"]  # what the tests give records of

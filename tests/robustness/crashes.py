@@ -5,7 +5,7 @@
     python -m tests.robustness.crashes load       50 evaluations at once; a folder of 3 GB in 1.4 times as much memory (cgroup v1)
 
 A third of the moments is aimed at a write, which takes milliseconds: 0 to 30 ms after a temporary path of
-runtime/files.py appears. The others lie anywhere from where cli.command has its handlers in place. After SIGKILL one
+data/files.py appears. The others lie anywhere from where cli.command has its handlers in place. After SIGKILL one
 command in four runs again, to its end, which must take away what the killed one left. Killed between the two renames
 of an overwrite, a target may be absent if the old folder waits, complete, in the temporary one. Two commands run at a time.
 """
@@ -32,11 +32,11 @@ from threading import Thread
 
 import torch
 
+from data.checkpoint import save_checkpoint
 from data.corpus import embedded_text
 from data.tokenizer import load_tokenizer
 from evaluate import markdown
 from extras.bench import random_weights
-from model import save_checkpoint
 from runtime import cli
 from runtime.cli import TINY
 
@@ -44,7 +44,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 COUNTS = {"signals": 100, "disk": 10, "load": 50}
 # The end of a command that obeys. Python ends by SIGINT itself (-2) if Ctrl-C hit it in an exec, as in some imports.
 SIGNALS = {"SIGINT": "(130|-2) interrupted", "SIGTERM": "143 terminated", "SIGKILL": "-9"}
-TEMPORARY = ".partial-"  # in the names of runtime/files.py's temporary folders
+TEMPORARY = ".partial-"  # in the names of data/files.py's temporary folders
 ERROR = "2 error: .*"  # one line: a dot is no newline
 # states before and after, its files' pages, temporary paths, seconds from the handlers to the last of them
 Command = namedtuple("Command", "words before whole pages writes seconds")

@@ -19,10 +19,11 @@ import zlib
 
 import torch
 
+from data.checkpoint import save_checkpoint
 from data.corpus import embedded_text
 from data.tokenizer import load_tokenizer
 from extras.export.hugging_face import write_hf
-from model import FeedForward, LowRankLinear, ModelArgs, Transformer, save_checkpoint
+from model import FeedForward, LowRankLinear, ModelArgs, Transformer
 from runtime.cli import TINY
 
 KINDS = "meta", "meta2", "llama3", "mistral", "hf", "hf-sharded", "compressed"

@@ -49,9 +49,9 @@ from data.checkpoint import HF_FIELDS
 from data.corpus import consecutive_windows, embedded_text
 from evaluate import markdown, perplexity
 from tests.robustness.damage import DAMAGES, KINDS, read_header, write_good
+from data.files import check_output
 from model import LowRankLinear, ModelArgs, Transformer, matrix_names
 from runtime import cli
-from runtime.files import check_output
 
 BOUND = 30  # seconds; an undamaged run takes a fraction of one
 NOISE = 64 * 2 ** 20  # bytes: the interpreter's and the libraries' own, which vary from run to run

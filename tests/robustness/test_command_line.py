@@ -21,8 +21,8 @@ import evaluate
 import grasp
 from tests.conftest import ROOT, outcome
 from data import corpus
+from data.checkpoint import load_checkpoint
 from data.corpus import random_windows
-from model import load_checkpoint
 from runtime import cli
 
 EXTRAS = [*sorted(f"extras.{file.stem}" for file in (ROOT / "extras").glob("[a-z]*.py")),

@@ -7,11 +7,11 @@ import pytest
 from tests.conftest import error_of
 from tests.robustness import crashes
 from tests.robustness.crashes import Command, ended, faulty_disk, hit, judge, new_case, start, state, write_random, writes
-from model import load_checkpoint
+from data.checkpoint import load_checkpoint
 
 HEAD = """import os, signal, sys, time
+from data.files import atomic_write, check_output
 from pathlib import Path
-from runtime.files import atomic_write, check_output
 def main():
 """
 TAIL = """
@@ -110,7 +110,7 @@ def test_one_whose_leftovers_the_next_run_does_not_clear_is_found_out(tmp_path):
 
 
 def test_every_write_is_seen(tmp_path):
-    process = start(["-c", "from runtime.files import *; import time\nfor name in 'ab':\n    with atomic_write(name) as "
+    process = start(["-c", "from data.files import *; import time\nfor name in 'ab':\n    with atomic_write(name) as "
                      "file:\n        file.touch()\n        time.sleep(1)"], tmp_path)
     assert [path.name[:3] for path in writes(process, tmp_path)] == [".a.", ".b."] and ended(process) == "0"
 

@@ -11,13 +11,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from attribution import angular_distances, layer_cosines, weight_gradients
+from attribution import layer_cosines, weight_gradients
 from evaluate import perplexity
 from extras import recover
+from extras.baselines.patch import angular_distances
 from extras.fisher.moments import second_moments
 from extras.generate import empty_cache, sample, step
-from grasp import compress
-from model import matrix_names, rotary_frequencies
+from grasp import compress, find_redundant
+from model import matrix_names, replace, rotations
 from tests.conftest import ROOT, random_model, random_tokens
 
 
@@ -47,10 +48,10 @@ def first_value(work, batches):
 
 NAMES = matrix_names(1, 3)
 SWEEPS = {
-    "layer_cosines": (layer_cosines, "mean_and_error"),
-    "angular_distances": (lambda model, batches: angular_distances(model, batches, 2), "mean"),
+    "find_redundant": (lambda model, batches: find_redundant(model, lambda label: batches, 2), "finite"),
+    "angular_distances": (lambda model, batches: angular_distances(model, batches, 2), "angular_distances"),
     "weight_gradients": (lambda model, batches: weight_gradients(model, NAMES, batches), "finite"),
-    "perplexity": (perplexity, "mean"),
+    "perplexity": (perplexity, "perplexity"),
     "second_moments": (lambda model, batches: second_moments(model, NAMES, batches, channels=True), "second_moments"),
 }
 
@@ -90,11 +91,61 @@ def test_generations_step_needs_no_value():
     model = random_model(torch.bfloat16).to("meta")
     prompt = random_tokens(model, 2, 5).to("meta")
     cache = empty_cache(model, 2, 8)
-    cos, sin = rotary_frequencies(model.args, 8, model.device)
+    rotary = rotations(model.args, 8, model.device)
     with OneDevice(), torch.no_grad():
-        tokens = sample(step(model, prompt, cache, 0, cos, sin), None)[:, None]
-        logits = step(model, tokens, cache, 5, cos, sin)
+        tokens = sample(step(model, prompt, cache, 0, rotary), None)[:, None]
+        logits = step(model, tokens, cache, 5, rotary)
     assert logits.shape == (2, 50) and logits.device.type == "meta"
+
+
+class HostAndDevice(OneDevice):
+    """The CPU is the host, meta the device: a copy back to the host, which has no values, gives zeros."""
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation is torch.ops.aten._to_copy.default and args[0].is_meta and str(kwargs.get("device")) == "cpu":
+            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype", args[0].dtype))
+        return super().__torch_dispatch__(operation, types, args, kwargs)
+
+
+def offloaded_to_the_host(dtype):
+    """A model on the meta device, the matrices of its blocks, one of them low-rank, on the CPU."""
+    model = random_model(dtype)
+    list(compress(model, [2], lambda label: [], 0.4, score="magnitude"))
+    for name, p in model.named_parameters():
+        if not name.startswith("layers.") or p.ndim == 1:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, torch.nn.Parameter(p.to("meta"), requires_grad=False))
+    model.offload = True
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_with_offload_no_operation_mixes_devices(dtype):
+    """The blocks' weights are on the host, and so are their gradients; all else is on the device."""
+    model, tokens = offloaded_to_the_host(dtype), random_tokens(random_model(), 2, 9)
+    with HostAndDevice():
+        (c,) = layer_cosines(model, [tokens])
+        with torch.no_grad():
+            losses = [*model.losses(model.final_state(tokens.to("meta")), tokens.to("meta"))]
+        G = weight_gradients(model, NAMES, [tokens, tokens])
+    assert {t.device.type for t in (c, *losses)} == {"meta"} and {g.device.type for g in G.values()} == {"cpu"}
+    assert {p.device.type for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name} == {"cpu"}
+
+
+def test_without_offload_such_a_model_does_not_run():
+    """So that the test above can fail."""
+    model, tokens = offloaded_to_the_host(torch.float32), random_tokens(random_model(), 2, 9)
+    model.offload = False
+    with HostAndDevice(), pytest.raises(AssertionError, match="mixes devices"):
+        list(layer_cosines(model, [tokens]))
+
+
+def test_factors_go_where_the_matrix_was():
+    model = offloaded_to_the_host(torch.float32)
+    name = NAMES[0]
+    assert model.device.type == "meta" and model.weight(name).device.type == "meta"  # where it is decomposed
+    replace(model, name, torch.ones(16, 2, dtype=torch.float64), torch.ones(2, 16, dtype=torch.float64))
+    factors = model.get_submodule(name)
+    assert {(p.device.type, p.dtype) for p in factors.parameters()} == {("cpu", torch.float32)}
 
 
 @pytest.mark.parametrize("fault", ["a CPU tensor", "a value", "a CPU tensor in the backward pass"])

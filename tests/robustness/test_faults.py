@@ -13,12 +13,11 @@ import torch
 import evaluate
 from tests.conftest import ROOT, error_of, random_model, start
 from data import checkpoint
-from data.checkpoint import read_pth, read_tensors
+from data.checkpoint import load_checkpoint, read_pth, read_tensors
 from data.corpus import embedded_text
 from data.tokenizer import load_tokenizer
 from tests.robustness import damage, faults
-from model import load_checkpoint
-from runtime.files import read_bytes, read_json
+from data.files import read_bytes, read_json
 
 pytest.importorskip("safetensors", reason="pip install safetensors")
 tokenizers = pytest.importorskip("tokenizers", reason="pip install tokenizers")

@@ -6,19 +6,22 @@ smallest numbers of a dtype.
 """
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import evaluate
 import grasp
-from attribution import (angular_distances, importance, layer_cosines, low_rank_factors, rank_for_threshold,
-                         svd, weight_gradients)
+from attribution import (importance, layer_cosines, low_rank_factors, rank_for_threshold, svd,
+                         weight_gradients)
 from tests.conftest import error_of, outcome, output_of, random_model, random_tokens
+from data.checkpoint import load_checkpoint, save_checkpoint
 from data.tokenizer import load_tokenizer
 from evaluate import perplexity
+from extras.baselines.patch import angular_distances
 from grasp import compress, find_redundant
-from model import load_checkpoint, matrix_names, save_checkpoint
+from model import matrix_names
 from runtime.cli import TINY
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -102,6 +105,7 @@ class States:
 
     def __init__(self, *states):
         self.states = [torch.tensor(h).reshape(1, -1, 2) for h in states]
+        self.layers, self.args = states[1:], SimpleNamespace(n_layers=len(states) - 1)
 
     def residual_stream(self, tokens):
         return iter(self.states)
@@ -112,23 +116,23 @@ def test_cosines_do_not_depend_on_scale(scale):
     """In fp32 the squares of 1e30 and of 1e-30 are infinity and 0: the cosine of equal vectors would be 0."""
     model = States([scale, 0.0], [scale, 0.0], [scale, scale])
     tokens = torch.zeros(1, 1, dtype=torch.int64)
-    assert layer_cosines(model, [tokens])[0].tolist() == pytest.approx([1, math.sqrt(0.5)], rel=1e-4)
+    assert next(layer_cosines(model, [tokens])).tolist() == pytest.approx([[1], [math.sqrt(0.5)]], rel=1e-4)
     assert angular_distances(model, [tokens], 1).tolist() == pytest.approx([0, 0.25], abs=1e-4)
 
 
 def test_cosines_of_zeros():
     """A layer that leaves zeros as they are is redundant. Zeros and other vectors count as orthogonal."""
     model, tokens = States([0.0, 0.0], [0.0, 0.0], [1.0, 0.0]), torch.zeros(1, 1, dtype=torch.int64)
-    assert layer_cosines(model, [tokens])[0].tolist() == [1, 0]
+    assert next(layer_cosines(model, [tokens])).tolist() == [[1], [0]]
     assert angular_distances(model, [tokens], 1).tolist() == [0, 0.5]
 
 
 def test_a_cosine_that_is_not_finite_is_refused():
     tokens = torch.zeros(1, 1, dtype=torch.int64)
     with pytest.raises(ValueError, match="cosine of layer 1 is not a number in torch.float32"):
-        layer_cosines(States([1.0, 0.0], [1.0, 0.0], [math.nan, 0.0]), [tokens])[0]
+        find_redundant(States([1.0, 0.0], [1.0, 0.0], [math.nan, 0.0]), lambda label: [tokens], 1)
     with pytest.raises(ValueError, match="cosine of layer 0 is not a number"):
-        layer_cosines(States([1.0, 0.0], [math.inf, 0.0], [1.0, 0.0]), [tokens])[0]
+        find_redundant(States([1.0, 0.0], [math.inf, 0.0], [1.0, 0.0]), lambda label: [tokens], 1)
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, 710.0])
@@ -158,9 +162,9 @@ def test_a_layer_of_zeros_is_the_most_redundant(dtype):
     for name in matrix_names(2):
         model.get_submodule(name).weight.data.zero_()
     before, sweep = model(tokens), lambda label: tokens.split(2)
-    for contiguous in (False, True):
-        cosines, *_, redundant = find_redundant(model, sweep, 1, contiguous)
-        assert redundant == [2] and cosines[2] == 1
+    c, redundant = find_redundant(model, sweep, 1)
+    assert redundant == [2] and c[2].tolist() == pytest.approx([1] * 3, abs=1e-12)
+    assert angular_distances(model, sweep(""), 1).argmin() == 2
     for settings in ({"ratio": 0.3}, {"threshold": 0.5}):
         list(compress(model, redundant, sweep, **settings))
         assert torch.equal(model(tokens), before)
@@ -188,16 +192,16 @@ def test_zero_norms_predict_nothing():
             p.data.zero_()
     tokens = random_tokens(model, 2, 7)
     assert perplexity(model, [tokens]) == pytest.approx(model.args.vocab_size, rel=1e-6)
-    assert layer_cosines(model, [tokens])[0].tolist() == [1] * 4
+    assert next(layer_cosines(model, [tokens])).flatten().tolist() == pytest.approx([1] * 8, abs=1e-12)
     assert all(not G.any() for G in weight_gradients(model, matrix_names(1), [tokens]).values())
 
 
 def test_embeddings_of_absent_tokens_do_not_matter():
     model = random_model()
     tokens = torch.full((2, 6), 7)
-    found = layer_cosines(model, [tokens])[0], weight_gradients(model, matrix_names(2), [tokens])
+    found = next(layer_cosines(model, [tokens])), weight_gradients(model, matrix_names(2), [tokens])
     model.tok_embeddings.weight.data[torch.arange(50) != 7] = 1e30
-    assert torch.equal(layer_cosines(model, [tokens])[0], found[0])
+    assert torch.equal(next(layer_cosines(model, [tokens])), found[0])
     for name, G in weight_gradients(model, matrix_names(2), [tokens]).items():
         assert torch.equal(G, found[1][name]), name
 
@@ -266,13 +270,13 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path):
     model = random_model()
     model.layers[1].ffn_norm.weight.data[2] = math.inf
     with pytest.raises(ValueError,
-                       match="not written, layers.1.ffn_norm.weight holds NaN or infinite values"):
+                       match="not written: layers.1.ffn_norm.weight holds NaN or infinite values"):
         save_checkpoint(model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("words", [
-    "--layers 8 --contiguous", "--layers 8 --ratio 1", "--layers 8 --ratio 1e-300",
+    "--layers 8 --ratio 1", "--layers 8 --ratio 1e-300",
     "--layers 1 --threshold 1e-300", "--layers 1 --threshold 1"])
 def test_extreme_settings(words, nowhere, capsys):
     assert "| GRASP " in output_of(grasp.main, f"{words} --samples 1 --seq-len 2 --windows 1", capsys)

@@ -70,7 +70,7 @@ def run_everything():
         extras.fisher.__main__ --budget 0.1 {quick}
         extras.compare --layers 1 {quick} --json compare.json
         extras.bench.__main__ --samples 2 --seq-len 16 --repeats 1 --svd --autograd
-        extras.bench.__main__ --memory 2
+        extras.bench.__main__ --memory
         extras.baselines.lorap --ratio 0.9 {quick}
         extras.zeroshot --ckpt small --local zeroshot --tasks openbookqa --limit 2
         evaluate --data wikitext2

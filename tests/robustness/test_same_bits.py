@@ -13,11 +13,12 @@ import torch
 
 from attribution import layer_cosines, weight_gradients
 from tests.conftest import ROOT, random_model, random_tokens, start
+from data.checkpoint import load_checkpoint
 from data.corpus import load_text, random_windows
 from data.tokenizer import load_tokenizer
 from evaluate import perplexity
 from grasp import compress, find_redundant
-from model import load_checkpoint, matrix_names
+from model import matrix_names
 from runtime.cli import TINY
 
 WORDS = ["--layers", "2", "--samples", "6", "--seq-len", "64", "--eval", "none"]
@@ -53,7 +54,7 @@ def test_batch_size_changes_last_bits_only():
     tokens, seen = calibration(TINY, "embedded", 6, 64), []
     for size in (1, 2, 3, 6):
         model = load_checkpoint(TINY)
-        seen.append((layer_cosines(model, tokens.split(size))[0], perplexity(model, tokens.split(size)),
+        seen.append((torch.cat([*layer_cosines(model, tokens.split(size))], 1), perplexity(model, tokens.split(size)),
                      weight_gradients(model, matrix_names(3, 5), tokens.split(size)),
                      find_redundant(model, lambda label: tokens.split(size), 2)[-1],
                      kept(model, [3, 5], tokens, size)))

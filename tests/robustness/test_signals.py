@@ -8,8 +8,8 @@ import time
 import pytest
 
 from tests.conftest import ROOT, obey_all_signals, random_model, start
-from model import load_checkpoint, save_checkpoint
-from runtime.files import read_json
+from data.checkpoint import load_checkpoint, save_checkpoint
+from data.files import read_json
 
 
 def names(folder):
@@ -79,7 +79,7 @@ def test_an_ignored_signal_stays_ignored(tmp_path):
 WRITING = """
 import pathlib, time
 from tests.conftest import random_model
-from model import save_checkpoint
+from data.checkpoint import save_checkpoint
 from runtime import cli
 def slow(file, content):
     file.touch()
