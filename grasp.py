@@ -93,22 +93,21 @@ def compress(model: Transformer, layer_ids: list[int], sweep: Sweep, ratio: floa
         raise ValueError(f"sweep is a {type(sweep).__name__}, expected a function that gives batches")
     for names in groups(dense_matrices(model, layer_ids), iterative):
         G = gradients
-        if G is None and score != "magnitude":
+        if G is None and score != "magnitude":  # plain SVD needs none
             G = weight_gradients(model, names, sweep("attribution"), label_shift)
         for name in names:
             U, S, Vh = svd(model.weight(name))
             m, n = len(U), Vh.shape[1]
-            sigma_grad = None if score == "magnitude" else sigma_gradients(U, G[name], Vh)
+            sigma_grad = sigma_gradients(U, G[name], Vh) if G else None
             scores = importance(S, sigma_grad, score)
             if not finite(scores):
                 raise ValueError(f"{name}: a score is not finite; try --dtype float64")
             k = rank_for_threshold(scores, threshold) if threshold else rank_for_ratio(m, n, ratio)
             kept = top_k(scores, k)
-            record = {"name": name, "shape": [m, n], "rank": None, "kept": None}
-            if k * (m + n) < m * n:
+            if smaller := k * (m + n) < m * n:
                 replace(model, name, *low_rank_factors(U, S, Vh, kept))
-                record.update(rank=k, kept=kept.tolist())
-            yield record
+            yield {"name": name, "shape": [m, n], "rank": k if smaller else None,
+                   "kept": kept.tolist() if smaller else None}
 
 
 def groups(names: list[str], iterative: bool) -> list[list[str]]:

@@ -119,7 +119,7 @@ def calibration_windows(tokenizer: Tokenizer, name: str, samples: int, seq_len: 
                         data_dir: str | None = None) -> tuple[Tensor, dict]:
     """Return (windows (samples, seq_len) int64 at random offsets of a training text, a report).
 
-    name: "A+B" takes equally many windows of each text.
+    name: "A+B" takes equally many windows of each text, in random order.
     """
     if "+" in name and not Path(name).is_file():
         names = name.split("+")
@@ -127,7 +127,8 @@ def calibration_windows(tokenizer: Tokenizer, name: str, samples: int, seq_len: 
             calibration_windows(tokenizer, each, (samples + i) // len(names), seq_len, seed, data_dir)
             for i, each in enumerate(names)))
         protocol = " + ".join(report["protocol"] for report in reports)
-        return torch.cat(windows), {"parts": [*reports], "protocol": protocol}
+        order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
+        return torch.cat(windows)[order], {"parts": [*reports], "order": order.tolist(), "protocol": protocol}
     text, source = load_text(name, "train", data_dir)
     tokens = tokenizer.stream(text)
     windows, offsets = random_windows(tokens, samples, seq_len, seed)

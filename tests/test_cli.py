@@ -214,6 +214,16 @@ def test_a_stack_trace_on_request(tmp_path):
     assert all("asked for 9" in err.splitlines()[-1] for err in (plain, trace))
 
 
+def test_an_error_of_torch_is_one_line(nowhere, monkeypatch, capsys):
+    """A decomposition that does not converge, an operator that a processor lacks; without torch's C++ trace."""
+    def fail(W):
+        raise torch.linalg.LinAlgError("linalg.svd: did not converge\nException raised from svd at svd.cpp:1\nframe #0")
+
+    monkeypatch.setattr(grasp, "svd", fail)
+    line = error_of(grasp.main, "--layer-ids 3 --samples 2 --seq-len 16 --eval none", monkeypatch, capsys)
+    assert line == "error: linalg.svd: did not converge\n"
+
+
 @pytest.mark.parametrize("words, message", [
     ("", "one of the arguments --layers --layer-ids is required"),
     ("--layers 2 --layer-ids 1", "argument --layer-ids: not allowed with argument --layers"),

@@ -2,9 +2,11 @@
 import pytest
 import torch
 
+from data.checkpoint import load_checkpoint
 from data.corpus import (calibration_windows, consecutive_windows, embedded_text, find_file, join_lines,
                          join_rows, load_text, random_windows)
 from data.tokenizer import load_tokenizer
+from grasp import find_redundant
 from runtime.cli import TINY
 
 
@@ -101,16 +103,32 @@ def test_calibration_windows_come_with_their_description(tmp_path):
 
 
 def test_windows_of_several_texts(tmp_path):
-    """ "A+B": half of the windows from each text, at the offsets that each would have alone."""
+    """ "A+B": half of the windows from each text, at the offsets that each would have alone, in random order."""
     tokenizer, (a, b) = load_tokenizer(TINY), [str(tmp_path / name) for name in ("a", "b")]
     (tmp_path / "a").write_text("def f(x): return x\n" * 40)
     (tmp_path / "b").write_text("for i in range(9): print(i)\n" * 40)
     windows, description = calibration_windows(tokenizer, f"{a}+{b}", 5, 8, seed=3)
     alone = [calibration_windows(tokenizer, text, count, 8, seed=3) for text, count in ((a, 2), (b, 3))]
-    assert torch.equal(windows, torch.cat([part for part, _ in alone]))
+    order = description["order"]
+    assert sorted(order) == [*range(5)] != order
+    assert torch.equal(windows, torch.cat([part for part, _ in alone])[order])
+    assert torch.equal(windows, calibration_windows(tokenizer, f"{a}+{b}", 5, 8, seed=3)[0])
     assert description["parts"] == [part for _, part in alone]
     assert description["protocol"] == " + ".join(part["protocol"] for _, part in alone)
     (tmp_path / "a+b").write_text("x = 1\n" * 99)  # a file of that name is that file
     assert "parts" not in calibration_windows(tokenizer, str(tmp_path / "a+b"), 5, 8, seed=3)[1]
     with pytest.raises(FileNotFoundError, match="no text 'nowhere'"):
         calibration_windows(tokenizer, f"{a}+nowhere", 5, 8, seed=3)
+
+
+def test_the_first_windows_are_of_all_texts(tmp_path):
+    """The redundancy sweep may stop after some of them: the layers must not be those of the first text alone."""
+    text, model, tokenizer = tmp_path / "digits", load_checkpoint(TINY), load_tokenizer(TINY)
+    generator = torch.Generator().manual_seed(0)
+    text.write_text(" ".join(map(str, torch.randint(10 ** 6, (20_000,), generator=generator).tolist())))
+    chosen = {}
+    for name in (str(text), "embedded", f"{text}+embedded", f"embedded+{text}"):
+        windows, _ = calibration_windows(tokenizer, name, 128, 64, seed=42)
+        chosen[name] = find_redundant(model, lambda label: windows.split(16), 3)[1]
+    digits, embedded, *both = chosen.values()
+    assert digits == [4, 5, 6] and embedded == [3, 4, 5] and both == [embedded, embedded]

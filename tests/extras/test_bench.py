@@ -270,10 +270,11 @@ def test_growth_says_before_its_first_pass_how_long_it_will_take(run, monkeypatc
 def test_the_memory_table_names_its_unit_dtype_and_share(monkeypatch, capsys):
     for words, line in (("", "bfloat16 weights; a fifth of the layers redundant"),
                         ("--layers 7 --dtype float32", "float32 weights; 7 layers redundant")):
-        monkeypatch.setattr(sys, "argv", ["bench", "--memory", "8", "--shape", "llama2-7b", *words.split()])
+        monkeypatch.setattr(sys, "argv", ["bench", "--memory", "--shape", "llama2-7b", *words.split()])
         cli.command(command.main)
         out = capsys.readouterr().out
-        assert "|\n\nin GiB, and tokens of the micro-batch" in out and out.endswith(f"card; {line}\n")
+        assert "|\n\nin GiB, and tokens of the micro-batch" in out and f"card; {line}; bus:" in out
+        assert out.count("| llama2-7b ") == 2 and "\n\nwith --offload\n\n" in out
 
 
 @pytest.mark.parametrize("words, message", [
@@ -300,13 +301,17 @@ def test_mistakes_are_one_line(words, message, nowhere, monkeypatch, capsys):
 
 def test_the_memory_of_known_shapes_is_computed_without_weights():
     """LLaMA-2-7B by hand: 6,738,415,616 parameters, of which a block's matrices are 202,375,168."""
-    row, = memory.memory({"llama2-7b": SHAPES["llama2-7b"]}, torch.bfloat16, 7, 512, 8)
+    (row,), (offloaded,) = memory.memory({"llama2-7b": SHAPES["llama2-7b"]}, torch.bfloat16, 7, 512)
     weights, gradients = 6_738_415_616 * 2, 7 * 202_375_168 * 4
     assert row["layers"] == "21-27" and row["weights"] * 2 ** 30 == weights and row["gradients"] * 2 ** 30 == gradients
-    shared, largest = 32 * 202_375_168 * 2 + gradients, 11008 * 4096 * (3 * 2 + 4)
-    peak, each = row["peak, 1,024 tokens"] * 2 ** 30, row["on each of 8, 1,024 tokens"] * 2 ** 30
-    assert weights + gradients < peak < 8 * row["8,192 tokens"] * 2 ** 30
-    assert each == pytest.approx(peak - 7 / 8 * shared + largest)
+    assert weights + gradients < row["peak, 1,024 tokens"] * 2 ** 30 < 8 * row["8,192 tokens"] * 2 ** 30
+    blocks, largest = 32 * 202_375_168 * 2, 11008 * 4096 * 2
+    assert offloaded["host"] * GIB == blocks + gradients + largest and offloaded["bus, forward"] * GIB == blocks
+    back = 11 / 32 * blocks + gradients / 2  # the blocks from 21 on once more, and the gradients, which are in bf16
+    assert offloaded["backward"] * GIB == back
+    assert offloaded["tokens, 24 GB"] == 25_600  # so 11 micro-batches of 512 x 512 tokens, in two sweeps
+    assert offloaded["in all"] * GIB == 11 * (2 * blocks + back)
+    assert offloaded["peak, 16,384 tokens"] < 8 < row["peak, 1,024 tokens"]
 
 
 HEAD = 3 * 1024 * 4, 12  # the final state and two gradients; log p and two gradients of a chunk, in fp32
@@ -324,7 +329,7 @@ HEAD = 3 * 1024 * 4, 12  # the final state and two gradients; log p and two grad
      14 * (2 * 20_484 + 2 * (4 * 5120 + 3 * 13824) + 160) - 20_484 + 7 * 2 * (2 * 5120 + 13824), 5120, 1024, 32000)])
 def test_the_computed_peak_is_the_sum_made_by_hand(shape, weights, matrices, token, dim, chunk, vocab_size):
     """bf16, 7 layers from two thirds of the depth on, 2 sequences of 512 tokens: the peak is at the head."""
-    row, = memory.memory({shape: SHAPES[shape]}, torch.bfloat16, 7, 512, 8)
+    (row,), _ = memory.memory({shape: SHAPES[shape]}, torch.bfloat16, 7, 512)
     state, log_p = HEAD
     by_hand = 2 * weights + 7 * 4 * matrices + 1024 * token + state * dim + log_p * chunk * vocab_size
     assert row["peak, 1,024 tokens"] * GIB == by_hand
@@ -332,8 +337,9 @@ def test_the_computed_peak_is_the_sum_made_by_hand(shape, weights, matrices, tok
 
 def test_the_chosen_micro_batch_fits_and_is_the_commands_own():
     """A card of 24 GB holds LLaMA-2-7B and half of the usual micro-batch, but not 13B."""
-    rows = memory.memory({name: SHAPES[name] for name in ("llama2-7b", "llama2-13b")}, torch.bfloat16, 7, 512, 8)
-    assert [[row[f"tokens, {card}"] for card in memory.GPUS] for row in rows] == [[512, 3072, 8192], [None, 512, 5120]]
+    rows, _ = memory.memory({name: SHAPES[name] for name in ("llama2-7b", "llama2-13b")}, torch.bfloat16, 7, 512)
+    assert [[row[f"tokens, {card}"] for card in memory.GPUS] for row in rows] == [
+        [512, 4608, 8192, 8192], [None, 1536, 5120, 8192]]
     for row, name in zip(rows, ("llama2-7b", "llama2-13b")):
         model = bench_model(name)
         for card, size in memory.GPUS.items():

@@ -1,6 +1,7 @@
 """The lesson: the extras stand on the core, which knows none of them, and ask by name for what they need beyond it."""
 import ast
 import json
+import shutil
 import sys
 
 import pytest
@@ -19,6 +20,32 @@ def test_the_core_imports_none_of_them_and_no_optional_package():
             "print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))")
     done = run("-c", code, cwd=ROOT)
     assert done.returncode == 0 and not set(optional) & set(json.loads(done.stdout)), done.stderr
+
+
+MAY_IMPORT = {"model": [], "attribution": ["model"], "data": ["model", "data"], "evaluate": ["model", "data"],
+              "runtime": ["model", "data", "evaluate", "runtime"],
+              "grasp": ["model", "attribution", "data", "runtime"]}
+
+
+@pytest.mark.parametrize("part", MAY_IMPORT)
+def test_imports_of_the_core_go_one_way(part):
+    """At the top of a file. Only evaluate's command imports more, inside its main."""
+    for file in [ROOT / f"{part}.py"] if (ROOT / f"{part}.py").exists() else (ROOT / part).glob("*.py"):
+        for node in ast.parse(file.read_text()).body:
+            names = ([alias.name for alias in node.names] if isinstance(node, ast.Import) else
+                     [node.module] if isinstance(node, ast.ImportFrom) else [])
+            ours = {name.split(".")[0] for name in names} & MAY_IMPORT.keys()
+            assert ours <= {*MAY_IMPORT[part]}, f"{file.name} imports {ours}"
+
+
+def test_model_py_alone_runs(tmp_path):
+    """Copied to another place, without the rest of the project."""
+    shutil.copy(ROOT / "model.py", tmp_path)
+    code = ("import torch; from model import ModelArgs, Transformer\n"
+            "model = Transformer(ModelArgs(16, 2, 4, 2, 4, 24, 50, 1e-5))\n"
+            "print(*model(torch.zeros(1, 5, dtype=torch.int64)).shape)")
+    done = run("-c", code, cwd=tmp_path, env={"PYTHONPATH": ""})
+    assert done.stdout == "1 5 50\n", done.stderr
 
 
 def test_each_says_how_it_is_run_and_has_its_place_in_the_readmes():

@@ -7,7 +7,7 @@ import re
 import pytest
 from tests.conftest import ROOT
 
-PAGES = [ROOT / name for name in ("README.md", "extras/README.md", "CONTRIBUTING.md", "docs/multi-gpu.md", "docs/numerics.md",
+PAGES = [ROOT / name for name in ("README.md", "extras/README.md", "CONTRIBUTING.md", "docs/memory.md", "docs/numerics.md",
                                   "docs/robustness.md")]
 
 
