@@ -118,8 +118,9 @@ class FeedForward(nn.Module):
     """SwiGLU [arXiv 2002.05202], (B, T, dim) -> (B, T, dim)."""
     def __init__(self, args):
         super().__init__()
-        self.w1, self.w3 = (nn.Linear(args.dim, args.hidden_dim, bias=False) for _ in "13")
+        self.w1 = nn.Linear(args.dim, args.hidden_dim, bias=False)
         self.w2 = nn.Linear(args.hidden_dim, args.dim, bias=False)
+        self.w3 = nn.Linear(args.dim, args.hidden_dim, bias=False)
 
     @property
     def width(self) -> int:

@@ -18,6 +18,7 @@ from data.corpus import embedded_text
 from data.tokenizer import load_tokenizer
 from tests.robustness import damage, faults
 from data.files import read_bytes, read_json
+from runtime import job
 
 pytest.importorskip("safetensors", reason="pip install safetensors")
 tokenizers = pytest.importorskip("tokenizers", reason="pip install tokenizers")
@@ -111,7 +112,7 @@ def test_code_that_is_run_is_caught(tried, monkeypatch):
     assert tried(put_code)[0] == "wrote"
 
 
-@pytest.mark.parametrize("fault, outcome", [(KeyError("k"), "crash"), (RuntimeError("two\nlines"), "crash"),
+@pytest.mark.parametrize("fault, outcome", [(KeyError("k"), "crash"), (TypeError("two\nlines"), "crash"),
                                             (ValueError("without a name"), "refused"), ("a table", "refused"),
                                             ("sleep", "hang"), ("nan", "not finite")])
 def test_other_ways_to_fail_are_caught(fault, outcome, tried, monkeypatch):
@@ -125,7 +126,7 @@ def test_other_ways_to_fail_are_caught(fault, outcome, tried, monkeypatch):
         print("| model |")
         raise ValueError("work/in/model")
 
-    monkeypatch.setattr(evaluate, "perplexity", fail)
+    monkeypatch.setattr(job, "perplexity", fail)
     monkeypatch.setattr(faults, "BOUND", 2 if fault == "sleep" else 30)
     found, failure = tried(lambda folder: None)
     assert found == outcome and failure
