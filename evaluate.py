@@ -4,7 +4,8 @@
 
 text -> one stream of tokens -> windows that do not overlap -> exp of the mean negative log-likelihood (NLL)
 """
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -60,6 +61,17 @@ def evaluation_windows(names: list[str], tokenizer: Tokenizer, seq_len: int, lim
     return texts
 
 
+def result_row(name: str, model: Transformer, texts: Texts, batches: Callable[..., Iterable[Tensor]],
+               seconds: float | None = None) -> dict:
+    """Evaluate a model: one row of the table. seconds: what it took to make the model.
+
+    batches(windows, label=...): the micro-batches of a text's windows, with progress under that label.
+    """
+    results = {label: perplexity(model, batches(windows, label=f"{name} on {label}"))
+               for label, (windows, _) in texts.items()}
+    return {"model": name, "parameters": model.n_params, "perplexity": results, "seconds": seconds}
+
+
 def table(rows: list[dict], texts: Texts, dense_params: int) -> str:
     """The rows as a Markdown table, with the texts' protocols under it."""
     head = ["model", "parameters", "kept %", *(f"{label} ppl" for label in texts), "seconds"]
@@ -86,7 +98,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def main() -> None:
-    from runtime import cli, job  # they stand on this file
+    from runtime import cli
     p, seconds = cli.Parser(__doc__), {}
     cli.model_flags(p, "what to evaluate")
     cli.evaluation_flags(p).add_argument("--seq-len", type=cli.positive, metavar="T", help=(
@@ -99,7 +111,8 @@ def main() -> None:
     seq_len = cli.sequence_length(a.seq_len, 2048, model)
     texts = evaluation_windows(a.eval, tokenizer, seq_len, a.windows, a.data_dir)
     with cli.timed(seconds, "evaluation"):
-        row = job.result_row(a.ckpt.name, model, texts, cli.batch_size(a.batch_size, seq_len, model))
+        batches = partial(cli.batches, size=cli.batch_size(a.batch_size, seq_len, model))
+        row = result_row(a.ckpt.name, model, texts, batches)
     row["seconds"] = seconds["evaluation"]
     print(f"\n{table([row], texts, model.n_params_dense)}")
     if a.json and cli.first_process():

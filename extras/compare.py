@@ -25,7 +25,7 @@ import torch
 
 from data.checkpoint import load_checkpoint, save_checkpoint
 from data.files import check_output, write_json
-from evaluate import markdown, protocols
+from evaluate import markdown, protocols, result_row
 from extras import DENSE, fisher, held, open_dense, peak_bytes, reset_peak
 from extras.ablation import ratio_of_size
 from extras.baselines import block_params, blocks_params
@@ -40,7 +40,7 @@ from extras.baselines.streamline import streamline
 from extras.fisher.shapes import widths
 from grasp import check_layers, compress, dense_matrices, find_redundant
 from runtime import cli
-from runtime.job import Job, result_row
+from runtime.job import Job
 
 BLOCKS = {"shortgpt": shortgpt, "sleb": sleb, "laco": laco, "linearpatch": linearpatch, "replaceme": replaceme}
 CLOSE = 0.005  # of the budget: off by more than that is said
@@ -133,7 +133,7 @@ def run(name, method, job, budget, before=None):
             job.model = method(job.model, job.sweep)
         peak, removed = max(peak_bytes(device), before["peak_bytes"]), job.before - job.model.n_params
         return {"method": name, "removed": removed, "off": removed / budget - 1,
-                "perplexity": result_row(name, job.model, job.texts, job.eval_size)["perplexity"],
+                "perplexity": result_row(name, job.model, job.texts, job.eval_batches)["perplexity"],
                 "seconds": before["seconds"] + seconds[name], "peak_bytes": peak}
     except (ValueError, torch.linalg.LinAlgError) as e:
         return {"method": name, "error": " ".join(str(e).split())}
@@ -191,7 +191,7 @@ def main():
         if a.json:
             write_json(a.json, job.report(vars(a), parameters=job.before, budget=budget, notes=notes))
 
-    dense = result_row("dense", model, job.texts, job.eval_size)
+    dense = result_row("dense", model, job.texts, job.eval_batches)
     add({"method": "dense", "removed": 0, "perplexity": dense["perplexity"]})
     dtype, device = model.dtype, model.device
     plan = [row for name in dict.fromkeys(a.methods) for row in rows_of(name, a.layers, model, budget)]

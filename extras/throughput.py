@@ -25,14 +25,13 @@ from torch import nn
 
 from data import need
 from data.corpus import text_names
-from evaluate import evaluation_windows, markdown, protocols
+from evaluate import evaluation_windows, markdown, protocols, result_row
 from extras import check_dtypes, export, short_names
 from extras.export.__main__ import PACKAGES
 from extras.export.dense import exported_params
 from extras.generate import check_length, generate
 from model import LowRankLinear
 from runtime import cli
-from runtime.job import result_row
 
 ENGINES = {"this": (), "transformers": ("transformers", *PACKAGES["hf"]),  # the packages that each needs
            "llama.cpp": ("xllamacpp", *PACKAGES["gguf"])}
@@ -177,7 +176,7 @@ def main():
     for name, (model, tokenizer) in zip(names, opened):
         seq_len = cli.sequence_length(None, 2048, model)
         texts = evaluation_windows(a.eval, tokenizer, seq_len, a.windows, a.data_dir)
-        perplexities[name] = result_row(name, model, texts, cli.batch_size(None, seq_len))["perplexity"]
+        perplexities[name] = result_row(name, model, texts, partial(cli.batches, size=cli.batch_size(None, seq_len)))["perplexity"]
         protocol[protocols(texts)] = None  # once, unless tokenizers or windows differ
     with ExitStack() as stack:
         pairs, max_len = [], max(a.lengths) + a.max_new_tokens

@@ -1,23 +1,16 @@
 """What the commands that compress share: the texts of a run, its sweeps, its table and its report."""
 import platform
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from data.corpus import calibration_windows
 from data.tokenizer import Tokenizer
-from evaluate import Texts, evaluation_windows, perplexity, table
+from evaluate import evaluation_windows, result_row, table
 from model import Transformer
 from runtime import cli
-
-
-def result_row(name: str, model: Transformer, texts: Texts, batch_size: int,
-               seconds: float | None = None) -> dict:
-    """Evaluate a model: one row of the table. seconds: what it took to make the model."""
-    results = {label: perplexity(model, cli.batches(windows, batch_size, f"{name} on {label}"))
-               for label, (windows, _) in texts.items()}
-    return {"model": name, "parameters": model.n_params, "perplexity": results, "seconds": seconds}
 
 
 class Job:
@@ -37,6 +30,7 @@ class Job:
         self.eval_len = cli.sequence_length(None, 2048, model)
         size = cli.batch_size(batch_size, self.seq_len, model if layers else None, layers or 0)
         self.size, self.eval_size = min(size, samples), cli.batch_size(batch_size, self.eval_len, model)
+        self.eval_batches = partial(cli.batches, size=self.eval_size)
 
     def calibrate(self, tokenizer: Tokenizer, text: str, seed: int, data_dir: str | None) -> None:
         """Read the calibration set and print what it is."""
@@ -57,7 +51,7 @@ class Job:
     def evaluate(self, name: str | None = None, seconds: float | None = None) -> dict:
         """Evaluate the model as it is now and add a row to the table. seconds: what it took to make it."""
         name = name or ("dense" if self.model.n_params == self.dense else "input")
-        self.rows.append(result_row(name, self.model, self.texts, self.eval_size, seconds))
+        self.rows.append(result_row(name, self.model, self.texts, self.eval_batches, seconds))
         return self.rows[-1]
 
     def table(self) -> str:

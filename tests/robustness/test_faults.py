@@ -18,7 +18,6 @@ from data.corpus import embedded_text
 from data.tokenizer import load_tokenizer
 from tests.robustness import damage, faults
 from data.files import read_bytes, read_json
-from runtime import job
 
 pytest.importorskip("safetensors", reason="pip install safetensors")
 tokenizers = pytest.importorskip("tokenizers", reason="pip install tokenizers")
@@ -126,7 +125,7 @@ def test_other_ways_to_fail_are_caught(fault, outcome, tried, monkeypatch):
         print("| model |")
         raise ValueError("work/in/model")
 
-    monkeypatch.setattr(job, "perplexity", fail)
+    monkeypatch.setattr(evaluate, "perplexity", fail)
     monkeypatch.setattr(faults, "BOUND", 2 if fault == "sleep" else 30)
     found, failure = tried(lambda folder: None)
     assert found == outcome and failure
