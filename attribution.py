@@ -45,8 +45,8 @@ def cosine(a: Tensor, b: Tensor, norm_a: Tensor | None = None, norm_b: Tensor | 
     """
     a, b = a.double(), b.double()
     norm_a, norm_b = (v.norm(dim=-1) if norm is None else norm for v, norm in ((a, norm_a), (b, norm_b)))
-    norms = norm_a * norm_b
-    return torch.where(norms == 0, (norm_a == norm_b).double(), (a * b).sum(-1) / norms)
+    cosines = (a * b).sum(-1) / (norm_a * norm_b).clamp(min=1e-300)
+    return cosines.masked_fill((a == b).all(-1), 1)
 
 
 def weight_gradients(model: Transformer, names: list[str], batches: Iterable[Tensor],
@@ -55,7 +55,8 @@ def weight_gradients(model: Transformer, names: list[str], batches: Iterable[Ten
 
     L is the mean negative log-likelihood (nats) of token t + label_shift at position t. Only these matrices
     require gradients, so autograd stops at the lowest block that holds one. Gradients of the summed NLL are
-    added in fp32, then divided by the number of tokens: none underflows. Raises ValueError if not finite.
+    added in fp32, then divided by the number of tokens: none underflows. Raises ValueError for an empty
+    sweep, a label shift out of range, and gradients that are not finite.
     """
     weights = [model.get_submodule(name).weight.requires_grad_(True) for name in names]
     sums = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights]

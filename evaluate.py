@@ -98,7 +98,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def main() -> None:
-    from runtime import cli
+    from runtime import cli  # here, because runtime/job.py stands on this file
     p, seconds = cli.Parser(__doc__), {}
     cli.model_flags(p, "what to evaluate")
     cli.evaluation_flags(p).add_argument("--seq-len", type=cli.positive, metavar="T", help=(

@@ -40,13 +40,14 @@ def find_redundant(model: Transformer, sweep: Sweep, n: int,
     several processes. Raises ValueError if n is out of range or a cosine is not finite.
     """
     check_layers(model, n)
-    c, asked = torch.zeros(model.args.n_layers, 0, dtype=torch.float64, device=model.device), 32
+    c = torch.zeros(model.args.n_layers, 0, dtype=torch.float64, device=model.device)
+    ask = [] if all_sequences or dist.is_initialized() else [32 << i for i in range(26)]  # 32, 64, 128 ...
     for part in layer_cosines(model, sweep("redundancy")):
-        c = torch.cat([c, part], 1)
-        while c.shape[1] >= asked and not (all_sequences or dist.is_initialized()):
-            if margin(c[:, :asked], n)[0] > 4:
-                return c[:, :asked].cpu(), top_k(c[:, :asked].mean(1), n).tolist()
-            asked *= 2
+        before, c = c.shape[1], torch.cat([c, part], 1)
+        reached = (N for N in ask if before < N <= c.shape[1])
+        if enough := next((N for N in reached if margin(c[:, :N], n)[0] > 4), None):
+            c = c[:, :enough]
+            break
     if dist.is_initialized():  # torchrun: each process has read its part of the sequences
         parts = [c] * dist.get_world_size()
         dist.all_gather_object(parts, c.cpu())
@@ -60,9 +61,12 @@ def find_redundant(model: Transformer, sweep: Sweep, n: int,
 
 
 def margin(c: Tensor, n: int) -> tuple[float, list[int]]:
-    """Return (how many standard errors the nth highest mean cosine is above the next, those two layers)."""
+    """Return (how many standard errors the nth highest mean cosine is above the next, those two layers).
+
+    If all n layers are redundant there is no next one: infinity and one layer.
+    """
     pair = c.mean(1).argsort(descending=True, stable=True)[n - 1:n + 1].tolist()
-    if len(pair) < 2:  # all layers are redundant
+    if len(pair) < 2:
         return math.inf, pair
     difference = c[pair[0]] - c[pair[1]]
     return float(difference.mean() / standard_error(difference)), pair
@@ -84,7 +88,8 @@ def compress(model: Transformer, layer_ids: list[int], sweep: Sweep, ratio: floa
     before each [GRASP Alg. 1]. gradients: {name: (m, n)} of the dense model, if they are known already.
     label_shift: 1, the next token; the authors' code has 2. score: see attribution.importance.
     Record: {name, shape [m, n], rank k, kept (k indices)}. If the factors would not be smaller, the matrix
-    stays dense: rank and kept are None. Raises ValueError for arguments out of range.
+    stays dense: rank and kept are None. Raises ValueError for arguments out of range, if none of these
+    matrices is dense, and for a score that is not finite.
     """
     check_settings(ratio, threshold, score)
     if iterative and gradients is not None:
@@ -98,7 +103,7 @@ def compress(model: Transformer, layer_ids: list[int], sweep: Sweep, ratio: floa
         for name in names:
             U, S, Vh = svd(model.weight(name))
             m, n = len(U), Vh.shape[1]
-            sigma_grad = sigma_gradients(U, G[name], Vh) if G else None
+            sigma_grad = None if score == "magnitude" else sigma_gradients(U, G[name], Vh)
             scores = importance(S, sigma_grad, score)
             if not finite(scores):
                 raise ValueError(f"{name}: a score is not finite; try --dtype float64")
@@ -162,8 +167,10 @@ def main() -> None:
     found, redundant = {"cosines": None}, sorted(a.layer_ids or [])
     if a.layers:
         c, redundant = find_redundant(model, job.sweep, a.layers, a.all_sequences)
-        found = print_cosines(c, redundant)
-    dense_matrices(model, redundant)  # there must be some
+        errors = standard_error(c).tolist() if c.shape[1] > 1 else None  # NaN is no JSON
+        found = {"cosines": c.mean(1).tolist(), "cosine_errors": errors, "cosine_sequences": c.shape[1]}
+        print_cosines(c, redundant)
+    dense_matrices(model, redundant)  # fails before the evaluation if none is dense
     job.evaluate()
     with cli.timed(job.seconds, "compression", model.device):
         for record in compress(model, redundant, job.sweep, a.ratio, a.threshold, a.score, a.iterative,
@@ -178,18 +185,15 @@ def main() -> None:
     print(f"written to {a.out}")
 
 
-def print_cosines(c: Tensor, redundant: list[int]) -> dict:
-    """Print each layer's mean cosine with its standard error, and whether the choice is close.
-
-    Returns the figures for the report."""
-    n, cosines, errors = c.shape[1], c.mean(1).tolist(), standard_error(c).tolist()
-    for layer, (cosine, error) in enumerate(zip(cosines, errors)):
+def print_cosines(c: Tensor, redundant: list[int]) -> None:
+    """Print each layer's mean cosine with its standard error, and whether the choice is close."""
+    n = c.shape[1]
+    for layer, (cosine, error) in enumerate(zip(c.mean(1).tolist(), standard_error(c).tolist())):
         print(f"layer {layer:3}  cosine {cosine:.4f} ± {error:.4f}{'  redundant' * (layer in redundant)}")
     print(f"{n} sequence{'s' * (n > 1)} read for the cosines")
     far, pair = margin(c, len(redundant))
     if not far >= 2:  # NaN: two layers are equal, or one sequence was read
         print(f"layers {pair[0]} and {pair[1]} nearly tie; more --samples or --layer-ids decide between them")
-    return {"cosines": cosines, "cosine_errors": errors if n > 1 else None, "cosine_sequences": n}
 
 
 def print_record(record: dict) -> None:
@@ -206,8 +210,8 @@ def parse() -> argparse.Namespace:
     either("--layer-ids", type=int, nargs="+", metavar="ID", help="compress these layers instead, from 0 on")
     group.add_argument("--all-sequences", action="store_true", help="no early stop of the redundancy sweep")
     either = group.add_mutually_exclusive_group().add_argument
-    either("--ratio", type=float, help="fraction of each matrix's parameters to keep (default: 0.1)")
-    either("--threshold", type=float, help="instead: fraction of the sum of scores to keep")
+    either("--ratio", type=cli.fraction, help="fraction of each matrix's parameters to keep (default: 0.1)")
+    either("--threshold", type=cli.fraction, help="instead: fraction of the sum of scores to keep")
     group.add_argument("--score", choices=SCORES, default="taylor", help="taylor: |sigma dL/dsigma|, "
                        "signed: -sigma dL/dsigma, gradient: |dL/dsigma|, magnitude: sigma (default: taylor)")
     group.add_argument("--label-shift", type=cli.positive, metavar="N", default=1,
@@ -218,9 +222,10 @@ def parse() -> argparse.Namespace:
     cli.output_flags(p, "grasp")
     cli.machine_flags(p, batches=True, offload=True)
     a = p.parse_args()
-    a.ratio = 0.1 if a.ratio is None and a.threshold is None else a.ratio
+    a.ratio = None if a.threshold else a.ratio or 0.1
     check_settings(a.ratio, a.threshold, a.score)
-    check_output(a.out, a.overwrite)
+    if cli.first_process():
+        check_output(a.out, a.overwrite)
     return a
 
 

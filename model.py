@@ -1,4 +1,4 @@
-"""A LLaMA in plain PyTorch, with Meta's names. This file imports nothing else of the project.
+"""A LLaMA in plain PyTorch, with Meta's names. This file imports nothing of the project.
 
 Every linear layer is y = W x without bias, W (out, in).
 
@@ -47,8 +47,8 @@ def upcast(x: Tensor) -> Tensor:
 
 
 def finite(t: Tensor) -> bool:
-    """Whether no entry of t is NaN or infinite. Allocates nothing of t's size: a NaN makes both ends NaN."""
-    return not t.numel() or all(end.isfinite() for end in t.aminmax())
+    """Whether no entry of t is NaN or infinite. Allocates nothing of t's size."""
+    return not t.numel() or all(end.isfinite() for end in t.aminmax())  # a NaN makes both ends NaN
 
 
 class RMSNorm(nn.RMSNorm):
@@ -147,7 +147,7 @@ def run_with_copies(block: Block, h: Tensor, rotary: Tensor) -> Tensor:
     It runs with copies on h's device that live for this call alone. Autograd keeps only h: the backward pass
     makes the copies again, and the gradients go to where the weights lie.
     """
-    def run(block, h, rotary):
+    def run(block, h, rotary):  # inside the checkpoint, or the backward pass would find other parameters
         copies = {name: p.to(h.device, copy=True) for name, p in block.named_parameters()}
         return torch.func.functional_call(block, copies, (h, rotary))
 

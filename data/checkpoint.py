@@ -53,7 +53,8 @@ def load_checkpoint(path: str | Path, dtype: torch.dtype | None = None, device: 
     dtype = dtype or shards[0]["tok_embeddings.weight"].dtype
     with error_prefix(path):
         model = empty_model(ModelArgs(**fields), "output.weight" not in shards[0], table)
-        parameters, model.offload = dict(model.named_parameters()), offload
+        parameters = dict(model.named_parameters())
+        model.offload = offload
         if unknown := {name for shard in shards for name in shard} - {*parameters}:
             raise ValueError(f"tensor {min(unknown)} is not one of this model's ({len(unknown)} such)")
         for name, parameter in parameters.items():
@@ -89,6 +90,11 @@ def ranks(model: Transformer) -> dict[str, int]:
     return {name: m.A.shape[1] for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
 
 
+def widths(model: Transformer) -> dict[str, int]:
+    """{name: channels} of the feed-forwards."""
+    return {name: m.width for name, m in model.named_modules() if isinstance(m, FeedForward)}
+
+
 def save_checkpoint(model: Transformer, path: str | Path, report: dict | None = None,
                     tokenizer: dict[str, bytes] | None = None, overwrite: bool = False) -> None:
     """Write `model` in Meta's layout, atomically. report: for report.json. tokenizer: its files.
@@ -97,8 +103,7 @@ def save_checkpoint(model: Transformer, path: str | Path, report: dict | None = 
     for weights that are not finite, or that load_checkpoint could not read.
     """
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    widths = {name: m.width for name, m in model.named_modules() if isinstance(m, FeedForward)}
-    table = ranks(model) | {name: width for name, width in widths.items() if width < model.args.hidden_dim}
+    table = ranks(model) | {name: n for name, n in widths(model).items() if n < model.args.hidden_dim}
     with error_prefix(f"{path}: not written"):
         empty = empty_model(model.args, model.tied, table)
         readable = {name: p.shape for name, p in empty.named_parameters()}
@@ -127,8 +132,8 @@ def own_storage(t: Tensor) -> Tensor:
 def read_folder(folder: Path) -> tuple[dict, dict[str, int], list[dict[str, Tensor]], bool]:
     """Read any checkpoint folder.
 
-    Returns (fields of ModelArgs, ranks, shards, whether the rows of wq and wk are in Hugging Face's order).
-    ranks: {matrix: rank} and {feed-forward: its channels} of a compressed folder. shards: {name: tensor}, one
+    Returns (fields of ModelArgs, table, shards, whether the rows of wq and wk are in Hugging Face's order).
+    table: {matrix: rank} and {feed-forward: its channels} of a compressed folder. shards: {name: tensor}, one
     for each model-parallel shard. Raises FileNotFoundError and ValueError with the file or tensor at fault.
     """
     config, files = weight_files(folder)
@@ -148,12 +153,12 @@ def read_folder(folder: Path) -> tuple[dict, dict[str, int], list[dict[str, Tens
         if equal:
             shards[0].pop("output.weight", None)
     with error_prefix(folder / config):
-        args, ranks = read_args(params, hugging_face, shards), params.get("ranks") or {}
-        ranks = {name: number(ranks, name) for name in ranks}
+        args, table = read_args(params, hugging_face, shards), params.get("ranks") or {}
+        table = {name: number(table, name) for name in table}
         found = sum(name.endswith(".attention_norm.weight") for name in shards[0])
         if found != args["n_layers"]:  # checked before a model of any size is built
             raise ValueError(f"weights of {found} layers, expected {args['n_layers']}")
-    return args, ranks, shards, hugging_face
+    return args, table, shards, hugging_face
 
 
 def weight_files(folder: Path) -> tuple[str, list[Path]]:

@@ -176,7 +176,8 @@ def main():
     for name, (model, tokenizer) in zip(names, opened):
         seq_len = cli.sequence_length(None, 2048, model)
         texts = evaluation_windows(a.eval, tokenizer, seq_len, a.windows, a.data_dir)
-        perplexities[name] = result_row(name, model, texts, partial(cli.batches, size=cli.batch_size(None, seq_len)))["perplexity"]
+        batches = partial(cli.batches, size=cli.batch_size(None, seq_len))
+        perplexities[name] = result_row(name, model, texts, batches)["perplexity"]
         protocol[protocols(texts)] = None  # once, unless tokenizers or windows differ
     with ExitStack() as stack:
         pairs, max_len = [], max(a.lengths) + a.max_new_tokens

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -105,7 +106,7 @@ def machine_flags(parser: Parser, batches: bool = False, offload: bool = False) 
     if batches:
         add("--batch-size", type=positive, metavar="N",
             help="sequences at a time (default: 1,024 tokens; for sweeps and evaluations on CUDA up to "
-            "8,192, with --offload 32,768, where memory allows)")
+            f"8,192{', with --offload 32,768,' * offload} where memory allows)")
     if offload:
         add("--offload", action="store_true", help="for a model larger than the GPU: the blocks' weights "
             "stay in host memory, and one block at a time is copied to the GPU")
@@ -138,11 +139,14 @@ def made_on_embedded(ckpt: Path) -> bool:
 
 def open_checkpoint(ckpt: Path, device: str, dtype: str,
                     offload: bool = False) -> tuple[Transformer, Tokenizer]:
-    """Load model and tokenizer, and print what they are and where they run. The others: as their flags."""
+    """Load model and tokenizer, and print what they are and where they run.
+
+    device, dtype, offload: the values of their flags.
+    """
     device = pick_device(device)
     if offload and device == "cpu":
         raise ValueError("--offload copies weights from host memory to a GPU, and this run is on the CPU; "
-                         "leave it out: weights on the CPU are memory-mapped anyway")
+                         "leave it out")
     _, files = weight_files(ckpt)
     adapter = ", without the adapter beside them" * (ckpt / "adapter_config.json").is_file()
     print(f"reading      {', '.join(file.name for file in files)} of {ckpt}{adapter}")
@@ -198,11 +202,11 @@ def batch_size(asked: int | None, seq_len: int, model: Transformer | None = None
 
 
 def fitting(model: Transformer, seq_len: int, layers: int, free: int) -> int:
-    """Sequences that surely fit into `free` bytes beside the weights, in weight_gradients of `layers` layers.
+    """Sequences that fit into `free` bytes beside the weights, in weight_gradients of `layers` layers.
 
-    At least one, at most 8,192 tokens. Autograd is taken to keep the activations of every block; with offload
-    those of one, the states between the blocks, and two copies of a block (weights, gradients); then at most
-    32,768 tokens, since each micro-batch costs a pass of all weights over the bus.
+    An estimate on the safe side; 1 if not even one fits. At most 8,192 tokens: autograd is taken to keep the
+    activations of every block. With offload at most 32,768, since each micro-batch copies all weights over
+    the bus: the states between the blocks, one block's activations, and twice its size (weights, gradients).
     """
     a, s = model.args, model.dtype.itemsize  # the numbers below are bytes
     wide, block = max(4, s), max(sum(p.numel() for p in block.parameters()) for block in model.layers)
@@ -271,6 +275,13 @@ def join_processes(parallel: bool) -> None:
         sys.stdout = sys.stdout if first_process() else open(os.devnull, "w")
 
 
+def end(code: int) -> NoReturn:
+    """Exit. One of several processes exits at once: to leave NCCL's group it would wait for the others."""
+    if dist.is_initialized():
+        os._exit(code)
+    sys.exit(code)
+
+
 def command(main: Callable[[], None], parallel: bool = False) -> None:
     """Run a command. A user's mistake is one line and exit code 2; GRASP_DEBUG=1 shows a stack trace.
 
@@ -281,19 +292,19 @@ def command(main: Callable[[], None], parallel: bool = False) -> None:
     signal.signal(signal.SIGTERM, terminate)
     try:
         join_processes(parallel)
-        return main()
+        main()
     except KeyboardInterrupt as e:
         print(f"\n{str(e) or 'interrupted'}", file=sys.stderr)
-        sys.exit(128 + (signal.SIGTERM if e.args else signal.SIGINT))
+        end(128 + (signal.SIGTERM if e.args else signal.SIGINT))
     except Exception as e:
         memory = isinstance(e, MemoryError) or re.search("out of memory|can't allocate memory", str(e))
         known = memory or isinstance(e, (ValueError, OSError, ModuleNotFoundError, RuntimeError))
-        if os.environ.get("GRASP_DEBUG") or not known:
+        if os.environ.get("GRASP_DEBUG") or not known or isinstance(e, RecursionError):
             raise
-        what, *_ = str(e).split("\nException raised from")  # torch's own C++ trace
-        hint = ["out of memory; use a smaller --batch-size, --dtype bfloat16 or --offload"] * bool(memory)
+        what, *_ = (str(e) or type(e).__name__).split("\nException raised from")  # torch's own C++ trace
+        hint = ["out of memory; use a smaller --batch-size, --dtype bfloat16 or, where a command has it, "
+                "--offload"] * bool(memory)
         print("error:", " ".join(what.splitlines()), *hint, file=sys.stderr)
-        sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        end(2)
+    if dist.is_initialized():
+        dist.destroy_process_group()

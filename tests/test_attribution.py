@@ -347,6 +347,12 @@ def test_cosines_by_hand():
     torch.testing.assert_close(c, expected)
 
 
+def test_equal_vectors_have_cosine_1_exactly():
+    """So that layers which do nothing tie, and rounding does not order them."""
+    a = torch.randn(2000, 30, generator=torch.Generator().manual_seed(0))
+    assert (cosine(a, a.clone()) == 1).all() and (cosine(a, 2 * a) - 1).abs().max() < 1e-14
+
+
 def test_a_norm_that_is_known_is_not_taken_again():
     a, b = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
     expected = F.cosine_similarity(a.double(), b.double(), dim=-1)

@@ -143,6 +143,8 @@ def test_flags_reach_the_method(nowhere, monkeypatch, capsys):
     assert all(m["kept"] == list(range(m["rank"])) for m in magnitude["matrices"])
     assert any(m["kept"] != list(range(m["rank"])) for m in plain["matrices"])
     assert plain["cosine_sequences"] == len(plain["calibration"]["offsets"]) and len(plain["cosine_errors"]) == 8
+    one = report("--samples 1")
+    assert one["cosine_errors"] is None and one["cosine_sequences"] == 1  # NaN is no JSON
 
 
 def test_layers_by_hand_need_no_redundancy_sweep(nowhere, monkeypatch, capsys):
@@ -233,11 +235,10 @@ def test_an_error_of_torch_is_one_line(nowhere, monkeypatch, capsys):
     ("--layer-ids 3 8", "this model has 8 layers, 0 to 7; asked for [3, 8]"),
     ("--layer-ids 3 -1", "this model has 8 layers"),
     ("--layer-ids 3 3", "asked for [3, 3]"),
-    ("--layers 2 --ratio 0", "ratio 0.0, threshold None: expected one of them, above 0 and at most 1"),
-    ("--layers 2 --threshold 0", "ratio None, threshold 0.0: expected one of them, above 0 and at most 1"),
-    ("--layers 2 --ratio 1.5", "ratio 1.5, threshold None: expected one of them, above 0 and at most 1"),
-    ("--layers 2 --ratio nan", "ratio nan, threshold None: expected"),
-    ("--layers 2 --ratio much", "--ratio: invalid float value: 'much'"),
+    ("--layers 2 --ratio 0", "--ratio: '0', expected more than 0 and at most 1"),
+    ("--layers 2 --ratio 1.5", "--ratio: '1.5', expected more than 0 and at most 1"),
+    ("--layers 2 --ratio nan", "--ratio: 'nan', expected"),
+    ("--layers 2 --ratio much", "--ratio: 'much', expected more than 0 and at most 1"),
     ("--layers 2 --ratio 0.1 --threshold 0.5", "argument --threshold: not allowed with argument --ratio"),
     ("--layers 2 --score sigma", "--score: invalid choice: 'sigma'"),
     ("--layers 2 --label-shift 0", "--label-shift: '0', expected"),

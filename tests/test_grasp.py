@@ -243,15 +243,13 @@ def test_half_precision_weights_keep_their_dtype(score):
 def test_a_near_tie_is_said(gap, tied, capsys):
     noise = torch.tensor([[-0.02, 0.02] * 16, [0.02, -0.02] * 16, [0.02, -0.02] * 16], dtype=torch.float64)
     c = torch.tensor([[0.9], [0.5], [0.9 - gap]], dtype=torch.float64) + noise
-    report = grasp.print_cosines(c, [0])
+    grasp.print_cosines(c, [0])
     out = capsys.readouterr().out
     assert "layer   0  cosine 0.9000 ± 0.0036  redundant" in out and "32 sequences read" in out
     assert ("layers 0 and 2 nearly tie" in out) == tied
-    assert report == {"cosines": pytest.approx([0.9, 0.5, 0.9 - gap]), "cosine_sequences": 32,
-                      "cosine_errors": pytest.approx([0.02 / 31 ** 0.5] * 3)}
 
 
 def test_of_one_sequence_no_error_is_known(capsys):
-    """NaN is no JSON."""
-    assert grasp.print_cosines(torch.tensor([[0.9], [0.5]]), [0])["cosine_errors"] is None
-    assert "cosine 0.9000 ± nan" in capsys.readouterr().out
+    grasp.print_cosines(torch.tensor([[0.9], [0.5]]), [0])
+    out = capsys.readouterr().out
+    assert "cosine 0.9000 ± nan" in out and "layers 0 and 1 nearly tie" in out

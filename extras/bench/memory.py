@@ -4,19 +4,19 @@ from extras.throughput import weight_bytes
 from model import repeats_heads
 from runtime import cli
 
-GPUS = {"24 GB": 23.5, "48 GB": 47.0, "80 GB": 79.0, "141 GB": 138.5}  # card: GiB, half of one taken off for CUDA itself
+GPUS = {"24 GB": 23.5, "48 GB": 47.0, "80 GB": 79.0, "141 GB": 138.5}  # card: GiB that torch can have, beside CUDA's own
 SAMPLES = 512  # sequences of the calibration set
 
 
-def sizes(model):
-    """Bytes of a token that autograd keeps of a block, of the matrices' inputs in a redundant one; of an element."""
+def token_bytes(model):
+    """What autograd keeps of a token, in bytes: of a block, of a redundant block besides, of a norm alone."""
     a, s, wide = model.args, model.dtype.itemsize, max(4, model.dtype.itemsize)
     heads = a.n_heads if repeats_heads(model.device, model.dtype) else a.n_kv_heads
     q, kv, norm = a.n_heads * a.head_dim, heads * a.head_dim, wide * (a.dim + 1)
     # Of any block: both norms' widened inputs and scales; q, the attention's output, k, v; w1 x, silu(w1 x), w3 x; the
     # attention's log-sum-exps. Of a redundant one: the inputs of wq, wk, wv; w1, w3; w2 (wo's is there already).
     block = 2 * norm + s * (2 * q + 2 * kv + 3 * a.hidden_dim) + wide * a.n_heads
-    return block, s * (2 * a.dim + a.hidden_dim), norm, s, wide
+    return block, s * (2 * a.dim + a.hidden_dim), norm
 
 
 def sweep_bytes(model, layer_ids, B, T):
@@ -25,7 +25,8 @@ def sweep_bytes(model, layer_ids, B, T):
     B sequences of T tokens a micro-batch; a model on the meta device counts as one on a GPU. No T x T probabilities are
     counted: fused attention keeps none. Torch 2.5 lacks it for grouped queries on the CPU.
     """
-    a, top, (block, inputs, norm, s, wide) = model.args, model.args.n_layers - 1, sizes(model)
+    a, s, wide, top = model.args, model.dtype.itemsize, max(4, model.dtype.itemsize), model.args.n_layers - 1
+    block, inputs, norm = token_bytes(model)
     matrices = [p.numel() for layer in layer_ids for p in model.layers[layer].parameters() if p.ndim == 2]
     # What autograd keeps, from the lowest layer up, whose first norm it does not see:
     kept = B * T * (block * (top - min(layer_ids) + 1) - norm + inputs * len(layer_ids))
@@ -46,7 +47,8 @@ def offload_bytes(model, layer_ids, B, T):
     activations, and a gradient. host: the blocks' matrices, the gradients' sums, and a gradient. forward, backward: what
     a micro-batch copies over the bus, gradients back included.
     """
-    a, top, (block, inputs, _, s, wide) = model.args, model.args.n_layers - 1, sizes(model)
+    a, s, wide, top = model.args, model.dtype.itemsize, max(4, model.dtype.itemsize), model.args.n_layers - 1
+    block, inputs, _ = token_bytes(model)
     matrices = [p.numel() for layer in layer_ids for p in model.layers[layer].parameters() if p.ndim == 2]
     every = sum(p.numel() for p in model.layers.parameters() if p.ndim == 2)
     h, hidden, copies = B * T * wide * a.dim, B * T * s * a.hidden_dim, s * every // a.n_layers

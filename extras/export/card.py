@@ -2,7 +2,7 @@
 import re
 from pathlib import Path
 
-from data.checkpoint import ranks
+from data.checkpoint import ranks, widths
 from data.files import error_prefix
 from evaluate import markdown, protocols
 from extras.export.dense import exported_params
@@ -117,8 +117,7 @@ def sizes(model, reports, layout):
 def changes(model):
     """Which layers have low-rank matrices and narrower feed-forwards."""
     low_rank = ranks(model)
-    narrow = {i: block.feed_forward.width for i, block in enumerate(model.layers)
-              if block.feed_forward.width < model.args.hidden_dim}
+    narrow = {i: n for i, n in enumerate(widths(model).values()) if n < model.args.hidden_dim}
 
     def of(layers, values):
         return f"layers {', '.join(map(str, sorted(layers)))}: {min(values):,} to {max(values):,}"

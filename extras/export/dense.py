@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from data.checkpoint import ranks
+from data.checkpoint import ranks, widths
 from extras import product
 from model import LowRankLinear, Transformer
 
@@ -31,10 +31,10 @@ def dense_shapes(model):
 
 def narrowed(model):
     """`model`, with a smaller hidden_dim if all feed-forwards have that width and nothing is low-rank."""
-    widths = {block.feed_forward.width for block in model.layers}
-    if len(widths) == 1 and not ranks(model):
+    channels = {*widths(model).values()}
+    if len(channels) == 1 and not ranks(model):
         model = copy(model)  # shares the weights
-        model.args = replace(model.args, hidden_dim=widths.pop())
+        model.args = replace(model.args, hidden_dim=channels.pop())
     return model
 
 

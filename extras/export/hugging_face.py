@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from data.checkpoint import HF_FIELDS, HF_TENSORS, own_storage, ranks
+from data.checkpoint import HF_FIELDS, HF_TENSORS, own_storage, ranks, widths
 from data.files import write_json
 from extras.export.dense import dense_shapes, dense_weight
 from extras.export.tokenizer import write_tokenizer
@@ -87,8 +87,7 @@ def hf_config(model, tokenizer):
 def low_rank_config(model):
     """What config.json says instead where factors and narrow feed-forwards stay: the code and the table of ranks."""
     table = {their_name(name): k for name, k in ranks(model).items()}
-    table |= {f"model.layers.{i}.mlp": block.feed_forward.width for i, block in enumerate(model.layers)
-              if block.feed_forward.width < model.args.hidden_dim}
+    table |= {f"model.layers.{i}.mlp": n for i, n in enumerate(widths(model).values()) if n < model.args.hidden_dim}
     classes = {"AutoConfig": "LowRankConfig", "AutoModel": "LowRankModel", "AutoModelForCausalLM": "LowRankForCausalLM"}
     return {"architectures": ["LowRankForCausalLM"], "model_type": "llama-lowrank", "ranks": table,
             "auto_map": {auto: f"{CODE.stem}.{name}" for auto, name in classes.items()}}

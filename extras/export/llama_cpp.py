@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from data.checkpoint import widths
 from extras.export.deci import refuse_low_rank
 from extras.export.hugging_face import hf_config
 from extras.export.vocabulary import add_vocabulary
@@ -30,9 +31,9 @@ def write_gguf(model, tokenizer, folder, outtype=None):
     refuse_low_rank(model, "gguf")
     outtype = outtype or next((name for name, (_, dtype) in OUTTYPES.items() if dtype == model.dtype), "f32")
     file_type, dtype = OUTTYPES[outtype]
-    widths, config = [block.feed_forward.width for block in model.layers], hf_config(model, tokenizer)
-    writer = gguf.GGUFWriter(None, "llama" if len({*widths}) == 1 else "deci")
-    add_settings(writer, model.args, widths, config["max_position_embeddings"])
+    channels, config = [*widths(model).values()], hf_config(model, tokenizer)
+    writer = gguf.GGUFWriter(None, "llama" if len({*channels}) == 1 else "deci")
+    add_settings(writer, model.args, channels, config["max_position_embeddings"])
     add_vocabulary(writer, tokenizer, model.args.vocab_size, config)
     writer.add_file_type(gguf.LlamaFileType[file_type])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -56,13 +57,13 @@ def write_gguf(model, tokenizer, folder, outtype=None):
     writer.close()
 
 
-def add_settings(writer, args, widths, positions):
+def add_settings(writer, args, channels, positions):
     """The hyper-parameters. The length of keys and values is head_dim, which need not be dim / n_heads."""
     writer.add_vocab_size(args.vocab_size)
     writer.add_context_length(positions)
     writer.add_embedding_length(args.dim)
     writer.add_block_count(args.n_layers)
-    writer.add_feed_forward_length(widths if len({*widths}) > 1 else widths[0])
+    writer.add_feed_forward_length(channels if len({*channels}) > 1 else channels[0])
     writer.add_head_count(args.n_heads)
     writer.add_head_count_kv(args.n_kv_heads)
     writer.add_key_length(args.head_dim)

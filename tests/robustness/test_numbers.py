@@ -137,6 +137,17 @@ def test_a_cosine_that_is_not_finite_is_refused():
         find_redundant(States([1.0, 0.0], [math.inf, 0.0], [1.0, 0.0]), lambda label: [tokens], 1)
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_a_cosine_that_is_not_finite_is_refused_also_if_the_others_decide(n):
+    """40 sequences: NaN sorts first, so the margin between two other layers can be wide at the first 32."""
+    model = random_model(torch.float32)
+    for w in (model.layers[3].attention.wo, model.layers[3].feed_forward.w2):
+        w.weight.data *= 1e38
+    tokens = random_tokens(model, 40, 7)
+    with pytest.raises(ValueError, match="cosine of layer 3 is not a number"):
+        find_redundant(model, lambda label: tokens.split(8), n)
+
+
 @pytest.mark.parametrize("loss", [math.nan, math.inf, 710.0])
 def test_a_perplexity_that_is_not_finite_is_refused(loss, monkeypatch):
     """exp(710) is beyond fp64, though the loss is finite."""
