@@ -108,8 +108,8 @@ def test_gradients_are_linear_over_batches():
     whole, again = (weight_gradients(model, NAMES, tokens.split(size)) for size in (6, 1))
     first, second = (weight_gradients(model, NAMES, [part]) for part in tokens.split(4))
     for name in NAMES:
-        assert torch.allclose(whole[name], again[name], rtol=0, atol=1e-14)
-        assert torch.allclose(whole[name], (4 * first[name] + 2 * second[name]) / 6, rtol=0, atol=1e-14)
+        assert torch.allclose(whole[name], again[name], rtol=0, atol=1e-12)
+        assert torch.allclose(whole[name], (4 * first[name] + 2 * second[name]) / 6, rtol=0, atol=1e-12)
 
 
 def test_autograd_stops_at_the_lowest_redundant_block():

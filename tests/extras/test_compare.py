@@ -7,6 +7,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -264,14 +265,17 @@ def test_every_method_has_the_same_tokens_and_a_fresh_model(run):
 
 
 def test_seconds_are_the_methods_alone(run, monkeypatch):
+    clock = [0.0]
+
     def slowly(function, *words):
-        time.sleep(0.2)
+        clock[0] += 5
         return function(*words)
 
+    monkeypatch.setattr(cli, "time", SimpleNamespace(perf_counter=lambda: clock[0], monotonic=time.monotonic))
     for name in ("load_checkpoint", "result_row"):  # outside of what is timed
         monkeypatch.setattr(compare, name, partial(slowly, getattr(compare, name)))
     quick, slow = run(quick=partial(drop, 1), slow=partial(slowly, partial(drop, 1)))["results"][1:]
-    assert quick["seconds"] < 0.2 <= slow["seconds"]
+    assert quick["seconds"] == 0 and slow["seconds"] == 5
 
 
 def test_a_peak_is_the_methods_alone_or_the_table_says_so(run, monkeypatch, capsys):
@@ -336,9 +340,10 @@ def test_the_rows_are_those_of_grasp_and_of_its_control(nowhere, monkeypatch, ca
     plain = json.loads(Path("e.json").read_text())
     for row, theirs in zip(ours["results"], [dense, plain, compressed], strict=True):
         perplexity = theirs["perplexity"]["embedded"]
-        assert row["perplexity"]["embedded"] == pytest.approx(perplexity, rel=1e-6)
+        assert row["perplexity"]["embedded"] == pytest.approx(perplexity, rel=1e-5)
         assert ours["parameters"] - row["removed"] == theirs["parameters"]
-        assert re.search(rf"\| {row['method']} +\| +{row['removed']:,} .* {perplexity:.2f} \|", out)
+        shown = f"{row['perplexity']['embedded']:.2f}"
+        assert re.search(rf"\| {row['method']} +\| +{row['removed']:,} .* {shown} \|", out)
     assert ours["budget"] == ours["results"][1]["removed"] == ours["results"][2]["removed"]
     assert ours["settings"]["methods"] == ["svd", "grasp"] and ours["settings"]["ckpt"] == str(TINY)
     assert ours["protocol"]["embedded"]["windows"] == 2 and "2 windows of 256" in out

@@ -95,7 +95,7 @@ def test_cached_logits_equal_the_whole_forwards(T):
         keys.fill_(torch.nan), values.fill_(torch.nan)
     for start, new in [(0, tokens[:, :T]), *((t, tokens[:, t:t + 1]) for t in range(T, 20))]:
         logits = step(model, new, cache, start, rotary)
-        assert torch.allclose(logits, expected[:, start + new.shape[1] - 1], rtol=0, atol=1e-12)
+        assert torch.allclose(logits, expected[:, start + new.shape[1] - 1], rtol=0, atol=1e-10)
 
 
 def test_several_tokens_never_join_a_filled_cache():

@@ -107,7 +107,7 @@ def test_devices_and_half_precision(where, tmp_path):
     tokens = random_tokens(model, 1, 9)
     assert {p.dtype for p in theirs.parameters()} == {torch.bfloat16}
     logits = theirs(tokens.to(theirs.device)).logits.cpu().double()
-    assert (logits - model(tokens)).abs().max() < 0.05 * model(tokens).abs().max()
+    assert (logits - model(tokens)).abs().max() < 0.1 * model(tokens).abs().max()
 
 
 def test_the_base_model_is_the_changed_one(tmp_path):

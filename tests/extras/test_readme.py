@@ -40,10 +40,11 @@ def test_the_python_of_the_readme_does_what_the_command_does(nowhere, monkeypatc
     names, out = {}, io.StringIO()
     with contextlib.redirect_stdout(out):
         exec(code, names)
-    printed = [f"{float(line):.2f}" for line in out.getvalue().splitlines()]
+    printed = [float(line) for line in out.getvalue().splitlines()]
     said = re.findall(r"# (\d\d\.\d\d)", code)
     table = re.findall(r"\| (?:dense|GRASP) \|.*\| +(\d\d\.\d\d) \|", readme)
     assert said == table[:2] and len(said) == 2
     version = re.search(r"Python ([\d.]+)'s language reference", readme)[1]
-    assert printed == said or platform.python_version() != version  # the embedded text is that of each Python
+    near = printed == pytest.approx([float(figure) for figure in said], rel=2e-3)  # the processor decides on more digits
+    assert near or platform.python_version() != version  # the embedded text is that of each Python
     assert names["redundant"] == [3, 5] and len(names["records"]) == 14 and (nowhere / "tiny-grasp/report.json").is_file()

@@ -126,7 +126,7 @@ def test_cosines_of_zeros():
     """A layer that leaves zeros as they are is redundant. Zeros and other vectors count as orthogonal."""
     model, tokens = States([0.0, 0.0], [0.0, 0.0], [1.0, 0.0]), torch.zeros(1, 1, dtype=torch.int64)
     assert next(layer_cosines(model, [tokens])).tolist() == [[1], [0]]
-    assert angular_distances(model, [tokens], 1).tolist() == [0, 0.5]
+    assert angular_distances(model, [tokens], 1).tolist() == pytest.approx([0, 0.5], abs=1e-12)
 
 
 def test_a_cosine_that_is_not_finite_is_refused():
@@ -191,7 +191,7 @@ def test_one_component_is_enough_for_a_matrix_of_rank_1(dtype):
     tokens = random_tokens(model, 3, 9)
     for name in matrix_names(1, 2):
         W = model.get_submodule(name).weight
-        W.data = (W[:, :1].double() @ W[:1].double()).to(dtype)  # in half precision, nearly
+        W.data = W[:, :1].sign() * W[:1]  # of rank 1 in every dtype: no product is rounded
     before = perplexity(model, [tokens])
     records = list(compress(model, [1, 2], lambda label: tokens.split(2), 1e-9))
     assert all(r["kept"] == [0] for r in records)
@@ -205,7 +205,7 @@ def test_zero_norms_predict_nothing():
         if name.endswith("norm.weight"):
             p.data.zero_()
     tokens = random_tokens(model, 2, 7)
-    assert perplexity(model, [tokens]) == pytest.approx(model.args.vocab_size, rel=1e-6)
+    assert perplexity(model, [tokens]) == pytest.approx(model.args.vocab_size, rel=1e-5)
     assert next(layer_cosines(model, [tokens])).flatten().tolist() == pytest.approx([1] * 8, abs=1e-12)
     assert all(not G.any() for G in weight_gradients(model, matrix_names(1), [tokens]).values())
 
@@ -260,7 +260,7 @@ def test_extreme_weights_are_compressed_and_read_back(what, dtype, nowhere, caps
     ours, = (row["perplexity"] for row in rows if row["model"] == "GRASP")
     out += output_of(evaluate.main, "--ckpt out --data embedded --windows 1 --json e.json", capsys)
     again = json.loads((nowhere / "e.json").read_text())["perplexity"]
-    assert again == ours and "nan" not in out
+    assert again == pytest.approx(ours, rel=1e-6 if dtype == torch.float32 else 1e-3) and "nan" not in out
 
 
 @pytest.mark.parametrize("name, value, words, message", [
