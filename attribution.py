@@ -41,12 +41,12 @@ def layer_cosines(model: Transformer, batches: Iterable[Tensor]) -> Iterator[Ten
 def cosine(a: Tensor, b: Tensor, norm_a: Tensor | None = None, norm_b: Tensor | None = None) -> Tensor:
     """Cosine over the last dimension, in fp64 so that squares cannot overflow. norm_a, norm_b: if known.
 
-    Equal vectors give 1, and so do two zero vectors. If only one is zero the result is 0.
+    Vectors that differ by rounding give 1, and so do two zero vectors. If only one is zero the result is 0.
     """
     a, b = a.double(), b.double()
     norm_a, norm_b = (v.norm(dim=-1) if norm is None else norm for v, norm in ((a, norm_a), (b, norm_b)))
     cosines = (a * b).sum(-1) / (norm_a * norm_b).clamp(min=1e-300)
-    return cosines.masked_fill((a == b).all(-1), 1)
+    return cosines.masked_fill((cosines > 1 - 1e-14) | (norm_a + norm_b == 0), 1)  # idle layers tie
 
 
 def weight_gradients(model: Transformer, names: list[str], batches: Iterable[Tensor],
