@@ -7,6 +7,7 @@ from torch import nn
 
 from attribution import layer_cosines
 from tests.conftest import random_model, random_tokens
+from tests.test_attribution import Stream
 from extras.baselines import block_params, patch
 from extras.baselines.patch import Patch, angular_distances, hadamard, linearpatch, replaceme, run_cosines
 
@@ -142,17 +143,6 @@ def test_n_blocks_go_and_the_patch_counts(method, added, dtype):
 def test_a_run_has_to_lie_between_the_ends(method, n):
     with pytest.raises(ValueError, match=f"cannot take out {n} blocks: expected 1 to 2 of 4"):
         method(random_model(), lambda label: [], n)
-
-
-class Stream:
-    """A model that has only a residual stream: two blocks, two sequences of two tokens, dim 2."""
-    device = "cpu"
-    h = torch.tensor([[[[1.0, 0.0], [0.0, 2.0]], [[3.0, 0.0], [1.0, 1.0]]],
-                      [[[0.0, 1.0], [0.0, 9.0]], [[3.0, 3.0], [1.0, 0.0]]],
-                      [[[0.0, -1.0], [0.0, 1.0]], [[-2.0, 2.0], [5.0, 0.0]]]])
-
-    def residual_stream(self, tokens):
-        return iter(self.h)
 
 
 def test_angles_by_hand():
