@@ -81,8 +81,9 @@ def grid(ratios, seeds, shifts):
 def ablate(job, variants, windows, layers=None, layer_ids=None, contiguous=False):
     """Compress and evaluate job.model for each variant (name, settings), yielding a row. Restores it after each.
 
-    windows: {DRAWN_BY(settings): (samples, seq_len) int64}. layers, contiguous, layer_ids: see `find`. Row: that of the table, and the settings, the redundant layers, the matrices as `compress` records
-    them, and the fraction of its components kept `in_common` with the first variant of its group.
+    windows: {DRAWN_BY(settings): (samples, seq_len) int64}. layers, layer_ids, contiguous: see `find`. Row: that of the
+    table, and the settings, the redundant layers, the matrices as `compress` records them, and the fraction of its
+    components kept `in_common` with the first variant of its group.
     """
     drawn, shift, row, firsts, model = None, None, None, {}, job.model
     blocks, args = model.layers, model.args

@@ -5,10 +5,14 @@ Here the device is the CPU itself: the copies are other memory, and all else run
 import pytest
 import torch
 
+import evaluate
+import grasp
 from attribution import layer_cosines, weight_gradients
-from tests.conftest import random_model, random_tokens
+from tests.conftest import error_of, random_model, random_tokens
 from data.checkpoint import load_checkpoint, save_checkpoint
 from evaluate import perplexity
+from extras.bench import SHAPES, meta_model
+from extras.bench.memory import offload_bytes
 from grasp import compress, find_redundant
 from model import Transformer, matrix_names
 from runtime import cli
@@ -69,13 +73,9 @@ def test_a_block_has_copies_of_its_own_for_each_call(monkeypatch):
     assert blocks == [[1] * 9, [1] * 9, [2] * 9, [2] * 9]
 
 
-def test_micro_batches_are_larger_for_each_costs_a_pass_over_the_bus(monkeypatch):
-    from extras.bench.memory import offload_bytes
-    shapes = {"LLaMA-2-7B": (4096, 32, 32, 32, 11008, 32000), "LLaMA-2-13B": (5120, 40, 40, 40, 13824, 32000),
-              "Llama-3-70B": (8192, 80, 64, 8, 28672, 128256)}
-    from extras.bench import meta_model
-    for shape in shapes.values():
-        model = meta_model((*shape, False), torch.bfloat16)
+def test_micro_batches_are_larger_for_each_costs_a_pass_over_the_bus():
+    for name in ("llama2-7b", "llama2-13b", "codellama-34b", "llama3-70b"):
+        model = meta_model(SHAPES[name], torch.bfloat16)
         model.offload = True
         outside = sum(p.nbytes for name, p in model.named_parameters() if not name.startswith("layers."))
         for card in (24, 48, 80):
@@ -87,10 +87,6 @@ def test_micro_batches_are_larger_for_each_costs_a_pass_over_the_bus(monkeypatch
 
 @pytest.mark.parametrize("command", ["grasp", "evaluate"])
 def test_out_of_memory_names_offload(command, monkeypatch, capsys):
-    import evaluate
-    import grasp
-    from tests.conftest import error_of
-
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 

@@ -107,6 +107,8 @@ def angular_distances(model, batches, n):
         last = torch.stack([h[:, -1].clone() for h in model.residual_stream(tokens.to(model.device))])
         total = total + cosine(last[:-n], last[n:]).clamp(-1, 1).arccos().sum(1) / math.pi
         count += len(tokens)
+    if not count:
+        raise ValueError("no batches of tokens: the sweep is empty or used up")
     return (total / count).cpu()
 
 

@@ -16,7 +16,8 @@ The weights are a folder's, and the tokens those of grasp.py; or both are random
 --autograd adds the algorithm as published, an independent check: each half of a block has a sweep of its own, in
 which autograd differentiates the singular values. --svd compares ways to the same decompositions; alone, only
 those. --growth shows, on random models, whether seconds over floor stay while tokens, layers and width grow.
---memory only computes what the known shapes need, without and with grasp.py's --offload. --report FILE measures everything that a GPU is for, once.
+--memory only computes what the known shapes need, without and with grasp.py's --offload. --report FILE measures
+everything that a GPU is for, once.
 """
 import torch
 

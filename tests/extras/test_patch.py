@@ -152,6 +152,11 @@ def test_angles_by_hand():
     assert angular_distances(Stream(), [tokens], 2).tolist() == pytest.approx([0.125])
 
 
+def test_angles_of_no_batches_are_an_error():
+    with pytest.raises(ValueError, match="no batches"):
+        angular_distances(Stream(), [], 1)
+
+
 def test_angles_of_equal_vectors_are_zero(monkeypatch):
     """Rounding can put a cosine just above 1, where arccos is not a number."""
     monkeypatch.setattr(patch, "cosine", lambda a, b: torch.full(a.shape[:-1], 1 + 1e-15, dtype=torch.float64))
